@@ -1,0 +1,226 @@
+"""The command line of an experiment: its config dataclass, and six flags of its own.
+
+    if __name__ == "__main__":
+        cli.run(main, Config)
+
+Every field is a flag (`--lisa.active-layers 4`), with its docstring as help. Presets
+come first, then the command line:
+
+    --preset NAME      configs/<experiment>/NAME.toml, or the path of a TOML file
+    --measure-only     compile only: no weights, no training, no GPU
+    --resume DIR       continue a run, with its own config
+    --trace            let the XLA profiler record some steps
+    --runs DIR         where run folders are made
+
+`gpu`, where a config has it, names the described GPU: a field like any other, looked up
+before any work. What the user can mend ends in one message and exit status 2;
+JMEM_DEBUG=1 shows where it came from.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import pathlib
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+from experiments.harness import config as configs
+from experiments.harness.config import ConfigError
+from experiments.harness.run import Run
+from jmem.targets import resolve
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+"""The checkout: presets are found in it, whatever the working directory is."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What every experiment understands, beside its config."""
+
+    preset: str = ""
+    """Name of a TOML file in the experiment's configs, or the path of one."""
+    measure_only: bool = False
+    """Compile and measure only: no weights, no training."""
+    resume: str = ""
+    """Folder of a run to continue, with its own config."""
+    trace: bool = False
+    """Record a profiler trace of some steps, for xprof or Perfetto."""
+    runs: pathlib.Path = pathlib.Path("runs")
+    """Where run folders are made."""
+
+
+def run[Config](main: Callable[[Config, Run], None], config: type[Config]) -> None:
+    """Read the command line, run `main`, write the report, and exit on failure.
+
+    Exit status 2 is a refusal in words, 130 an interruption; anything else that goes
+    wrong is a bug and keeps its traceback.
+    """
+    slug = slug_of(main)
+    try:
+        flags, chosen = parse(config, slug, sys.argv[1:], inspect.getdoc(_module(main)))
+        gpu = getattr(chosen, "gpu", None)
+        target = None if gpu is None else resolve(gpu)
+        with Run(
+            slug,
+            chosen,
+            target=target,
+            runs=flags.runs,
+            config_folder=ROOT / "configs" / slug,
+            measure_only=flags.measure_only,
+            resume=pathlib.Path(flags.resume) if flags.resume else None,
+            trace=flags.trace,
+        ) as started:
+            main(chosen, started)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("JMEM_DEBUG") or not is_refusal(error):
+            raise
+        print(message(error), file=sys.stderr)
+        sys.exit(2)
+
+
+def parse[Config](
+    config: type[Config],
+    slug: str,
+    arguments: Sequence[str],
+    description: str | None = None,
+) -> tuple[Flags, Config]:
+    """Flags and config from a command line: defaults, then preset, then flags.
+
+    `--help` and a flag that is not one end the process, as command lines do.
+
+    Raises:
+      ConfigError: a preset that is missing or does not fit; with --resume, a field
+        that differs from the saved run's.
+      TypeError: `config` cannot be one (`experiments.harness.config.check`).
+    """
+    import tyro
+
+    configs.check(config)
+    if both := configs.hints(config).keys() & configs.hints(Flags).keys():
+        raise TypeError(f"{config.__name__}.{min(both)} is a flag of every experiment.")
+    base = config()
+    saved = None
+    if folder := _given("--resume", arguments):
+        base = saved = _saved(pathlib.Path(folder), base)
+    if name := _given("--preset", arguments):
+        base = configs.read(preset(slug, name), base)
+
+    bare = tyro.conf.arg(name="")  # no prefix before the names of fields
+    command_type = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("flags", Annotated[Flags, bare, tyro.conf.FlagCreatePairsOff]),
+            ("config", Annotated[config, bare]),
+        ],
+    )
+    command = tyro.cli(
+        command_type,
+        args=list(arguments),
+        default=command_type(Flags(), base),
+        prog=f"python -m experiments.{slug}",
+        description=description or "",
+    )
+    if saved is not None:
+        _check_resumed(command.flags, saved, command.config)
+    return command.flags, command.config
+
+
+def _given(flag: str, arguments: Sequence[str]) -> str:
+    """The value of a flag that decides what the other flags' defaults are."""
+    value = ""
+    for index, argument in enumerate(arguments):
+        name, equals, after = argument.partition("=")
+        if name == flag and (equals or index + 1 < len(arguments)):
+            value = after if equals else arguments[index + 1]
+    return value
+
+
+def preset(slug: str, name: str) -> pathlib.Path:
+    """The file of a preset.
+
+    Raises:
+      ConfigError: there is none; the nearest name is offered.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path = pathlib.Path(name)
+        if not path.is_file():
+            raise ConfigError(f"--preset {name}: no such file.")
+        return path
+    names = presets(slug)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
+        raise ConfigError(f"--preset {name}: no configs/{slug}/{name}.toml; {tail}")
+    return ROOT / "configs" / slug / f"{name}.toml"
+
+
+def presets(slug: str) -> list[str]:
+    """Names of an experiment's presets."""
+    paths = (ROOT / "configs" / slug).glob("*.toml")
+    return sorted(path.stem for path in paths if path.name != "claims.toml")
+
+
+def _saved[Config](folder: pathlib.Path, base: Config) -> Config:
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise ConfigError(
+            f"--resume {folder}: no run was saved there (it has no config.toml).\n"
+            "Give the folder that the run printed, runs/<experiment>/<time>-<hash>."
+        )
+    return configs.read(path, base)
+
+
+def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
+    if flags.measure_only:
+        raise ConfigError("--resume and --measure-only: there is nothing to resume.")
+    for name, before, now in configs.differences(saved, given):
+        raise ConfigError(
+            f"--resume {flags.resume}: {name}={now!r} differs from the saved run's "
+            f"{before!r}.\n"
+            "A run goes on with its own config: drop the flag, or start a new run."
+        )
+
+
+# Words --------------------------------------------------------------------------------
+
+
+def slug_of(main: Callable) -> str:
+    """The experiment's name: that of the module that holds `main`."""
+    module = _module(main)
+    spec = module.__spec__  # of a module run by `python -m`, the only true name
+    name = spec.name if spec else pathlib.Path(sys.argv[0]).stem
+    return name.rpartition(".")[2]
+
+
+def _module(main: Callable):
+    return sys.modules[main.__module__]
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is ours and says what the user can do.
+
+    It is when its class is our own, or when a line of ours raised it as a ValueError or
+    TypeError: what JAX or Orbax raise by themselves is a bug, not a user's mistake.
+    """
+    if _ours(type(error).__module__):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    name = frames[-1].f_globals.get("__name__", "") if frames else ""
+    return isinstance(error, ValueError | TypeError) and _ours(name)
+
+
+def _ours(module: str) -> bool:
+    return module.partition(".")[0] in ("jmem", "experiments", "__main__")
+
+
+def message(error: Exception) -> str:
+    """An error in the house style: its class, its words, further lines indented."""
+    first, *rest = str(error).splitlines() or [""]
+    lines = [f"{type(error).__name__}: {first}"]
+    return "\n".join(lines + [textwrap.indent(line, " " * 12) for line in rest])

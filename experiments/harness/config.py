@@ -1,0 +1,282 @@
+"""Configs: frozen dataclasses as TOML, strict in both directions.
+
+A preset states only what differs from the defaults; a saved run's config.toml states
+everything, and is itself a preset. A field is a number, a boolean, a string, a
+`Literal`, a path, a tuple of these, or a frozen dataclass of such fields: a table in
+TOML, a prefix on the command line. No unions: what a value means would depend on the
+order of their members.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeGuard
+
+Keys = tuple[str, ...]
+"""A key's place: ("lisa", "adamw", "learning_rate")."""
+
+
+class ConfigError(ValueError):
+    """A preset, a flag or a saved run that does not fit the experiment's config."""
+
+
+# Types --------------------------------------------------------------------------------
+
+
+def hints(config: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, with `type` aliases resolved."""
+    found = typing.get_type_hints(config)
+    return {f.name: _resolved(found[f.name]) for f in dataclasses.fields(config)}
+
+
+def _resolved(hint: Any) -> Any:
+    while isinstance(hint, typing.TypeAliasType):
+        hint = hint.__value__
+    return hint
+
+
+def _is_table(hint: Any) -> TypeGuard[type]:
+    """Whether a field is a config of its own."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def check(config: type) -> None:
+    """Refuse a class that cannot be a config.
+
+    Raises:
+      TypeError: it is not a frozen dataclass, or a field's type is none of those above.
+    """
+    if not getattr(getattr(config, "__dataclass_params__", None), "frozen", False):
+        raise TypeError(f"{config.__name__} must be a frozen dataclass to be a config.")
+    for name, hint in hints(config).items():
+        where = f"{config.__name__}.{name}"
+        if _is_table(hint):
+            check(hint)
+        elif typing.get_origin(hint) is tuple:
+            for item in typing.get_args(hint):
+                _check_scalar(where, Ellipsis if item is Ellipsis else _resolved(item))
+        else:
+            _check_scalar(where, hint)
+
+
+def _check_scalar(where: str, hint: Any) -> None:
+    scalars = (bool, int, float, str, pathlib.Path, Ellipsis)
+    if hint not in scalars and typing.get_origin(hint) is not Literal:
+        raise TypeError(
+            f"{where}: {hint} is no type of a config's field; use bool, int, float, "
+            "str, Literal, pathlib.Path, a tuple of these, or a frozen dataclass."
+        )
+
+
+# Reading ------------------------------------------------------------------------------
+
+
+def read[Config](path: pathlib.Path, base: Config) -> Config:
+    """`base` with what a TOML file states.
+
+    Raises:
+      ConfigError: with file and line: text that is not TOML, an unknown key, a value
+        of another type, or one that the config itself refuses.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, _, place = str(error).partition(" (at ")
+        line = re.match(r"line (\d+)", place)
+        number = line[1] if line else len(text.splitlines())
+        raise ConfigError(f"{path}:{number}: not TOML: {message}.") from None
+    lines = locate(text)
+
+    def where(keys: Keys) -> str:
+        return f"{path}:{lines.get(keys, 1)}"
+
+    return _apply(base, values, where, ())
+
+
+def _apply(
+    base: Any, values: Mapping[str, Any], where: Callable[[Keys], str], above: Keys
+) -> Any:
+    """`base` with `values`, recursively; errors say `where` a key stands."""
+    types, given = hints(type(base)), {}
+    for name, value in values.items():
+        keys = (*above, name)
+        if name not in types:
+            raise ConfigError(
+                f"{where(keys)}: unknown key {name!r}{_hint(name, type(base))}"
+            )
+        if not _is_table(types[name]):
+            given[name] = _value(types[name], value, f"{where(keys)}: {name}")
+        elif isinstance(value, dict):
+            given[name] = _apply(getattr(base, name), value, where, keys)
+        else:
+            raise ConfigError(
+                f"{where(keys)}: {name}={value!r} must be a table: write "
+                f"{'.'.join(keys)}.KEY = ..."
+            )
+    try:
+        return dataclasses.replace(base, **given)
+    except (ValueError, TypeError) as error:
+        named = [name for name in values if f"{name}=" in str(error)]
+        keys = (*above, *(named or list(values))[:1])
+        raise ConfigError(f"{where(keys)}: {error}") from error
+
+
+def _hint(name: str, config: type) -> str:
+    """The end of an unknown key's message: the nearest name, in a table below too."""
+    known = [keys[-1] for keys, _ in _leaves(config)] + list(hints(config))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if not near:
+        return f"; known: {', '.join(hints(config))}"
+    paths = [keys for keys, _ in _leaves(config) if keys[-1] == near[0]]
+    best = near[0] if near[0] in hints(config) else ".".join(paths[0])
+    return f"; did you mean {best!r}?"
+
+
+def _leaves(config: type, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    for name, hint in hints(config).items():
+        if _is_table(hint):
+            yield from _leaves(hint, (*above, name))
+        else:
+            yield (*above, name), hint
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A TOML value as the field's type, or a ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments or type(value) not in map(type, arguments):
+            near = difflib.get_close_matches(str(value), map(str, arguments), n=1)
+            tail = f"; did you mean {near[0]!r}?" if near else "."
+            raise ConfigError(f"{where}={value!r} is none of {arguments}{tail}")
+        return value
+    if origin is tuple:
+        if isinstance(value, list):
+            if arguments[-1] is Ellipsis:
+                arguments = arguments[:1] * len(value)
+            if len(arguments) == len(value):
+                pairs = enumerate(zip(arguments, value, strict=True))
+                return tuple(
+                    _value(_resolved(item), entry, f"{where}[{index}]")
+                    for index, (item, entry) in pairs
+                )
+        raise ConfigError(f"{where}={value!r} must be {_name(hint)}.")
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is pathlib.Path and type(value) is str:
+        return pathlib.Path(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{where}={value!r} must be {_name(hint)}.")
+    return value
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if items[-1] is Ellipsis:
+            return f"an array, each {_name(_resolved(items[0]))}"
+        return f"an array of {len(items)} entries"
+    names = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        pathlib.Path: "a string with a path",
+    }
+    return names.get(hint, str(hint))
+
+
+def locate(text: str) -> dict[Keys, int]:
+    """Line of every key of a valid TOML text.
+
+    A key stands where the statement begins after which the text so far, read by
+    itself, holds it: growing prefixes are parsed, as tomllib tells no places.
+    """
+    lines, found, start = text.splitlines(), {}, 0
+    for end in range(1, len(lines) + 1):
+        try:
+            values = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:  # in the middle of a value of several lines
+            continue
+        said = (n for n in range(start, end) if lines[n].split("#")[0].strip())
+        first = next(said, start) + 1
+        for keys in _paths(values):
+            found.setdefault(keys, first)
+        start = end
+    return found
+
+
+def _paths(values: Mapping[str, Any], above: Keys = ()) -> Iterator[Keys]:
+    for name, value in values.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from _paths(value, (*above, name))
+
+
+# Writing ------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dicts of plain values, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return to_dict(value)
+        if isinstance(value, tuple):
+            return [plain(entry) for entry in value]
+        return str(value) if isinstance(value, pathlib.PurePath) else value
+
+    return {
+        field.name: plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+    }
+
+
+def write(config: Any) -> str:
+    """A config as TOML, every field stated; `read` gives an equal config back."""
+    return "\n".join(_table(to_dict(config), ()))
+
+
+def _table(values: Mapping[str, Any], above: Keys) -> Iterable[str]:
+    for name, value in values.items():
+        if not isinstance(value, dict):
+            yield f"{name} = {_toml(value)}"
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield f"\n[{'.'.join((*above, name))}]"
+            yield from _table(value, (*above, name))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return f"[{', '.join(map(_toml, value))}]"
+
+
+# Comparing ----------------------------------------------------------------------------
+
+
+def differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted names of the fields whose values differ, with both values."""
+    for keys, _ in _leaves(type(first)):
+        values = [_get(config, keys) for config in (first, second)]
+        if values[0] != values[1]:
+            yield ".".join(keys), *values
+
+
+def _get(config: Any, keys: Keys) -> Any:
+    for name in keys:
+        config = getattr(config, name)
+    return config

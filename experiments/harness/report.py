@@ -1,0 +1,215 @@
+"""What a run found, as terminal tables, report.md and report.json.
+
+Numbers are kept as they were computed and formatted only when they are shown: a column
+says how (`gib`, `seconds`, ...), a plain one shows what `text` makes of a value.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+GiB = 2**30
+DASH = "–"
+"""What a table shows where there is nothing to show."""
+
+
+# Numbers ------------------------------------------------------------------------------
+
+
+def text(value: Any) -> str:
+    """A value in words: four significant digits, thousands separated, "–" for None.
+
+    >>> text(1234567), text(0.000123456), text(2.0), text(None), text(True)
+    ('1,234,567', '0.0001235', '2', '–', 'yes')
+    """
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def _shown(form: str, factor: float = 1.0) -> Callable[[float | None], str]:
+    return lambda value: DASH if value is None else form.format(value * factor)
+
+
+gib = _shown("{:,.2f} GiB", 1 / GiB)
+"""Bytes as GiB with two decimals."""
+gib_number = _shown("{:,.2f}", 1 / GiB)
+"""The same, for a table whose title names the unit."""
+loss = _shown("{:.4f}")
+"""A loss in nats a token."""
+percent = _shown("{:.1f} %", 100)
+"""A fraction as percent."""
+rate = _shown("{:,.0f}/s")
+"""Tokens, or anything else, a second."""
+steps_per_second = _shown("{:.2f} steps/s")
+
+
+def seconds(value: float | None) -> str:
+    """A duration: seconds with one decimal, minutes from two minutes on.
+
+    >>> seconds(3.14159), seconds(250.0)
+    ('3.1 s', '4:10 min')
+    """
+    if value is None:
+        return DASH
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{int(value) // 60}:{int(value) % 60:02} min"
+
+
+# Tables -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column's head, and how its values are shown."""
+
+    name: str
+    show: Callable[[Any], str] = text
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of values under named columns; the first column names the row."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def __post_init__(self):
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table {self.title!r}: row {row!r} has {len(row)} values for "
+                    f"{len(self.columns)} columns."
+                )
+        names = [str(row[0]) for row in self.rows]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"table {self.title!r}: two rows are named {min(twice)!r}; the first "
+                "column names a row."
+            )
+
+    def cells(self) -> list[list[str]]:
+        """The rows as they are shown."""
+        return [
+            [column.show(value) for column, value in zip(self.columns, row)]
+            for row in self.rows
+        ]
+
+    def rich(self) -> Any:
+        """The table for a terminal."""
+        from rich import box, table
+
+        shown = table.Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for index, column in enumerate(self.columns):
+            if index == 0:
+                shown.add_column(column.name, no_wrap=True, style="bold")
+            else:
+                shown.add_column(column.name, justify=self._justified(index))
+        for row in self.cells():
+            shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+        return shown
+
+    def _justified(self, index: int) -> Any:
+        values = [row[index] for row in self.rows]
+        return (
+            "right"
+            if all(isinstance(v, int | float | None) for v in values)
+            else "left"
+        )
+
+    def markdown(self) -> str:
+        """The table for report.md."""
+        heads = [column.name for column in self.columns]
+        rules = [
+            "---" if i == 0 or self._justified(i) == "left" else "---:"
+            for i in range(len(heads))
+        ]
+        lines = [
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+            for row in [heads, rules, *self.cells()]
+        ]
+        return "\n".join([f"### {self.title}", "", *lines])
+
+    def json(self) -> dict[str, dict[str, Any]]:
+        """Row name -> column -> value as computed, so that a value has an address."""
+        heads = [column.name for column in self.columns[1:]]
+        return {str(row[0]): dict(zip(heads, row[1:])) for row in self.rows}
+
+
+# Reports ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Report:
+    """All that a run has to say, in the order it was said."""
+
+    head: dict[str, Any]
+    """What ran: experiment, command, versions, device, status, times."""
+    config: Mapping[str, Any]
+    parts: list[Table | str] = dataclasses.field(default_factory=list)
+    """Tables and notes."""
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Memory reports by program, as plain values."""
+    plots: list[str] = dataclasses.field(default_factory=list)
+    """File names of the pictures."""
+
+    def json(self) -> str:
+        """report.json."""
+        values = {
+            **self.head,
+            "config": self.config,
+            "tables": {p.title: p.json() for p in self.parts if isinstance(p, Table)},
+            "notes": [p for p in self.parts if isinstance(p, str)],
+            "memory": self.memory,
+            "plots": self.plots,
+        }
+        return json.dumps(_plain(values), indent=2, ensure_ascii=False) + "\n"
+
+    def markdown(self) -> str:
+        """report.md."""
+        lines = [f"# {self.head['experiment']}", "", f"`{self.head['command']}`", ""]
+        lines += [
+            f"- {name}: {_inline(self.head[name])}" for name in list(self.head)[2:]
+        ]
+        for part in self.parts:
+            lines += ["", part.markdown() if isinstance(part, Table) else _note(part)]
+        for plot in self.plots:
+            lines += ["", f"![{pathlib.Path(plot).stem}]({plot})"]
+        return "\n".join(lines) + "\n"
+
+
+def _note(words: str) -> str:
+    """A paragraph, or several lines as they are."""
+    return f"```text\n{words}\n```" if "\n" in words else words
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_inline(v)}" for name, v in value.items())
+    return text(value)
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON knows; a number that is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # NumPy's and JAX's scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)

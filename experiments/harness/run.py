@@ -1,0 +1,287 @@
+"""One run of an experiment: its folder, what it prints, and the report it leaves.
+
+runs/<experiment>/<time>-<hash of the config>/
+  config.toml       the config, all fields; itself a preset
+  report.json       every number as computed;  report.md  the same, to read
+  *.png             pictures
+  memory/           one JSON a measured program
+  <method>/         metrics.jsonl, checkpoints/, trace/ of one trained method
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from typing import Any, Literal
+
+from experiments.harness import config as configs
+from experiments.harness.report import (
+    Column,
+    GiB,
+    Report,
+    Table,
+    gib,
+    gib_number,
+    seconds,
+)
+from jmem.targets import Target
+from jmem.train.folder import prepare
+
+WIDTH = 120
+"""Columns printed where the output is no terminal."""
+
+
+class Run(contextlib.AbstractContextManager):
+    """What an experiment's `main` is given beside its config.
+
+    Used as a context: the report is written when it ends, however it ends. The folder
+    is made when something is first written to it, so that a refused config leaves
+    nothing behind; that it can be made is proved at once.
+
+    Raises:
+      FolderError: `runs` (or `resume`) cannot be written.
+    """
+
+    def __init__(
+        self,
+        slug: str,
+        config: Any,
+        *,
+        target: Target | None = None,
+        runs: pathlib.Path = pathlib.Path("runs"),
+        config_folder: pathlib.Path | None = None,
+        measure_only: bool = False,
+        resume: pathlib.Path | None = None,
+        trace: bool = False,
+    ):
+        from rich.console import Console
+
+        self.slug = slug
+        self.config = config
+        self._target = target
+        self.config_folder = config_folder or pathlib.Path("configs", slug)
+        """Where the experiment's presets and claims are."""
+        self.measure_only = measure_only
+        """Compile only: no weights are loaded, nothing is trained."""
+        self.resume = resume is not None
+        """Whether the folder holds an earlier session; `train` takes it as it is."""
+        self.trace = trace
+        """Whether the user asked for profiler traces."""
+        self.console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        self._began = time.monotonic()
+        now = datetime.datetime.now().astimezone()
+        toml = configs.write(config)
+        self._made = resume is not None
+        if resume is None:
+            name = hashlib.sha256(toml.encode()).hexdigest()[:8]
+            self._folder = runs / slug / f"{now:%Y%m%d-%H%M%S}-{name}"
+            prepare(self._folder.parent)
+        else:
+            self._folder = prepare(resume)
+        self._toml = f"# Config of a run of {slug}; --preset takes this file.\n{toml}\n"
+        self.report = Report(
+            head={
+                "experiment": slug,
+                "command": command(slug),
+                "status": "running",
+                "started": f"{now:%Y-%m-%d %H:%M:%S %z}",
+                "seconds": 0.0,
+                "target": target.name if target else None,
+                "device": None,
+                "versions": versions(),
+            },
+            config=configs.to_dict(config),
+        )
+        self.memory: dict[str, Any] = {}
+        """Recorded memory reports, by program."""
+
+    @property
+    def target(self) -> Target:
+        """The described GPU that programs are compiled for (`config.gpu`)."""
+        if self._target is None:
+            raise TypeError(f"the config of {self.slug} has no field `gpu`.")
+        return self._target
+
+    # Files ----------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The run's folder, made with config.toml in it when it is first asked for."""
+        if not self._made:
+            taken, number = self._folder, 2
+            while self._folder.exists():  # another run of the same second
+                self._folder = taken.with_name(f"{taken.name}-{number}")
+                number += 1
+            self._folder.mkdir(parents=True)
+            write_atomically(self._folder / "config.toml", self._toml)
+            self._made = True
+        return self._folder
+
+    def folder_of(self, method: str) -> pathlib.Path:
+        """A method's own folder, for metrics, checkpoints and trace.
+
+        Asking for it says that something is run here: the report names the device.
+        """
+        self.report.head["device"] = device()
+        path = self.folder / method
+        path.mkdir(exist_ok=True)
+        return path
+
+    # Saying ---------------------------------------------------------------------------
+
+    def note(self, words: str) -> None:
+        """A paragraph, or lines to be kept as they are: printed, and in the report."""
+        self._say(words)
+        if words not in self.report.parts:
+            self.report.parts.append(words)
+
+    def table(
+        self,
+        title: str,
+        columns: Iterable[str | Column],
+        rows: Iterable[Sequence[Any]],
+    ) -> None:
+        """A table: printed, and kept; a later one of the same title replaces it.
+
+        The first column names the row. Values go in as computed (bytes, seconds); a
+        `Column` says how they are shown.
+        """
+        heads = tuple(Column(c) if isinstance(c, str) else c for c in columns)
+        table = Table(title, heads, tuple(tuple(row) for row in rows))
+        parts = self.report.parts
+        parts[:] = [p for p in parts if not (isinstance(p, Table) and p.title == title)]
+        parts.append(table)
+        self.console.print(table.rich())
+
+    def record(self, report: Any, name: str, *, reserve: int = GiB) -> None:
+        """Keep a program's `jmem.MemoryReport`, and print its size and verdict."""
+        self.memory[name] = report
+        verdict = report.fits(reserve)
+        plain = json.loads(report.to_json())
+        folder = self.folder / "memory"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"{name}.json", json.dumps(plain) + "\n")
+        self.report.memory[name] = {field: plain[field] for field in _KEPT} | {
+            "fits": bool(verdict),
+            "reserve_bytes": reserve,
+        }
+        host = (
+            f" + {gib(report.host_bytes)} of host memory" if report.host_bytes else ""
+        )
+        fits = "[green]fits[/]" if verdict else "[red]does not fit[/]"
+        self.console.print(
+            f"[bold]{name}[/]  {gib(report.device_bytes)}{host}  {fits} {report.target}"
+            f"  [dim]compiled in {seconds(report.compile_seconds)}[/]",
+            highlight=False,
+        )
+
+    def memory_table(self, title: str = "") -> None:
+        """Every recorded program by kind of memory, in GiB; a column sums to its peak.
+
+        Kinds below half a percent of every program's peak share the row "other".
+        """
+        if not self.memory:
+            return
+        reports = self.memory
+        kinds = [
+            kind
+            for kind in {k: None for r in reports.values() for k in r.by_kind}
+            if any(
+                r.by_kind.get(kind, 0) * 200 > r.device_bytes for r in reports.values()
+            )
+        ]
+        kept = {
+            name: [r.by_kind.get(k, 0) for k in kinds] for name, r in reports.items()
+        }
+        left = {name: r.device_bytes - sum(kept[name]) for name, r in reports.items()}
+        target = next(iter(reports.values())).target
+        self.table(
+            title or f"Memory at the peak on {target}, GiB",
+            ["kind", *(Column(name, gib_number) for name in reports)],
+            [
+                *([kind, *row] for kind, row in zip(kinds, zip(*kept.values()))),
+                *([["other", *left.values()]] if any(left.values()) else []),
+                ["total", *(r.device_bytes for r in reports.values())],
+            ],
+        )
+
+    def plot(self, name: str, make: Callable[[], Any]) -> None:
+        """Save the matplotlib figure that `make` draws as `name`.png."""
+        make().savefig(self.picture(name))
+
+    def picture(self, name: str) -> pathlib.Path:
+        """Where to save a picture that the report is to show."""
+        if f"{name}.png" not in self.report.plots:
+            self.report.plots.append(f"{name}.png")
+        return self.folder / f"{name}.png"
+
+    # Ending ---------------------------------------------------------------------------
+
+    def __exit__(self, kind, error, trace) -> Literal[False]:
+        if error is None:
+            self.finish("complete")
+            return False
+        self.report.head["error"] = str(error) or kind.__name__
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            self._say(str(error) or "interrupted")
+        if self._made or self.report.parts:
+            self.finish("interrupted" if interrupted else "failed")
+        if interrupted and self._made and not self.measure_only:
+            folder = shlex.quote(str(self._folder))
+            self._say(f"python -m experiments.{self.slug} --resume {folder}")
+        return False
+
+    def finish(self, status: str) -> None:
+        """Write report.json and report.md."""
+        self.report.head["status"] = status
+        self.report.head["seconds"] = round(time.monotonic() - self._began, 1)
+        write_atomically(self.folder / "report.json", self.report.json())
+        write_atomically(self.folder / "report.md", self.report.markdown())
+        self._say(f"report: {self.folder / 'report.md'}")
+
+    def _say(self, words: str) -> None:
+        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+_KEPT = (
+    *("target", "device_bytes", "interval", "host_bytes", "argument_bytes"),
+    *("by_kind", "by_label", "stablehlo_hash", "compile_seconds"),
+)
+"""Of a memory report, what report.json repeats; memory/ holds all of it."""
+
+
+def write_atomically(path: pathlib.Path, content: str) -> None:
+    """Write a whole file or nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(content)
+    os.replace(partial, path)
+
+
+def command(slug: str) -> str:
+    """The command line that started this process, ready to be pasted."""
+    return shlex.join(["python", "-m", f"experiments.{slug}", *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    names = ("jmem", "jax", "jaxlib", "flax", "optax")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+def device() -> str:
+    """The default device that programs ran on, in words."""
+    import jax
+
+    first = jax.devices()[0]
+    count = jax.device_count()
+    return first.device_kind if count == 1 else f"{count} x {first.device_kind}"

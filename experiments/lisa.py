@@ -1,0 +1,282 @@
+"""LISA beside full fine-tuning, LoRA and embedding-only: loss on real text, and memory.
+
+    python -m experiments.lisa            SmolLM2-135M on this machine (5 minutes, 2 cores)
+    python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
+    python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
+
+Paper   Pan et al., LISA, NeurIPS 2024, arXiv:2403.17919, table 1 (peak memory).
+Expect  device(lora, rank 128) < device(lisa, 2 layers) < 0.5 * device(full) at 7B with
+        float32 moments; every method lowers the loss of text it was not trained on.
+
+Every method trains the same model on the same batches for the same number of steps, at
+one learning rate each. That shows that each works and what it costs; which one is best
+is another question, and a few hundred steps a rate long.
+"""
+
+import dataclasses
+import gc
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+import jmem
+import jmem.checkpoints
+import jmem.data
+from experiments.harness import cli, plots
+from experiments.harness.report import Column, gib, loss, rate, seconds
+from experiments.harness.run import Run
+from jmem.data.batch import Batch
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.full import Full
+from jmem.finetune.lisa import Lisa
+from jmem.finetune.lora import Lora
+from jmem.finetune.program import step_program
+from jmem.models import zoo
+from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.nn.attention import choose
+from jmem.program import Program
+from jmem.targets import Target
+from jmem.train import metrics
+from jmem.train.loop import train
+
+Method = Literal["full", "lora", "lisa", "embedding"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    model: str = "smollm2-135m"
+    """A name in jmem.models.zoo; to train, "smollm2-135m" or a checkpoint's path."""
+    data: str = ""
+    """A .jsonl or .txt file to train on; empty for Python's own documentation."""
+    held_out: str = ""
+    """A file never trained on; empty to keep back whole documents of `data`."""
+    column: str = "text"
+    """The key that holds the text in a .jsonl file."""
+    only: tuple[Method, ...] = ()
+    """Methods to run; empty means all."""
+    full: Full = Full(adamw=AdamW(learning_rate=5e-5, warmup_steps=4))
+    lora: Lora = Lora(adamw=AdamW(learning_rate=5e-4, warmup_steps=4))
+    lisa: Lisa = Lisa(period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4))
+    embedding: Lisa = Lisa(
+        active_layers=0, period=4, adamw=AdamW(learning_rate=1e-3, warmup_steps=4)
+    )
+    """LISA without active layers: embedding, final norm and head alone."""
+    steps: int = 16
+    """Updates a method."""
+    batch_size: int = 1
+    """Sequences an update."""
+    seq_len: int = 512
+    """Tokens a sequence."""
+    held_out_tokens: int = 4096
+    """Tokens whose loss is told before and after."""
+    checkpoint_every: int = 0
+    """Updates between checkpoints; 0 keeps the last one only."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations, in what runs here and in what is measured."""
+    remat: Literal["none", "dots", "block"] = "block"
+    """What full and LoRA keep for the backward pass; LISA keeps block inputs."""
+    seed: int = 0
+    """Of the order of the batches, of adapters and of draws."""
+    gpu: str = "h200"
+    """GPU whose memory is laid out: a name, or a TOML file of your own."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "held_out_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lisa: {name}={getattr(self, name)}; need >= 1.")
+        if self.seed < 0 or self.checkpoint_every < 0:
+            raise ValueError(
+                f"lisa: seed={self.seed} and checkpoint_every={self.checkpoint_every} "
+                "must not be negative."
+            )
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return self.only or get_args(Method)
+
+
+def dimensions(config: Config) -> DecoderConfig:
+    """Of the zoo's model, or of the checkpoint that `model` is the path of."""
+    if "/" in config.model or config.model.endswith((".gguf", ".safetensors")):
+        dims = jmem.checkpoints.load(config.model).config
+    else:
+        dims = zoo.get(config.model)
+    if config.seq_len > dims.max_positions:
+        raise ValueError(
+            f"lisa: seq_len={config.seq_len} exceeds the {dims.max_positions:,} "
+            f"positions of {config.model}."
+        )
+    return dims
+
+
+def build(config: Config, dims: DecoderConfig, target: Target | None) -> Decoder:
+    """The model as it runs on `target` (None: on this machine)."""
+    dtype = jnp.dtype(config.dtype)
+    attention = choose(target, dtype, dims.head_dim)
+    return Decoder(dims, attention=attention, remat=config.remat, dtype=dtype)
+
+
+def programs(config: Config, target: Target) -> dict[str, Program]:
+    """One training step a method, for `target`."""
+    model = build(config, dimensions(config), target)
+    shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+    steps = {m: step_program(getattr(config, m), model, **shape) for m in config.methods}
+    return steps
+
+
+def main(config: Config, run: Run) -> None:
+    dims = dimensions(config)
+    if run.measure_only:
+        measure(config, run)
+        return
+    checkpoint = jmem.checkpoints.load(config.model, config.dtype)
+    if checkpoint.tokenizer is None:
+        raise ValueError(
+            f"lisa: {checkpoint.path} holds no tokenizer; put the model's "
+            "tokenizer.json beside its config.json."
+        )
+    training, held_out = batches(config, checkpoint)
+    here = attached()
+    model = build(config, dims, here)
+    rows = {}
+    for method in config.methods:
+        finetuner = getattr(config, method)
+        params = checkpoint.params()
+        state = finetuner.init(model, params, jax.random.key(config.seed))
+        del params
+        folder = run.folder_of(method)
+        state = train(
+            finetuner,
+            model,
+            state,
+            training,
+            steps=config.steps,
+            folder=folder,
+            held_out=held_out,
+            checkpoint_every=config.checkpoint_every,
+            keep=1,
+            resume=run.resume,
+            trace_steps=2 if run.trace else 0,
+        )
+        del state
+        gc.collect()
+        rows[method] = metrics.read(folder / "metrics.jsonl")
+    report_training(config, run, rows)
+    measure(config, run)
+    run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
+
+
+def attached() -> Target | None:
+    """The kind of GPU in this machine as far as attention goes; None without one."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    capability = str(device.compute_capability)
+    return dataclasses.replace(
+        jmem.targets.resolve("h200"), compute_capability=capability
+    )
+
+
+def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, ...]]:
+    """Shuffled training batches, and held-out ones in order, cut to a static length."""
+    text = {"column": config.column}
+    if not config.data:
+        training, held_out = jmem.data.python_reference()
+    elif config.held_out:
+        training = jmem.data.read(config.data, **text)
+        held_out = jmem.data.read(config.held_out, **text)
+    else:
+        training = jmem.data.read(config.data, unit="paragraph", **text)
+        held_out = None
+    ids = {"tokenizer": checkpoint.tokenizer, "vocab_size": checkpoint.config.vocab_size}
+    sequences = list(jmem.data.tokenise(training, **ids))
+    if held_out is None:
+        sequences, kept = keep_back(config, sequences)
+    else:
+        kept = list(jmem.data.tokenise(held_out, **ids))
+    rows = math.ceil(config.held_out_tokens / config.seq_len / config.batch_size)
+    test = jmem.data.in_order(jmem.data.pack(kept, config.seq_len), config.batch_size)
+    test = tuple(itertools.islice(test, rows))
+    found = int(sum(batch.weights.sum() for batch in test))
+    if found < config.held_out_tokens:
+        raise ValueError(
+            f"lisa: held_out_tokens={config.held_out_tokens}, but the held-out text "
+            f"has only {found}; lower it, or give a longer --held-out."
+        )
+    packed = jmem.data.pack(sequences, config.seq_len)
+    return jmem.data.Loader(packed, config.batch_size, config.seed), test
+
+
+def keep_back(config: Config, sequences: list) -> tuple[list, list]:
+    """The last whole documents that make up `held_out_tokens`, apart from the rest."""
+    wanted, first = config.held_out_tokens + 1, len(sequences)
+    while first and wanted > 0:
+        first -= 1
+        wanted -= len(sequences[first])
+    if wanted > 0 or first == 0:
+        raise ValueError(
+            f"lisa: --data {config.data} has no {config.held_out_tokens} tokens to keep "
+            "back beside some to train on; lower --held-out-tokens, or give --held-out."
+        )
+    return sequences[:first], sequences[first:]
+
+
+def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> None:
+    """Loss before and after, of text not trained on, and what a step took here."""
+
+    def line(method: str, own: list[dict]) -> Iterator:
+        held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
+        steps = [row for row in own if "loss" in row]
+        timed = sorted(row["tokens_per_second"] for row in steps)
+        yield from (method, held[0], held[-1], held[0] - held[-1])
+        yield from (steps[-1]["loss"], len(steps), timed[len(timed) // 2])
+        yield from (getattr(config, method).adamw.learning_rate, config.seed)
+
+    run.table(
+        "Held-out loss",
+        [
+            "method",
+            *(Column(n, loss) for n in ("before", "after", "gain", "last train loss")),
+            "steps",
+            Column("tokens", rate),
+            "learning rate",
+            "seed",
+        ],
+        [tuple(line(method, own)) for method, own in rows.items()],
+    )
+    run.note(
+        f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens at one "
+        "untuned rate a method, one seed: each works, but this is not a ranking. "
+        f"Losses are nats a token over {config.held_out_tokens:,} held-out tokens."
+    )
+
+
+def measure(config: Config, run: Run) -> None:
+    """Memory of every method's step on the described GPU, by kind."""
+    for name, program in programs(config, run.target).items():
+        with run.console.status(f"compiling {name} for {run.target.name}"):
+            report = jmem.measure(program, target=run.target)
+        run.record(report, name)
+    run.memory_table()
+    run.table(
+        f"Does it fit {run.target.name}?",
+        ["method", Column("device", gib), Column("at most", gib), "fits", "compiled in"],
+        [
+            (
+                *(name, report.device_bytes, max(report.interval)),
+                *(bool(report.fits()), seconds(report.compile_seconds)),
+            )
+            for name, report in run.memory.items()
+        ],
+    )
+    run.note(str(next(iter(run.memory.values())).fits()))
+    where = f"{config.model}, {config.batch_size} x {config.seq_len} tokens"
+    run.plot("memory", lambda: plots.memory(run.memory, title=f"{where}, {config.dtype}"))
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

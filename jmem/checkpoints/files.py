@@ -1,0 +1,153 @@
+"""Bytes from outside and bytes to disk: bounded reads, strict JSON, atomic writes.
+
+A checkpoint comes from somebody else. Every reader here checks a length against the
+file before it allocates, and reads with `read`, not `mmap`: a file that is truncated
+while mapped kills the process with SIGBUS, a short read is an error with a name.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written whole; nothing partial is left."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A named array whose values cost nothing until `read()` is called."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Row-major, as in torch: a linear map is [out, in]."""
+    dtype: np.dtype
+    """Of what `read` returns."""
+    read: Callable[[], np.ndarray]
+    origin: str = ""
+    """The file it lies in, for error messages."""
+
+
+def open_file(path: Path) -> tuple[BufferedReader, int]:
+    """Opens a regular file for reading; returns it with its size in bytes.
+
+    Raises:
+      CheckpointError: absent, unreadable, or not a regular file (a pipe would hang).
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: not a regular file.")
+        # The caller closes it.
+        file = open(path, "rb")  # noqa: SIM115
+        return file, os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+
+
+def read_span(path: Path, offset: int, length: int) -> np.ndarray:
+    """`length` bytes from `offset`, as uint8 in memory of their own.
+
+    Raises:
+      CheckpointError: the file has become shorter since its header was checked.
+    """
+    file, size = open_file(path)
+    with file:
+        if offset + length > size:
+            raise CheckpointError(
+                f"{path}: bytes {offset} to {offset + length} lie outside its {size} "
+                "bytes; the file changed after it was checked. Copy it again."
+            )
+        data = np.empty(length, np.uint8)
+        file.seek(offset)
+        if file.readinto(memoryview(data)) != length:
+            raise CheckpointError(f"{path}: ends while being read. Copy it again.")
+    return data
+
+
+def read_whole(path: Path, limit: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+      CheckpointError: longer than `limit` bytes, or not readable.
+    """
+    file, size = open_file(path)
+    with file:
+        if size > limit:
+            raise CheckpointError(
+                f"{path}: {size} bytes; such a file has at most {limit}."
+            )
+        return file.read(limit)
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object in UTF-8 whose keys are unique.
+
+    Raises:
+      CheckpointError: anything else; the message starts with `where`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise CheckpointError(f"{where}: key {twice!r} appears twice.")
+        return table
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where}: holds a JSON {type(value).__name__}, not an object."
+        )
+    return value
+
+
+@contextlib.contextmanager
+def staged(path: Path, nbytes: int) -> Iterator[Path]:
+    """A sibling of `path`, to be filled, that takes its place if the block succeeds.
+
+    The block makes a file or a folder there. If it fails, or is interrupted, what it
+    made is removed and `path` is as before. `nbytes` is what it will need on disk.
+
+    Raises:
+      CheckpointError: the parent folder is missing, read-only or too full.
+    """
+    parent = path.parent
+    stage = parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        free = shutil.disk_usage(parent).free
+        if free < nbytes:
+            raise CheckpointError(
+                f"{path}: needs {nbytes} bytes, but {parent} has {free} free. "
+                "Free some space or choose another folder."
+            )
+        yield stage
+        os.replace(stage, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}). "
+            "Choose a folder that exists, is writable and has room."
+        ) from error
+    finally:
+        if os.path.isdir(stage):
+            shutil.rmtree(stage, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                stage.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""GGUF metadata, llama.cpp's description of a model, to `DecoderConfig`.
+
+Supported are the architectures llama (Mistral, SmolLM2 and TinyLlama are llamas) and
+qwen2. A key that would make the model compute something else than `Decoder` is refused
+by name.
+
+Rotary   For llama, llama.cpp orders rows of q and k so that a channel pair lies side by
+         side (2i, 2i+1); they are put back into Hugging Face's halves (i, i + D/2).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jmem.checkpoints import fields
+from jmem.checkpoints.fields import unsupported
+from jmem.checkpoints.files import CheckpointError, LazyTensor
+from jmem.checkpoints.gguf import Gguf
+from jmem.models.decoder import DecoderConfig
+from jmem.nn.rope import Llama3Scaling, Rope
+
+ARCHITECTURES = ("llama", "qwen2")
+"""Supported general.architecture."""
+
+_NEUTRAL: Mapping[str, tuple] = {
+    "expert_count": (0,),
+    "rope.scaling.type": ("none",),
+    "rope.scale_linear": (1.0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+"""Keys under the architecture's name that change the result unless absent or so."""
+
+
+def parse_config(source: Gguf) -> DecoderConfig:
+    """The decoder that the metadata describe.
+
+    Raises:
+      CheckpointError: an architecture or key that `Decoder` does not compute, or a
+        value missing or out of range; names the key and its value.
+    """
+    where, metadata, tensors = str(source.path), source.metadata, source.tensors
+    kind = metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        supported = " or ".join(ARCHITECTURES)
+        raise unsupported(where, "general.architecture", kind, supported)
+    fields.neutral(metadata, _NEUTRAL, where, prefix=f"{kind}.")
+
+    def size(key: str, default: int | None = None) -> int:
+        return fields.size(metadata, f"{kind}.{key}", where, default)
+
+    hidden, heads = size("embedding_length"), size("attention.head_count")
+    even = hidden // heads if hidden % heads == 0 else None
+    head_dim = size("attention.key_length", even)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (value := size(key, head_dim)) != head_dim:
+            raise unsupported(where, f"{kind}.{key}", value, f"{head_dim}, as for keys")
+    max_positions = size("context_length")
+    window = metadata.get(f"{kind}.attention.sliding_window") or max_positions
+    if type(window) is not int or window < max_positions:
+        key = f"{kind}.attention.sliding_window"
+        raise unsupported(where, key, window, f"full attention, or {max_positions}")
+    theta = fields.number(metadata, f"{kind}.rope.freq_base", where, 10_000.0)
+    eps = f"{kind}.attention.layer_norm_rms_epsilon"
+    table = tensors.get("token_embd.weight")
+    try:
+        return DecoderConfig(
+            vocab_size=size("vocab_size", table.shape[0] if table else None),
+            layers=size("block_count"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=size("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            intermediate=size("feed_forward_length"),
+            max_positions=max_positions,
+            rope_theta=theta,
+            rope_scaling=_scaling(source, head_dim, theta),
+            rms_eps=fields.number(metadata, eps, where),
+            tied="output.weight" not in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _scaling(source: Gguf, head_dim: int, theta: float) -> Llama3Scaling | None:
+    """Llama-3 scaling, which GGUF holds as a tensor of frequency divisors [D/2].
+
+    All published models share every constant but `factor`, the largest divisor.
+
+    Raises:
+      CheckpointError: the divisors are not those of any such scaling.
+    """
+    tensor = source.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return None
+    if tensor.shape == (head_dim // 2,):
+        divisors = tensor.read()
+        with np.errstate(all="ignore"):  # a damaged file may hold anything
+            plain = Rope(head_dim=head_dim, theta=theta).frequencies()
+            scaling = Llama3Scaling(factor=max(1.0, float(divisors.max())))
+            if np.allclose(divisors, plain / scaling(plain), rtol=1e-4):
+                return scaling
+    raise CheckpointError(
+        f"{source.path}: tensor 'rope_freqs.weight' of shape {tensor.shape} does not "
+        f"hold Llama-3 scaling ({Llama3Scaling()} with any factor), the only one "
+        "supported."
+    )
+
+
+def parse_eos(source: Gguf, vocab_size: int) -> tuple[int, ...]:
+    """Ids that end a text or a turn; may be empty.
+
+    Raises:
+      CheckpointError: an id beyond the vocabulary.
+    """
+    ids = []
+    for name in ("eos", "eot"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = source.metadata.get(key)
+        if value is None or value in ids:
+            continue
+        if type(value) is not int or not 0 <= value < vocab_size:
+            where = str(source.path)
+            raise unsupported(where, key, value, f"ids below {vocab_size}")
+        ids.append(value)
+    return tuple(ids)
+
+
+def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor]:
+    """The tensors with q and k in the decoder's rotary convention."""
+    if source.metadata["general.architecture"] != "llama":
+        return dict(source.tensors)
+    heads = {"q": config.heads, "k": config.kv_heads}
+
+    def halves(tensor: LazyTensor) -> LazyTensor:
+        rotated = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name)
+        if rotated is None:
+            return tensor
+        read = functools.partial(_pairs_to_halves, tensor.read, heads[rotated[1]])
+        return dataclasses.replace(tensor, read=read)
+
+    return {name: halves(tensor) for name, tensor in source.tensors.items()}
+
+
+def _pairs_to_halves(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
+    """Rows (head, channel pair, member) to (head, member, channel pair)."""
+    rows = read()
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,238 @@
+"""Tokenizers of checkpoints: `tokenizer.json`, or rebuilt from GGUF metadata.
+
+A GGUF file names its way of splitting text instead of spelling it out. Rebuilt here,
+each as the model's own `tokenizer.json` has it (`tokenizer.ggml.model` / `.pre`):
+
+    gpt2 / gpt-2       byte-level BPE, GPT-2's pattern
+    gpt2 / smollm      every digit on its own, then GPT-2's pattern; no BOS (SmolLM2)
+    gpt2 / llama-bpe   Llama 3's pattern, digits in groups of three; BOS
+    gpt2 / qwen2       NFC, then Llama 3's pattern with single digits; no BOS
+    llama              SentencePiece BPE with byte fallback (Llama 1 and 2, TinyLlama,
+                       Mistral); BOS. Its merges follow from the scores.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jmem.checkpoints.files import CheckpointError, read_whole
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_JSON_LIMIT = 1 << 28
+"""Longest tokenizer.json, in bytes; the largest published ones take 35 MB."""
+_LEAST_COVER = 0.5
+"""Share of the model's ids that its tokenizer must know. Published models pad their
+tables by under 3 %; a tokenizer of half the size belongs to another model."""
+_PIECE_LIMIT = 256
+"""Longest SentencePiece token, in characters: each is cut everywhere to find merges.
+Published vocabularies have up to 48."""
+_PROBE = "One 12 three.\n"
+"""Encoded once when a tokenizer is made, so that a broken one is found then."""
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTE_LEVEL = {"gpt-2": False, "smollm": False, "llama-bpe": True, "qwen2": False}
+"""Byte-level pre-tokenizers; whether a text starts with BOS unless the file says."""
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+"""GGUF token types; the last two are matched whole, before the text is split."""
+
+
+def from_json(path: Path, vocab_size: int) -> "Tokenizer":
+    """The tokenizer of a `tokenizer.json`, without its truncation and padding.
+
+    Raises:
+      CheckpointError: not readable as one, or not this model's.
+    """
+    from tokenizers import Tokenizer
+
+    raw = read_whole(path, _JSON_LIMIT)
+    with _named_errors(path):
+        tokenizer = Tokenizer.from_buffer(raw)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return _checked(tokenizer, vocab_size, path)
+
+
+def from_gguf(metadata: Mapping[str, Any], vocab_size: int, path: Path):
+    """The tokenizer that GGUF metadata describe; None if the file carries none.
+
+    One that is not rebuilt here is read from a `tokenizer.json` in the same folder.
+
+    Raises:
+      CheckpointError: unknown and no such file, inconsistent, or not this model's.
+    """
+    model = metadata.get("tokenizer.ggml.model")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if model is None:
+        return None
+    # SentencePiece names no pre-tokenizer, and its texts start with BOS.
+    bos = True if model == "llama" else _BYTE_LEVEL.get(str(pre))
+    if bos is None or model not in ("llama", "gpt2"):
+        beside = path.with_name("tokenizer.json")
+        if beside.exists():
+            return from_json(beside, vocab_size)
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.model {model!r} with pre {pre!r} is not rebuilt; "
+            f"supported are llama, and gpt2 with pre {', '.join(_BYTE_LEVEL)}. Put the "
+            f"model's tokenizer.json beside the file."
+        )
+    with _named_errors(path):
+        tokens = _strings(metadata, "tokens", path)
+        types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+        if not isinstance(types, list) or len(types) != len(tokens):
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.token_type does not have {len(tokens)} items."
+            )
+        if len(set(tokens)) < len(tokens):
+            raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice.")
+        if model == "llama":
+            tokenizer = _sentencepiece(metadata, tokens, types, path)
+        else:
+            tokenizer = _byte_level(metadata, tokens, path)
+        _add_special(tokenizer, tokens, types)
+        _add_ends(tokenizer, metadata, tokens, bos, path)
+        return _checked(tokenizer, vocab_size, path)
+
+
+def _byte_level(metadata, tokens, path) -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for merge in _strings(metadata, "merges", path):
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.merges holds {merge!r}, which does not join "
+                "two tokens to a third."
+            )
+        merges.append((left, right))
+    kind = metadata["tokenizer.ggml.pre"]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
+    if kind in ("gpt-2", "smollm"):
+        split = pre.ByteLevel(add_prefix_space=False)
+        digits = [pre.Digits(individual_digits=True)] if kind == "smollm" else []
+        tokenizer.pre_tokenizer = pre.Sequence([*digits, split])
+    else:
+        pattern = Regex(_LLAMA3 % ("1,3" if kind == "llama-bpe" else "1"))
+        tokenizer.pre_tokenizer = pre.Sequence(
+            [
+                pre.Split(pattern, "isolated"),
+                pre.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(metadata, tokens, types, path) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.scores does not have {len(tokens)} items."
+        )
+    if (longest := max(map(len, tokens), default=0)) > _PIECE_LIMIT:
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens holds a token of {longest} characters; "
+            f"such tokens have at most {_PIECE_LIMIT}."
+        )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    # SentencePiece merges the pair whose union scores best. Ranked pairs do the same.
+    pairs = [
+        (-score, vocab[token[:cut]], vocab[token[cut:]])
+        for token, score in zip(tokens, scores)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    merges = [(tokens[left], tokens[right]) for _, left, right in sorted(pairs)]
+    unknown = next((t for t, kind in zip(tokens, types) if kind == _UNKNOWN), None)
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁")] * bool(prefix) + [normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * bool(prefix)
+    )
+    return tokenizer
+
+
+def _add_special(tokenizer, tokens, types) -> None:
+    from tokenizers import AddedToken
+
+    def whole(wanted: int) -> list[AddedToken]:
+        chosen = (t for t, kind in zip(tokens, types) if kind == wanted and t)
+        return [AddedToken(token, normalized=False) for token in chosen]
+
+    tokenizer.add_special_tokens(whole(_CONTROL))
+    tokenizer.add_tokens(whole(_USER_DEFINED))
+
+
+def _add_ends(tokenizer, metadata, tokens, bos_by_default: bool, path: Path) -> None:
+    """Makes encoded texts start with BOS and end with EOS where the file says so."""
+    from tokenizers import processors
+
+    text, used = ["$A"], {}
+    for name, default in (("bos", bos_by_default), ("eos", False)):
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", default):
+            number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+            if type(number) is not int or not 0 <= number < len(tokens):
+                raise CheckpointError(
+                    f"{path}: tokenizer.ggml.{name}_token_id {number!r} is not one of "
+                    f"{len(tokens)} tokens."
+                )
+            used[tokens[number]] = number
+            text.insert(0 if name == "bos" else len(text), tokens[number])
+    if used:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=text,
+            pair=[*text, *(piece.replace("$A", "$B") for piece in text)],
+            special_tokens=list(used.items()),
+        )
+
+
+def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise CheckpointError(f"{path}: tokenizer.ggml.{key} is not a list of strings.")
+    return value
+
+
+def _checked(tokenizer: "Tokenizer", vocab_size: int, path: Path) -> "Tokenizer":
+    """The tokenizer, if all its ids are the model's and it knows most of them."""
+    ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(ids | set(tokenizer.encode(_PROBE).ids), default=-1)
+    if largest >= vocab_size or len(ids) < _LEAST_COVER * vocab_size:
+        raise CheckpointError(
+            f"{path}: the tokenizer has {len(ids)} tokens with ids up to {largest}, "
+            f"but the model's vocabulary is 0 to {vocab_size - 1}. It belongs to "
+            "another model; put this model's tokenizer in its place."
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Turns the package's errors, and panics of its Rust core, into ours."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        # A panic is no Exception, and its class cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{path}: not a tokenizer ({error}).") from error
+        raise

@@ -1,0 +1,33 @@
+"""Text as batches of one static shape: read, tokenise, pack or pad, shuffle, resume.
+
+    documents = jmem.data.read("train.jsonl", column="text")    # a datasets.Dataset
+    sequences = jmem.data.tokenise(documents, tokenizer)        # ids, each with its end
+    loader = jmem.data.Loader(jmem.data.pack(sequences, seq_len=512), batch_size=8)
+    loader.batch(step)                                          # any step, no state
+
+Text without a file: `training, held_out = jmem.data.python_reference()`. Evaluation:
+`for batch in jmem.data.in_order(jmem.data.pack(held_out_sequences, 512), 8)`. Data that
+cannot be used raise `DataError`, a ValueError, before any training.
+"""
+
+from jmem.data.batch import Batch
+from jmem.data.builtin import Corpus, python_reference
+from jmem.data.document import DataError, Document
+from jmem.data.loader import Loader, in_order
+from jmem.data.text import read
+from jmem.data.tokens import tokenise
+from jmem.data.windows import pack, pad
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "DataError",
+    "Document",
+    "Loader",
+    "in_order",
+    "pack",
+    "pad",
+    "python_reference",
+    "read",
+    "tokenise",
+]

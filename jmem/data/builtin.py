@@ -1,0 +1,179 @@
+"""Real English text with no download: the reference documentation inside Python.
+
+What    Two kinds of document, both about Python and both laid out as `help()` prints
+        the language reference: its topics (`pydoc_data.topics`), and documentation
+        strings of standard library modules, read from their sources with `ast` and
+        never imported.
+Honest  A narrow domain (technical prose with signatures, grammar rules and doctests)
+        that every pretrained model has met before. It shows that training lowers a
+        loss and feeds the tests; it is no benchmark of language modelling.
+Split   Whole documents are held out. Topics quote each other at length, so a paragraph
+        that repeats an earlier document is cut, and the held-out documents come last:
+        no run of `RUN` words occurs in two documents, on either side of the split.
+Stable  The same for everybody on one release of Python. Another release has other
+        documentation, and the digest of the tokens (`Loader.digest`) tells.
+"""
+
+import ast
+import platform
+import re
+import sysconfig
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jmem.data.document import DataError, Document
+
+RUN = 12
+"""Words in a row that make two documents say the same thing."""
+SHORTEST = 40
+"""Words below which what is left of a document is dropped."""
+
+# fmt: off
+HELD_OUT_TOPICS = (
+    "assert", "booleans", "comparisons", "del", "dict", "global", "import", "raise",
+)
+HELD_OUT_MODULES = ("contextlib", "heapq", "shlex", "textwrap")
+TRAINING_MODULES = (
+    "abc", "argparse", "ast", "calendar", "cmd", "codecs", "collections",
+    "configparser", "copy", "csv", "difflib", "doctest", "email.message", "enum",
+    "fnmatch", "fractions", "functools", "glob", "http.client", "http.cookiejar",
+    "inspect", "ipaddress", "json", "logging", "numbers", "os", "pickle", "random",
+    "selectors", "shutil", "smtplib", "socketserver", "statistics", "string",
+    "subprocess", "tarfile", "tempfile", "threading", "tokenize", "traceback", "types",
+    "typing", "unittest.case", "unittest.mock", "urllib.parse", "urllib.request",
+    "uuid", "warnings", "weakref", "zipfile",
+)
+# fmt: on
+
+
+class Corpus(NamedTuple):
+    """Documents to train on, and documents from other sources to judge by."""
+
+    training: tuple[Document, ...]
+    held_out: tuple[Document, ...]
+
+
+def python_reference() -> Corpus:
+    """The default text: Python's own reference, split by source.
+
+    A source is named `topic:del` or `module:heapq`. Takes about a second.
+
+    Raises:
+      DataError: this Python was installed without one of the sources.
+    """
+    topics = _topics()
+    # The longest first: a short topic is mostly an extract, and is cut, not the whole.
+    names = sorted(topics, key=lambda name: (-len(topics[name]), name))
+    training = [_topic(topics, n) for n in names if n not in HELD_OUT_TOPICS]
+    training += map(_module, TRAINING_MODULES)
+    held_out = [_topic(topics, name) for name in HELD_OUT_TOPICS]
+    held_out += map(_module, HELD_OUT_MODULES)
+    seen: set[str] = set()
+    return Corpus(tuple(_news(training, seen)), tuple(_news(held_out, seen)))
+
+
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise _missing("pydoc_data.topics") from error
+    return topics
+
+
+def _topic(topics: dict[str, str], name: str) -> Document:
+    if name not in topics:
+        raise _missing(f"the topic {name!r} of pydoc_data.topics")
+    return Document(text=topics[name], source=f"topic:{name}")
+
+
+def _module(name: str) -> Document:
+    """Documentation strings of a module, laid out as the language reference is."""
+    path = Path(sysconfig.get_path("stdlib"), *name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    try:
+        tree = ast.parse(path.read_bytes())
+    except OSError as error:
+        raise _missing(f"the source of module {name!r} ({path})") from error
+    title = f'The "{name}" module'
+    parts = [f"{title}\n{'*' * len(title)}", ast.get_docstring(tree) or ""]
+    parts += _entries(tree, prefix=f"{name}.")
+    return Document(text="\n\n".join(filter(None, parts)), source=f"module:{name}")
+
+
+def _entries(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+    """A signature line and an indented text for each public, documented member."""
+    for node in parent.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node)
+        if not text or node.name.startswith("_"):
+            continue
+        if isinstance(node, ast.ClassDef):
+            head = f"class {prefix}{node.name}"
+            text = "\n\n".join([text, *_entries(node, prefix="")])
+        else:
+            head = prefix + _signature(node, bound=isinstance(parent, ast.ClassDef))
+        yield f"{head}\n\n{textwrap.indent(text, '   ')}"
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> str:
+    """How a caller writes it: no annotations, no `self`, a property without `()`."""
+    decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+    if decorators & {"property", "functools.cached_property"}:
+        return node.name
+    arguments = node.args
+    positional = arguments.posonlyargs + arguments.args
+    variadic = [a for a in (arguments.vararg, arguments.kwarg) if a is not None]
+    for argument in positional + arguments.kwonlyargs + variadic:
+        argument.annotation = None
+    if bound and positional and "staticmethod" not in decorators:
+        (arguments.posonlyargs or arguments.args).pop(0)
+    return f"{node.name}({ast.unparse(arguments)})"
+
+
+def _news(documents: Iterable[Document], seen: set[str]) -> Iterator[Document]:
+    """Each document without what is in `seen`, to which its own runs are added."""
+    for document in documents:
+        text = _without(document["text"], seen)
+        words = _words(text)
+        if len(words) >= SHORTEST:
+            seen.update(_runs(words))
+            yield Document(text=text, source=document["source"])
+
+
+def _without(text: str, seen: set[str]) -> str:
+    """`text` without the paragraphs that take part in a run of words in `seen`.
+
+    Blank lines between paragraphs become one. A cut makes new neighbours, hence the
+    loop.
+    """
+    paragraphs = re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))
+    while True:
+        words = [(w, i) for i, p in enumerate(paragraphs) for w in _words(p)]
+        repeated = {
+            paragraph
+            for start, run in enumerate(_runs([word for word, _ in words]))
+            if run in seen
+            for _, paragraph in words[start : start + RUN]
+        }
+        if not repeated:
+            return "\n\n".join(paragraphs) + "\n"
+        paragraphs = [p for i, p in enumerate(paragraphs) if i not in repeated]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(words: list[str]) -> list[str]:
+    return [" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
+
+
+def _missing(what: str) -> DataError:
+    return DataError(
+        f"python_reference: Python {platform.python_version()} comes without {what}. "
+        "Install the whole standard library, or give text of your own: "
+        "jmem.data.read(path)."
+    )

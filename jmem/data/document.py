@@ -1,0 +1,67 @@
+"""One noun, `Document`, and the one error of this package, `DataError`."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
+
+
+class DataError(ValueError):
+    """Data that cannot be used: names the file, the place, the rule and a way out."""
+
+
+class Document(TypedDict):
+    """A text and where it came from.
+
+    A row of a `datasets.Dataset` with these two columns is a Document as it stands.
+    """
+
+    text: str
+    """Not empty, and encodable as UTF-8."""
+    source: str
+    """For messages and records: `train.jsonl:17`, `topic:del`."""
+
+
+def text_of(row: Any, column: str, place: str) -> str:
+    """The text in `column` of a row, once it is known to be usable.
+
+    Raises:
+      DataError: `row` is not a mapping or has no such column, or the value is not a
+        string, is blank, or holds a lone surrogate (which no UTF-8 text can). The
+        message starts with `place`.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{place}: a row must be an object with a column {column!r}, "
+            f"not {type(row).__name__}. Write it as {{{column!r}: ...}}."
+        )
+    if column not in row:
+        raise DataError(
+            f"{place}: no column {column!r} among {sorted(map(str, row))}"
+            f"{nearest(column, row)}. Name the column that holds the text: column=..."
+        )
+    text = row[column]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{place}: column {column!r} holds {type(text).__name__}, not a string. "
+            "Convert it, or name another column: column=..."
+        )
+    if not text.strip():
+        raise DataError(
+            f"{place}: column {column!r} is blank, and a document needs text. "
+            "Remove the row."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: column {column!r} holds the lone surrogate "
+            f"{text[error.start]!a} at character {error.start}, which is not Unicode "
+            'text. Repair it where it was written (often a cut "\\ud83d\\ude00" pair).'
+        ) from error
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing when no known name is near."""
+    found = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,117 @@
+"""Batches by number: shuffled, endless, without state, so that resuming is exact."""
+
+import dataclasses
+import functools
+import hashlib
+import operator
+from collections.abc import Iterator
+from typing import SupportsIndex
+
+import numpy as np
+from jaxtyping import Int64
+
+from jmem.data.batch import Batch
+from jmem.data.document import DataError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loader:
+    """Rows of `data` in a new random order every epoch; `batch(step)` for any step.
+
+    The rows of all epochs stand in one endless line, of which step `s` takes
+    `batch_size` from place `s * batch_size` on. A batch at the end of an epoch is thus
+    completed from the next one: no row is ever left out, and one row may be in such a
+    batch twice.
+
+    Raises:
+      DataError: fewer rows than one batch; no weight in the loss; unequal shapes; a
+        batch size below 1 or a negative seed.
+    """
+
+    data: Batch
+    """All rows, as `pack` or `pad` makes them: [N, T]."""
+    batch_size: int
+    """Rows a batch."""
+    seed: int = 0
+    """Of the order of rows; the order of an epoch depends on it, N and nothing else."""
+
+    def __post_init__(self):
+        shapes = [np.shape(leaf) for leaf in self.data]
+        if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+            raise DataError(
+                f"Loader: data has shapes {shapes}; need one [N, T] for all."
+            )
+        if self.batch_size < 1:
+            raise DataError(f"Loader: batch_size={self.batch_size}; need at least 1.")
+        if self.seed < 0:
+            raise DataError(f"Loader: seed={self.seed} is negative; need 0 or more.")
+        if self.rows < self.batch_size:
+            raise DataError(
+                f"Loader: the data give {self.rows} row(s) of {shapes[0][1]} tokens, "
+                f"fewer than batch_size={self.batch_size}. Give more text, or lower "
+                "batch_size or seq_len."
+            )
+        if not np.any(self.data.weights):
+            raise DataError(
+                "Loader: every weight is 0, so there is no loss to train on."
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows in one epoch, N."""
+        return self.data.tokens.shape[0]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every row has been seen: N / batch_size, rounded up."""
+        return -(-self.rows // self.batch_size)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits that other tokens, weights or shapes would change.
+
+        Independent of batch size, seed and machine. A resumed run compares it.
+        """
+        sha = hashlib.sha256()
+        for leaf, dtype in zip(self.data, ("<i4", "<i4", "<f4")):
+            sha.update(repr(np.shape(leaf)).encode())
+            sha.update(np.ascontiguousarray(leaf, dtype).data)
+        return sha.hexdigest()[:16]
+
+    def batch(self, step: SupportsIndex) -> Batch:
+        """Batch number `step`, counted from 0 and without end; NumPy arrays [B, T]."""
+        step = operator.index(step)
+        if step < 0:
+            raise DataError(f"Loader.batch: step={step} is negative; steps start at 0.")
+        epoch, start = divmod(step * self.batch_size, self.rows)
+        picked = order(self.seed, epoch, self.rows)[start:][: self.batch_size]
+        rest = order(self.seed, epoch + 1, self.rows)[: self.batch_size - picked.size]
+        rows = np.concatenate([picked, rest])
+        return Batch(*(np.asarray(leaf)[rows] for leaf in self.data))
+
+
+@functools.lru_cache(maxsize=4)
+def order(seed: int, epoch: int, rows: int) -> Int64[np.ndarray, " N"]:
+    """The permutation of an epoch.
+
+    Sorts raw 64-bit draws: NumPy promises that a bit generator's stream stays the same
+    from release to release, and does not promise it of `Generator.permutation`.
+    """
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(rows)
+    permutation = np.argsort(draws, kind="stable")
+    permutation.flags.writeable = False
+    return permutation
+
+
+def in_order(data: Batch, batch_size: int) -> Iterator[Batch]:
+    """Every row once, as it stands, for evaluation; [batch_size, T] each.
+
+    The last batch is filled with rows of weight 0, so an average over all batches must
+    weigh by `weights` (sum of losses over sum of weights).
+    """
+    if batch_size < 1:
+        raise DataError(f"in_order: batch_size={batch_size}; need at least 1.")
+    for start in range(0, data.tokens.shape[0], batch_size):
+        part = [np.asarray(leaf)[start : start + batch_size] for leaf in data]
+        missing = batch_size - part[0].shape[0]
+        yield Batch(*(np.pad(leaf, ((0, missing), (0, 0))) for leaf in part))

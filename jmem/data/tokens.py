@@ -1,0 +1,82 @@
+"""Documents as token ids."""
+
+from collections.abc import Iterable, Mapping
+from itertools import batched
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from jmem.data.document import DataError, nearest, text_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ENCODED_AT_ONCE = 1024
+"""Documents handed to the tokenizer together; it encodes them in parallel."""
+
+
+def tokenise(
+    documents: Iterable[Any],
+    tokenizer: "Tokenizer",
+    *,
+    end: str = "<|endoftext|>",
+    column: str = "text",
+    vocab_size: int | None = None,
+) -> list[Int32[np.ndarray, " _"]]:
+    """Token ids of each document, closed by the token `end`.
+
+    `documents` are `Document`s, or rows of any `datasets.Dataset`. The tokenizer
+    adds what it always adds to a text (a begin token for Llama, nothing for SmolLM2)
+    and reads special tokens spelled out in the text as such; truncation and padding
+    that it was left with are not applied. The ids stay in host memory, 4 bytes a token.
+
+    Raises:
+      DataError: no document; a row without usable text in `column`; a document without
+        a single token; a tokenizer that does not know `end`, or that makes an id which
+        `vocab_size` (the model's, if given) has no row for. JAX would clamp such an id
+        to the last row in silence.
+    """
+    end_id = tokenizer.token_to_id(end)
+    if end_id is None:
+        known = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
+        raise DataError(
+            f"tokenise: end={end!r} is not a token of this tokenizer"
+            f"{nearest(end, known)}. Its special tokens: {known}."
+        )
+    tokenizer = _unlimited(tokenizer)
+    sequences: list[np.ndarray] = []
+    for rows in batched(documents, ENCODED_AT_ONCE):
+        places = [_place(row, len(sequences) + i) for i, row in enumerate(rows)]
+        texts = [text_of(row, column, place) for row, place in zip(rows, places)]
+        for place, encoding in zip(places, tokenizer.encode_batch(texts)):
+            if not encoding.ids:
+                raise DataError(
+                    f"{place}: the tokenizer finds no token in the text. "
+                    "Remove the document, or use the tokenizer of the model."
+                )
+            ids = np.array([*encoding.ids, end_id], np.int32)
+            if vocab_size is not None and ids.max() >= vocab_size:
+                raise DataError(
+                    f"{place}: token id {ids.max()} does not fit in vocab_size="
+                    f"{vocab_size}. Use the tokenizer that belongs to the model."
+                )
+            sequences.append(ids)
+    if not sequences:
+        raise DataError("tokenise: no document given; name files that hold text.")
+    return sequences
+
+
+def _place(row: Any, index: int) -> str:
+    named = isinstance(row, Mapping) and isinstance(row.get("source"), str)
+    return row["source"] if named else f"document {index}"
+
+
+def _unlimited(tokenizer: "Tokenizer") -> "Tokenizer":
+    """The tokenizer, or a copy of one that truncates or pads: it is the caller's."""
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return tokenizer
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

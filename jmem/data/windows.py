@@ -1,0 +1,79 @@
+"""Token sequences of any length as rows of one static length: packed, or padded.
+
+A row of `seq_len` targets spans `seq_len + 1` tokens: `tokens` are all but the last,
+`targets` all but the first. Padding has id 0 and weight 0; it comes last in its row, so
+under causal attention no counted position sees it. Document boundaries are not masked:
+inside a packed row attention reaches back into the documents before.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from jmem.data.batch import Batch
+from jmem.data.document import DataError
+
+
+def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
+    """All sequences end to end, cut into rows: [N, seq_len], shuffled by nobody.
+
+    Every token but the very first is the target of exactly one position: a row starts
+    with the last token of the row before, and only the last row is padded. The first
+    token of a document is thus predicted from the end token before it (and from what
+    the row holds further back), as a model does that starts a new text.
+
+    >>> data = pack([np.array([5, 6, 7, 0], np.int32), np.array([8, 0], np.int32)], 3)
+    >>> data.tokens.tolist(), data.targets.tolist(), data.weights.tolist()
+    ([[5, 6, 7], [0, 8, 0]], [[6, 7, 0], [8, 0, 0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    """
+    _check("pack", sequences, seq_len)
+    stream = np.concatenate(sequences)
+    counted = stream.size - 1
+    if counted < 1:
+        raise DataError(
+            "pack: one token in all, so nothing to predict; give more text."
+        )
+    rows = -(-counted // seq_len)
+    padded = np.zeros(rows * seq_len + 1, np.int32)
+    padded[: stream.size] = stream
+    weights = (np.arange(rows * seq_len) < counted).astype(np.float32)
+    shape = (rows, seq_len)
+    return Batch(
+        padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape)
+    )
+
+
+def pad(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
+    """One sequence a row: [N, seq_len], cut after `seq_len + 1` tokens or padded.
+
+    What is cut is lost to training; the end token goes with it.
+
+    >>> data = pad([np.array([5, 6, 7, 0], np.int32), np.array([8, 0], np.int32)], 2)
+    >>> data.tokens.tolist(), data.targets.tolist(), data.weights.tolist()
+    ([[5, 6], [8, 0]], [[6, 7], [0, 0]], [[1.0, 1.0], [1.0, 0.0]])
+    """
+    _check("pad", sequences, seq_len)
+    shape = (len(sequences), seq_len)
+    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights = np.zeros(shape, np.float32)
+    for row, sequence in enumerate(sequences):
+        counted = min(sequence.size - 1, seq_len)
+        if counted < 1:
+            raise DataError(
+                f"pad: sequence {row} has {sequence.size} token(s), and a target needs "
+                "one before it. Remove it, or close each document with an end token."
+            )
+        tokens[row, :counted] = sequence[:counted]
+        targets[row, :counted] = sequence[1 : counted + 1]
+        weights[row, :counted] = 1
+    return Batch(tokens, targets, weights)
+
+
+def _check(caller: str, sequences: Sequence[np.ndarray], seq_len: int) -> None:
+    if seq_len < 1:
+        raise DataError(
+            f"{caller}: seq_len={seq_len} holds no target; need at least 1."
+        )
+    if not sequences:
+        raise DataError(f"{caller}: no sequence given; tokenise some text first.")

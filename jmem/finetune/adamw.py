@@ -1,0 +1,145 @@
+"""AdamW as every method here uses it: one schedule, float32 arithmetic, any storage.
+
+Stock `optax.adamw(mu_dtype=...)` keeps the second moment in the parameters' dtype. Here
+both moments are stored in `moment_dtype` and updated in float32, whatever the
+parameters are.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cast(tree: Any, dtype) -> Any:
+    """`tree` with its floating leaves in `dtype`; counters and masks stay."""
+
+    def leaf(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(dtype) if floating else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def stored_in(
+    dtype, inner: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`inner` computing in float32 and keeping its floating state in `dtype`."""
+
+    def init(params):
+        return cast(inner.init(cast(params, jnp.float32)), dtype)
+
+    def update(updates, state, params=None):
+        wide = [cast(tree, jnp.float32) for tree in (updates, state, params)]
+        updates, state = inner.update(*wide)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Decoupled weight decay Adam (Loshchilov and Hutter, 2019, arXiv:1711.05101)."""
+
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls from its peak to zero over `total_steps`."""
+    warmup_steps: int = 0
+    """Steps of linear rise to the peak."""
+    total_steps: int = 0
+    """Updates the schedule is laid out for; needed unless it is constant."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are scaled down to; 0 leaves them alone."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of both moments. bfloat16 halves them, but 1 - b2 = 0.001 is below its
+    resolution (2^-8): the second moment then follows slowly or not at all."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"AdamW: {name}={getattr(self, name)} must not be negative."
+                )
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+            raise ValueError(
+                f"AdamW: b1={self.b1}, b2={self.b2}, eps={self.eps}: the decays must "
+                "lie in [0, 1) and eps must be positive."
+            )
+        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f"AdamW: schedule={self.schedule!r} needs total_steps above "
+                f"warmup_steps={self.warmup_steps}, got total_steps={self.total_steps}."
+            )
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """Learning rate of update number `step` (from 0), float32."""
+        step = jnp.asarray(step, jnp.float32)
+        warmup = jnp.minimum(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return self.learning_rate * warmup
+        span = self.total_steps - self.warmup_steps
+        done = jnp.clip((step - self.warmup_steps) / span, 0.0, 1.0)
+        left = 1 - done
+        if self.schedule == "cosine":
+            left = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return self.learning_rate * jnp.where(step < self.warmup_steps, warmup, left)
+
+    def direction(self) -> optax.GradientTransformation:
+        """The update before it is scaled by -rate: no schedule, no clipping.
+
+        Its step count is that of its own moments, so a group of parameters whose
+        moments start afresh gets its bias correction afresh.
+        """
+        adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
+        if self.weight_decay:
+            adam = optax.chain(adam, optax.add_decayed_weights(self.weight_decay))
+        return stored_in(self.moment_dtype, adam)
+
+    def clip(self, grads: Any) -> tuple[Any, jax.Array]:
+        """Gradients scaled to `max_grad_norm`, in their own dtype, and their norm before.
+
+        The norm is a float32 sum over all leaves.
+        """
+        squares = [
+            jnp.sum(jnp.square(cast(g, jnp.float32))) for g in jax.tree.leaves(grads)
+        ]
+        norm = jnp.sqrt(sum(squares))
+        if not self.max_grad_norm:
+            return grads, norm
+        factor = jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12))
+        return scale(grads, factor), norm
+
+
+def scale(tree: Any, factor: jax.Array) -> Any:
+    """`tree` times a scalar, multiplied in float32, each leaf in its own dtype."""
+    return jax.tree.map(
+        lambda x: (x.astype(jnp.float32) * factor).astype(x.dtype), tree
+    )
+
+
+def descend(params: Any, updates: Any, rate: jax.Array) -> Any:
+    """Params - rate * updates, added in float32 and stored in the parameters' dtype."""
+    return jax.tree.map(
+        lambda p, u: (p.astype(jnp.float32) - rate * u).astype(p.dtype), params, updates
+    )
+
+
+def gradient_step(adamw: AdamW, loss, trained: Any, optimizer: Any, step: jax.Array):
+    """One AdamW update of the tree `trained`, by automatic differentiation of `loss`.
+
+    Returns (trained, optimizer, metrics). Shared by every method whose gradients exist
+    all at once.
+    """
+    value, grads = jax.value_and_grad(loss)(trained)
+    grads, norm = adamw.clip(grads)
+    updates, optimizer = adamw.direction().update(grads, optimizer, trained)
+    rate = adamw.rate(step)
+    metrics = {"loss": value, "lr": rate, "grad_norm": norm}
+    return descend(trained, updates, rate), optimizer, metrics

@@ -1,0 +1,91 @@
+"""A backward pass that makes the gradients of chosen blocks only.
+
+Differentiating "the active blocks" automatically saves what *both* kinds of block need,
+or makes all gradients and drops most. Written by hand it is short: the forward scan
+keeps each block's input; the reverse scan makes a block's output gradient into its
+input gradient and, inside a `lax.cond`, into parameter gradients if the block holds a
+slot. Which blocks do is data, so changing them compiles nothing.
+
+Memory   L*B*T*M activations, one block's internals, and gradients of `slots` blocks.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jmem.nn.ops import Ops
+from jmem.nn.stack import depth
+from jmem.train.loss import mean_head_loss, token_positions
+
+
+def put_row(stacked: Any, layer: jax.Array, value: Any) -> Any:
+    """`stacked` with row `layer` of every leaf replaced (in place when donated)."""
+    return jax.tree.map(
+        lambda s, v: jax.lax.dynamic_update_index_in_dim(s, v, layer, 0), stacked, value
+    )
+
+
+def slot_gradients(
+    model, params: dict, batch, active: Int[Array, " S"], ops: Ops | None = None
+) -> tuple[Float[Array, ""], dict, Any]:
+    """Loss and gradients of everything outside the blocks and of the `active` blocks.
+
+    `active` holds distinct block indices in any order; S = 0 is allowed. Returns (loss,
+    gradients of `params` without "blocks", gradients of the blocks with leaves
+    [S, ...] in the order of `active`), each in its parameter's dtype. The loss is
+    `jmem.train.loss.next_token_loss`.
+    """
+    ops = model.ops if ops is None else ops
+    blocks = params["blocks"]
+    slots = active.shape[0]
+    layers = jnp.arange(depth(blocks), dtype=jnp.int32)
+    positions = token_positions(batch.tokens)
+
+    def block(p, x, layer):
+        x, _, aux = model.block(p, x, positions, layer, ops, None)
+        return x, sum((jnp.sum(v) for v in jax.tree.leaves(aux)), jnp.float32(0))
+
+    def forward(x, xs):
+        layer, p = xs
+        out, aux = block(p, x, layer)
+        return out, (x, aux)
+
+    def embed(table):
+        return model.embed(params | {"embed": table}, batch.tokens, positions)
+
+    x, embed_transpose = jax.vjp(embed, params["embed"])
+    x, (inputs, aux) = jax.lax.scan(forward, x, (layers, blocks))
+    loss, (d_head, dx) = jax.value_and_grad(
+        lambda p, x: mean_head_loss(model, ops, p, x, batch), argnums=(0, 1)
+    )(model.head_params(params), x)
+
+    slot_of = jnp.full(layers.shape, -1, jnp.int32)
+    slot_of = slot_of.at[active].set(jnp.arange(slots, dtype=jnp.int32))
+    one = jnp.float32(1)
+
+    def frozen(p, x, layer, slot, dx, grads):
+        del slot
+        _, transpose = jax.vjp(lambda x: block(p, x, layer), x)
+        return transpose((dx, one))[0], grads
+
+    def trained(p, x, layer, slot, dx, grads):
+        _, transpose = jax.vjp(lambda p, x: block(p, x, layer), p, x)
+        dp, dx = transpose((dx, one))
+        return dx, put_row(grads, slot, dp)
+
+    def backward(state, xs):
+        layer, slot, p, x = xs
+        if slots == 0:
+            return frozen(p, x, layer, slot, *state), None
+        return jax.lax.cond(slot >= 0, trained, frozen, p, x, layer, slot, *state), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros((slots, *p.shape[1:]), p.dtype), blocks)
+    (dx, d_blocks), _ = jax.lax.scan(
+        backward, (dx, zeros), (layers, slot_of, blocks, inputs), reverse=True
+    )
+    d_table = embed_transpose(dx)[0]
+    if "embed" in d_head:  # a tied table is read twice
+        d_table = jax.tree.map(jnp.add, d_table, d_head["embed"])
+    return loss + jnp.sum(aux), d_head | {"embed": d_table}, d_blocks

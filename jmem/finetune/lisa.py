@@ -1,0 +1,302 @@
+"""LISA: embedding and head always train, of the blocks only a few, re-drawn every K steps.
+
+Paper    Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient Large
+         Language Model Fine-Tuning, NeurIPS 2024, arXiv:2403.17919, algorithm 1.
+Idea     LoRA was seen to move the embedding and the head far more than the middle. LISA
+         imitates that by sampling: updates are full-rank, but gradients and moments are
+         only needed for what is being trained.
+Memory   w*P + (g + 2*m) * (active * P_block + P_outside) + L*B*T*M*w of block inputs.
+Differs  The official code never drops a moment, so its memory grows to that of full
+         AdamW; `moments="persist"` is that behaviour. The paper's runs restart the whole
+         optimizer at each draw: "reset_all". The default, "reset_layers", restarts the
+         active blocks only. Which blocks are active is data: no draw recompiles.
+See      configs/lisa/, experiments/lisa.py, tests/finetune/test_lisa.py
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from jmem.finetune.adamw import AdamW, descend
+from jmem.finetune.layerwise import slot_gradients
+from jmem.nn.stack import depth
+
+Moments = Literal["reset_layers", "reset_all", "persist"]
+
+
+def draw(
+    key: jax.Array, layers: int, active_layers: int, weights: tuple[float, ...] = ()
+) -> Int[Array, " S"]:
+    """`active_layers` distinct block indices, ascending, by Gumbel top-k.
+
+    Without `weights` every block is drawn with probability active_layers / layers. With
+    them, blocks are drawn one after another without replacement in proportion to
+    `weights`.
+    """
+    scores = jax.random.gumbel(key, (layers,), jnp.float32)
+    if weights:
+        with np.errstate(divide="ignore"):
+            scores += jnp.asarray(np.log(np.asarray(weights)), jnp.float32)
+    return jnp.sort(jax.lax.top_k(scores, active_layers)[1]).astype(jnp.int32)
+
+
+def _check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> None:
+    if active_layers > layers:
+        raise ValueError(
+            f"Lisa: active_layers={active_layers} exceeds the model's {layers} blocks; "
+            f"use at most {layers}, which trains every parameter."
+        )
+    if weights and len(weights) != layers:
+        raise ValueError(
+            f"Lisa: weights has {len(weights)} entries for {layers} blocks; give one a "
+            "block, or none for uniform draws."
+        )
+
+
+def _check_options(
+    active_layers: int, period: int, moments: str, weights: tuple[float, ...]
+) -> None:
+    if active_layers < 0:
+        raise ValueError(f"Lisa: active_layers={active_layers} must not be negative.")
+    if period < 1:
+        raise ValueError(f"Lisa: period={period} must be at least 1 step.")
+    if moments not in Moments.__args__:
+        raise ValueError(
+            f"Lisa: moments={moments!r} must be one of {Moments.__args__}."
+        )
+    if any(not 0 <= w < float("inf") for w in weights):
+        raise ValueError(f"Lisa: weights={weights} must be finite and not negative.")
+    if weights and sum(w > 0 for w in weights) < active_layers:
+        raise ValueError(
+            f"Lisa: weights={weights} has fewer than active_layers={active_layers} "
+            "positive entries, so that many distinct blocks can't be drawn."
+        )
+
+
+def _take(stacked: Any, active: Int[Array, " S"]) -> Any:
+    """Rows `active` of every leaf: [S, ...]."""
+    return jax.tree.map(lambda leaf: leaf[active], stacked)
+
+
+def _put(stacked: Any, active: Int[Array, " S"], rows: Any) -> Any:
+    """`stacked` with rows `active` replaced, in place when it is donated."""
+
+    def put(leaf, value):
+        value = value.astype(leaf.dtype)
+        return leaf.at[active].set(
+            value,
+            unique_indices=True,
+            indices_are_sorted=True,
+            mode="promise_in_bounds",
+        )
+
+    return jax.tree.map(put, stacked, rows)
+
+
+def _init_rows(inner, blocks: Any, rows: int) -> Any:
+    """`inner`'s state for `rows` blocks: each has its own moments and step count."""
+    like = jax.tree.map(lambda p: jnp.zeros((rows, *p.shape[1:]), p.dtype), blocks)
+    return jax.vmap(inner.init)(like)
+
+
+def _restart(fresh: jax.Array, start: Any, state: Any) -> Any:
+    """`start` where the scalar `fresh` holds, else `state`."""
+    return jax.tree.map(lambda a, b: jnp.where(fresh, a, b), start, state)
+
+
+def _update_rows(inner, persist, fresh, active, grads, optimizer, blocks):
+    """`inner` on every active block: (updates [S, ...], optimizer).
+
+    The state of a block lives in row `layer` if it persists, else in row `slot`, where
+    a draw starts it afresh.
+    """
+    params = _take(blocks, active)
+    if persist:
+        updates, rows = jax.vmap(inner.update)(grads, _take(optimizer, active), params)
+        return updates, _put(optimizer, active, rows)
+    start = _init_rows(inner, blocks, active.shape[0])
+    return jax.vmap(inner.update)(grads, _restart(fresh, start, optimizer), params)
+
+
+class LisaState(NamedTuple):
+    """State of `transform`."""
+
+    step: jax.Array  # int32 []
+    active: jax.Array  # int32 [S], ascending: the blocks trained at the last update
+    outside: Any  # inner's state for everything outside the blocks
+    blocks: Any  # inner's state a block, leaves [S, ...] ([L, ...] if they persist)
+
+
+def transform(
+    inner: optax.GradientTransformation,
+    *,
+    active_layers: int,
+    period: int,
+    seed: int = 0,
+    moments: Moments = "reset_layers",
+    weights: tuple[float, ...] = (),
+    blocks: str = "blocks",
+) -> optax.GradientTransformation:
+    """LISA around any optax optimizer, for anybody's training loop.
+
+    Parameters are a dict whose entry `blocks` holds every layer's parameters stacked on
+    axis 0; all other entries always train. Updates of frozen blocks are exactly zero.
+    The optimizer's state covers `active_layers` blocks only; gradients still exist for
+    all, as they come from outside (the `Lisa` finetuner avoids that too).
+
+    `inner` sees one block at a time and starts afresh at each draw: put learning-rate
+    schedules and global-norm clipping outside, into an `optax.chain`.
+
+    >>> params = {"head": jnp.ones(2), "blocks": {"w": jnp.ones((6, 3))}}
+    >>> lisa = transform(optax.scale_by_adam(), active_layers=2, period=10)
+    >>> optimizer = optax.chain(lisa, optax.scale_by_learning_rate(1e-3))
+    >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+    >>> int((updates["blocks"]["w"] != 0).any(axis=1).sum())
+    2
+    """
+    _check_options(active_layers, period, moments, weights)
+    persist = moments == "persist"
+
+    def split(tree):
+        return {k: v for k, v in tree.items() if k != blocks}, tree[blocks]
+
+    def init(params):
+        outside, stacked = split(params)
+        layers = depth(stacked)
+        _check_draw(layers, active_layers, weights)
+        return LisaState(
+            step=jnp.int32(0),
+            active=jnp.arange(active_layers, dtype=jnp.int32),
+            outside=inner.init(outside),
+            blocks=_init_rows(inner, stacked, layers if persist else active_layers),
+        )
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("lisa.transform: update needs params; pass them as third.")
+        outside, stacked = split(params)
+        outside_grads, grads = split(updates)
+        fresh = state.step % period == 0
+        key = jax.random.fold_in(jax.random.key(seed), state.step // period)
+        active = draw(key, depth(stacked), active_layers, weights)
+        held = state.outside
+        if moments == "reset_all":
+            held = _restart(fresh, inner.init(outside), held)
+        moved, held = inner.update(outside_grads, held, outside)
+        rows, optimizer = _update_rows(
+            inner, persist, fresh, active, _take(grads, active), state.blocks, stacked
+        )
+        still = jax.tree.map(jnp.zeros_like, grads)
+        updates = moved | {blocks: _put(still, active, rows)}
+        return updates, LisaState(state.step + 1, active, held, optimizer)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lisa:
+    """LISA whose gradients, too, exist for the active blocks only."""
+
+    active_layers: int = 2
+    """Blocks trained at a time (γ). 0 trains embedding, final norm and head only."""
+    period: int = 20
+    """Steps between draws (K)."""
+    moments: Moments = "reset_layers"
+    """What a draw forgets: the active blocks' moments, all moments, or none."""
+    weights: tuple[float, ...] = ()
+    """How often each block is drawn, relative to the others; empty means uniform."""
+    adamw: AdamW = AdamW(learning_rate=5e-5)
+
+    def __post_init__(self):
+        _check_options(self.active_layers, self.period, self.moments, self.weights)
+
+    def init(self, model, params, key):
+        """State that takes over `params` (donated by the training step)."""
+        layers = model.config.layers
+        _check_draw(layers, self.active_layers, self.weights)
+        inner = self.adamw.direction()
+        outside = {k: v for k, v in params.items() if k != "blocks"}
+        rows = layers if self.moments == "persist" else self.active_layers
+        return {
+            "params": params,
+            "outside": inner.init(outside),
+            "blocks": _init_rows(inner, params["blocks"], rows),
+            "key": jax.random.key_data(key),
+            "step": jnp.int32(0),
+        }
+
+    def active(self, state, layers: int) -> Int[Array, " S"]:
+        """The blocks that the next step trains, ascending: a pure function of the state.
+
+        So nothing about a draw needs saving but the key and the step.
+        """
+        key = jax.random.wrap_key_data(state["key"])
+        key = jax.random.fold_in(key, state["step"] // self.period)
+        return draw(key, layers, self.active_layers, self.weights)
+
+    def step(self, model, state, batch, active: Int[Array, " S"] | None = None):
+        """One update from one batch: (state, metrics).
+
+        `active` overrides the draw (distinct indices, ascending, γ of them): for
+        replaying a recorded run. Values known to the host are checked.
+        """
+        params = state["params"]
+        if active is None:
+            active = self.active(state, model.config.layers)
+        else:
+            _check_active(active, model.config.layers, self.active_layers)
+        loss, outside_grads, grads = slot_gradients(model, params, batch, active)
+        (outside_grads, grads), norm = self.adamw.clip((outside_grads, grads))
+        rate = self.adamw.rate(state["step"])
+        inner = self.adamw.direction()
+        fresh = state["step"] % self.period == 0
+
+        outside = {k: v for k, v in params.items() if k != "blocks"}
+        moments = state["outside"]
+        if self.moments == "reset_all":
+            moments = _restart(fresh, inner.init(outside), moments)
+        updates, moments = inner.update(outside_grads, moments, outside)
+        outside = descend(outside, updates, rate)
+
+        blocks, persist = params["blocks"], self.moments == "persist"
+        updates, optimizer = _update_rows(
+            inner, persist, fresh, active, grads, state["blocks"], blocks
+        )
+        rows = descend(_take(blocks, active), updates, rate)
+        state = state | {
+            "params": outside | {"blocks": _put(blocks, active, rows)},
+            "outside": moments,
+            "blocks": optimizer,
+            "step": state["step"] + 1,
+        }
+        return state, {"loss": loss, "lr": rate, "grad_norm": norm, "active": active}
+
+    def merged(self, state):
+        """The trained parameters."""
+        return state["params"]
+
+    def labels(self, state):
+        """The state's parts in the user's words."""
+        del state
+        return {"weights": "params", "optimizer": ["outside", "blocks"]}
+
+
+def _check_active(active, layers: int, active_layers: int) -> None:
+    if active.shape != (active_layers,):
+        raise ValueError(
+            f"Lisa.step: active has shape {active.shape}; active_layers={active_layers} "
+            f"needs ({active_layers},)."
+        )
+    if not isinstance(active, jax.core.Tracer):
+        values = np.asarray(active)
+        inside = not values.size or (values[0] >= 0 and values[-1] < layers)
+        if not inside or (np.diff(values) <= 0).any():
+            raise ValueError(
+                f"Lisa.step: active={values.tolist()} must be distinct, ascending block "
+                f"indices in [0, {layers})."
+            )

@@ -1,0 +1,216 @@
+"""Prefill and decode: greedy or by temperature, rows of different lengths, one cache.
+
+Two compiled programs serve a whole generation: `prefill` reads the prompts, `extend`
+decodes all new tokens in one loop. The cache is donated to both, so it exists once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jmem.generate.cache import Cache, decode_attend, init_cache, prefill_attend
+from jmem.nn.linear import dense
+from jmem.nn.ops import Ops
+from jmem.nn.stack import run_stack
+from jmem.program import Program
+from jmem.train.loss import token_positions
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def prefill(
+    model,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: Cache,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after each row's last real token, and the cache filled with the prompts."""
+    positions = token_positions(tokens)
+    ops = Ops(attend=prefill_attend(model.attention), linear=dense)
+    x = model.embed(params, tokens, positions)
+    x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.head(params, last, ops), cache
+
+
+def decode_step(
+    model,
+    params: dict,
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    cache: Cache,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits after one more token a row, which lands in slot `positions` of its row."""
+    ops = Ops(attend=decode_attend, linear=dense)
+    positions = positions[:, None]
+    x = model.embed(params, tokens[:, None], positions)
+    x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
+    return model.head(params, x[:, 0], ops), cache
+
+
+def sample(
+    logits: Float[Array, "B V"], temperature: float, key: jax.Array
+) -> Int[Array, " B"]:
+    """The likeliest token at temperature 0, else one drawn from softmax(logits / t)."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = logits.astype(jnp.float32) / temperature
+    return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "steps", "temperature", "stop_token"),
+    donate_argnames="cache",
+)
+def extend(
+    model,
+    params: dict,
+    logits: Float[Array, "B V"],
+    lengths: Int[Array, " B"],
+    cache: Cache,
+    key: jax.Array,
+    *,
+    steps: int,
+    temperature: float = 0.0,
+    stop_token: int | None = None,
+) -> tuple[Int[Array, "B steps"], Cache]:
+    """Decodes `steps` tokens a row after prompts of `lengths`, in one program.
+
+    A row that has produced `stop_token` repeats it.
+    """
+
+    def step(state, index):
+        logits, done, cache = state
+        token = sample(logits, temperature, jax.random.fold_in(key, index))
+        if stop_token is not None:
+            token = jnp.where(done, stop_token, token)
+            done = done | (token == stop_token)
+        logits, cache = decode_step(model, params, token, lengths + index, cache)
+        return (logits, done, cache), token
+
+    start = (logits, jnp.zeros(lengths.shape, bool), cache)
+    indices = jnp.arange(steps, dtype=jnp.int32)
+    (_, _, cache), tokens = jax.lax.scan(step, start, indices)
+    return tokens.T, cache
+
+
+def generate(
+    model,
+    params: dict,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+    stop_token: int | None = None,
+) -> list[list[int]]:
+    """Continues each prompt (token ids) by at most `max_new_tokens` tokens.
+
+    Rows may differ in length; each gets what it would get alone. A row ends with
+    `stop_token` if it produced one.
+
+    Raises:
+      ValueError: no or empty prompts, a token outside the vocabulary, a negative
+        temperature, a temperature without `key`, or more positions than the model has.
+    """
+    longest = _check(model, prompts, max_new_tokens, temperature, key)
+    lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    cache = init_cache(model, len(prompts), longest + max_new_tokens)
+    logits, cache = prefill(model, params, jnp.asarray(tokens), lengths, cache)
+    answer, _ = extend(
+        model,
+        params,
+        logits,
+        lengths,
+        cache,
+        jax.random.key(0) if key is None else key,
+        steps=max_new_tokens,
+        temperature=temperature,
+        stop_token=stop_token,
+    )
+    rows = np.asarray(answer).tolist()
+    if stop_token is None:
+        return rows
+    ends = [r.index(stop_token) + 1 if stop_token in r else len(r) for r in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def _check(model, prompts, max_new_tokens, temperature, key) -> int:
+    config = model.config
+    if not prompts or not all(prompts):
+        raise ValueError(
+            "generate: prompts must hold at least one prompt, and each at least one "
+            "token; start an empty one with the model's begin-of-text token."
+        )
+    for index, prompt in enumerate(prompts):
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"generate: prompts[{index}] holds a token outside [0, "
+                f"{config.vocab_size}); was it made with another model's tokenizer?"
+            )
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be positive.")
+    if not temperature >= 0:
+        raise ValueError(f"generate: temperature={temperature} must not be negative.")
+    if temperature and key is None:
+        raise ValueError(
+            f"generate: temperature={temperature} draws at random and needs key; pass "
+            "jax.random.key(seed), or temperature=0 for the likeliest tokens."
+        )
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > config.max_positions:
+        raise ValueError(
+            f"generate: {longest} prompt tokens + max_new_tokens={max_new_tokens} exceed "
+            f"the model's max_positions={config.max_positions}."
+        )
+    return longest
+
+
+def decode_program(model, *, batch_size: int, slots: int) -> Program:
+    """One decoding step with a donated cache of `slots` tokens a row."""
+
+    def make(key):
+        params = model.init(key)
+        tokens = jnp.zeros((batch_size,), jnp.int32)
+        positions = jnp.full((batch_size,), slots - 1, jnp.int32)
+        return params, tokens, positions, init_cache(model, batch_size, slots)
+
+    def step(params, tokens, positions, cache):
+        return decode_step(model, params, tokens, positions, cache)
+
+    return Program(
+        step,
+        jax.eval_shape(make, jax.random.key(0)),
+        donate=(3,),
+        labels={"weights": (0, ""), "batch": [(1, ""), (2, "")], "kv cache": (3, "")},
+        make=make,
+    )
+
+
+def prefill_program(model, *, batch_size: int, seq_len: int, slots: int) -> Program:
+    """The forward pass over prompts of `seq_len` tokens into a donated cache."""
+
+    def make(key):
+        params = model.init(key)
+        shape = (batch_size, seq_len)
+        tokens = jax.random.randint(key, shape, 0, model.config.vocab_size, jnp.int32)
+        lengths = jnp.full((batch_size,), seq_len, jnp.int32)
+        return params, tokens, lengths, init_cache(model, batch_size, slots)
+
+    def step(params, tokens, lengths, cache):
+        return prefill.__wrapped__(model, params, tokens, lengths, cache)
+
+    return Program(
+        step,
+        jax.eval_shape(make, jax.random.key(0)),
+        donate=(3,),
+        labels={"weights": (0, ""), "batch": [(1, ""), (2, "")], "kv cache": (3, "")},
+        make=make,
+    )

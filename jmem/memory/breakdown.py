@@ -1,0 +1,406 @@
+"""What fills a program's memory: every buffer named, told by kind, and accounted for.
+
+`explain` reads XLA's own plan of the compiled program and checks itself against the
+sums XLA reports: a byte that does not add up is an error, not a rounding.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from jmem.memory import hlo, kinds
+from jmem.memory.naming import Origins, scope
+from jmem.memory.timeline import Life, Timeline, replay
+from jmem.program import Program
+
+
+class AccountError(RuntimeError):
+    """The buffers read do not sum to what XLA reports: two numbers, and what they are.
+
+    Raised by every report rather than printing a wrong one: it is the alarm for a JAX
+    whose buffer assignment is written differently.
+    """
+
+    def __init__(self, what: str, ours: int, xla: int):
+        super().__init__(
+            f"{what}: {ours:,} bytes by the buffers read, {xla:,} bytes by XLA "
+            f"(off by {ours - xla:+,})."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One or more like buffers, as a report lists them."""
+
+    bytes: int
+    """Of one of them."""
+    count: int
+    kind: str
+    shape: str
+    """dtype[dimensions], of one device's part."""
+    name: str
+    """An argument's label and path, or the user's scope a value was computed in."""
+    op: str
+    """JAX's primitive; "" for arguments."""
+    source: str
+    """file:line of the user's program; "" when XLA made the value."""
+    phase: str
+    """"forward", "backward" or "recomputed"; "" for arguments and unknown."""
+    born: int | None
+    """Instant of birth; None lives as long as the program."""
+    dies: int | None
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all of them."""
+        return self.bytes * self.count
+
+
+@dataclasses.dataclass(frozen=True)
+class Instant:
+    """What the program was doing at one instant."""
+
+    number: int
+    of: int
+    """Instants in the whole program."""
+    phase: str
+    scope: str
+    op: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """A program's memory, buffer by buffer."""
+
+    timeline: Timeline
+    by_kind: dict[str, int]
+    """At the peak; sums to the device's bytes."""
+    by_label: dict[str, int]
+    host_by_label: dict[str, int]
+    rows: tuple[Row, ...]
+    """Device buffers alive at the peak, by falling size."""
+    peak: Instant
+    collectives: dict[str, dict[str, int]]
+    """For each kind of collective, how many there are and the bytes they return."""
+    calls: dict[str, int]
+    """Custom calls by target."""
+    sorts: int
+    """Sorts XLA does itself."""
+    constant_bytes: int
+
+
+def explain(module: hlo.Module, program: Program, analysis: Any) -> Breakdown:
+    """The breakdown of a compiled program.
+
+    Args:
+      module: the program as XLA dumped it.
+      program: what was compiled; its labels name the arguments.
+      analysis: JAX's `memory_analysis()` of the same compilation.
+
+    Raises:
+      AccountError: the sums of the buffers differ from XLA's.
+    """
+    device = [a for a in module.allocations if not a.host and not a.thread_local]
+    held = sum(a.bytes for a in device)
+    # JAX 0.11.2 counts thread-local scratch, a few bytes that no card holds.
+    local = sum(a.bytes for a in module.allocations if a.thread_local and not a.host)
+    total = analysis.total_allocation_bytes
+    if total - held not in (0, local):
+        raise AccountError("device memory", held, total)
+    constants = sum(a.bytes for a in device if a.constant)
+    parts = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + constants
+    )
+    if parts != held:
+        raise AccountError(
+            "arguments + outputs - aliased + temporaries + constants", parts, held
+        )
+
+    traced = [
+        (trace, [a for a in module.allocations if _holds(a, trace)])
+        for trace in module.traces
+        if trace
+    ]
+    covered = {id(a) for _, allocations in traced for a in allocations}
+    fixed = [a for a in device if id(a) not in covered]
+    traces = [
+        (trace, replay(trace, module.buffers))
+        for trace, allocations in traced
+        if not all(a.host for a in allocations)
+    ]
+    account = _Account(module, program, fixed, traces)
+    fragmentation = total - account.timeline.max()
+    host = any(a.host for a in module.allocations)
+    if not host and account.timeline.max() != analysis.peak_memory_in_bytes:
+        raise AccountError(
+            "peak", account.timeline.max(), analysis.peak_memory_in_bytes
+        )
+    if fragmentation < 0:
+        raise AccountError("peak", account.timeline.max(), total)
+    return account.breakdown(fragmentation, constants)
+
+
+def _holds(allocation: hlo.Allocation, trace: tuple[hlo.Event, ...]) -> bool:
+    # By membership: JAX 0.11.2 writes a wrong allocation index into the trace.
+    return any(event.buffer in allocation.buffers for event in trace)
+
+
+class _Account:
+    """Every buffer of one program, with its kind."""
+
+    def __init__(
+        self,
+        module: hlo.Module,
+        program: Program,
+        fixed: list[hlo.Allocation],
+        traces: list[tuple[tuple[hlo.Event, ...], list[Life]]],
+    ):
+        self._module = module
+        self._origins = Origins(module)
+        self._arguments = _arguments(module, program)
+        by_length = sorted(traces, key=lambda pair: len(pair[0]))
+        self._trace, self._lives = by_length.pop() if by_length else ((), [])
+        self._backward = self._find_backward()
+        self._classify = kinds.Classifier(
+            module,
+            {number: argument.kind for number, argument in self._arguments.items()},
+            self._backward,
+        )
+        rows = [self._fixed_row(allocation) for allocation in fixed]
+        for trace, lives in by_length:  # other memory spaces: held at their own worst
+            event = _worst(len(trace), lives)
+            rows += [self._row(life, event) for life in lives if life.alive(event)]
+        self._fixed_rows = [dataclasses.replace(r, born=None, dies=None) for r in rows]
+        self.timeline = self._timeline()
+
+    def breakdown(self, fragmentation: int, constants: int) -> Breakdown:
+        """The account as a report wants it."""
+        peak = self.timeline.peak
+        alive = [life for life in self._lives if life.alive(peak - 1)]
+        rows = [*self._fixed_rows, *(self._row(life, peak - 1) for life in alive)]
+        by_kind = {
+            kind: sum(row.bytes for row in rows if row.kind == kind)
+            for kind in kinds.KINDS
+        }
+        by_kind[kinds.FRAGMENTATION] = fragmentation
+        instructions = self._module.instructions.values()
+        return Breakdown(
+            timeline=self.timeline,
+            by_kind={kind: held for kind, held in by_kind.items() if held},
+            by_label=self._by_label(host=False),
+            host_by_label=self._by_label(host=True),
+            rows=_merged(rows),
+            peak=self._instant(peak),
+            collectives=_collectives(self._module),
+            calls=_count(i.target for i in instructions if i.opcode == "custom-call"),
+            sorts=sum(i.opcode == "sort" for i in instructions),
+            constant_bytes=constants,
+        )
+
+    def _by_label(self, host: bool) -> dict[str, int]:
+        held: dict[str, int] = {}
+        for allocation in self._module.allocations:
+            argument = self._arguments.get(allocation.parameter)
+            if argument and argument.label and allocation.host == host:
+                held[argument.label] = held.get(argument.label, 0) + allocation.bytes
+        return held
+
+    def _find_backward(self) -> tuple[int, int] | None:
+        """First and last event at which a backward pass computes something."""
+        found = []
+        for number, event in enumerate(self._trace):
+            instruction = self._module.by_name.get(event.instruction)
+            if event.kind != hlo.FREE and instruction:
+                buffer = self._module.buffers[event.buffer]
+                origin = self._origins.of(instruction, buffer.index)
+                if kinds.is_backward(origin.op_name) and not origin.fill:
+                    found.append(number)
+        return (found[0], found[-1]) if found else None
+
+    def _holder(self, life: Life, event: int) -> hlo.Buffer:
+        """The value in a life's bytes at an event: what was computed there last.
+
+        A stack that a loop fills holds zeros when it is born; then what the loop will
+        write says more.
+        """
+        now = [h for h in life.holders if h[1] <= event < h[2]]
+        latest = [*sorted(now, key=lambda h: -h[1]), *reversed(life.holders)]
+        values = [self._module.buffers[buffer] for buffer, *_ in latest]
+        telling = (
+            value
+            for value in values
+            if not self._origin(value).fill and self._origin(value).op_name
+        )
+        return next(telling, values[0])
+
+    def _origin(self, buffer: hlo.Buffer):
+        return self._origins.of(
+            self._module.instructions[buffer.instruction], buffer.index
+        )
+
+    def _row(self, life: Life, event: int) -> Row:
+        holder = self._holder(life, event)
+        instruction = self._module.instructions[holder.instruction]
+        origin = self._origin(holder)
+        kind = self._classify.of(
+            instruction, holder.index, origin, life.born, life.dies
+        )
+        name, op = scope(origin.op_name)
+        argument = self._arguments.get(origin.argument)
+        if kinds.is_handle(instruction, holder.index):
+            name, op = "", instruction.opcode
+        elif argument:
+            name, op = argument.name, "copy"
+        elif origin.stack:
+            op += " (stacked)" if origin.stack == "filled" else " (row of a stack)"
+        return Row(
+            bytes=life.bytes,
+            count=1,
+            kind=kind,
+            shape=str(instruction.shape.at(holder.index)),
+            name=name,
+            op=op,
+            source=self._source(origin.frame),
+            phase=_phase(kind, origin.op_name),
+            born=life.born + 1,
+            dies=life.dies + 1,
+        )
+
+    def _fixed_row(self, allocation: hlo.Allocation) -> Row:
+        buffers = [self._module.buffers[b] for b in allocation.buffers]
+        largest = max(buffers, key=lambda b: (b.bytes, -b.id))
+        instruction = self._module.instructions[largest.instruction]
+        shape = str(instruction.shape.at(largest.index))
+        name, op, source = "", "", ""
+        if allocation.parameter is not None:
+            argument = self._arguments[allocation.parameter]
+            kind, name, shape = argument.kind, argument.name, argument.shape
+        else:
+            kind = kinds.OUTPUTS if allocation.live_out else kinds.OTHER
+            kind = kinds.CONSTANTS if allocation.constant else kind
+            origin = self._origin(largest)
+            name, op = scope(origin.op_name)
+            source = self._source(origin.frame)
+        return Row(allocation.bytes, 1, kind, shape, name, op, source, "", None, None)
+
+    def _source(self, frame: int) -> str:
+        file, line = self._module.frames.get(frame, ("", 0))
+        return f"{file}:{line}" if file else ""
+
+    def _timeline(self) -> Timeline:
+        length = len(self._trace) + 1
+        changes = {kind: [0] * (length + 1) for kind in kinds.KINDS}
+        for row in self._fixed_rows:
+            changes[row.kind][0] += row.bytes
+        # A buffer keeps one kind for life: what it holds when the most is alive.
+        worst = _worst(length - 1, self._lives)
+        for life in self._lives:
+            at = worst if life.alive(worst) else life.dies - 1
+            kind = self._row(life, at).kind
+            changes[kind][life.born + 1] += life.bytes
+            changes[kind][life.dies + 1] -= life.bytes
+        by_kind = {
+            kind: tuple(itertools.accumulate(change[:length]))
+            for kind, change in changes.items()
+            if any(change)
+        }
+        first, last = self._backward or (length, length)
+        names = ("forward", "backward", "update") if self._backward else ("", "", "")
+        phases = tuple(
+            names[(instant > first) + (instant > last + 1)] for instant in range(length)
+        )
+        return Timeline(by_kind or {kinds.OTHER: (0,) * length}, phases)
+
+    def _instant(self, number: int) -> Instant:
+        phase = self.timeline.phases[number]
+        of = len(self.timeline)
+        if number == 0:
+            return Instant(0, of, phase, "", "", "")
+        event = self._trace[number - 1]
+        origin = self._origin(self._module.buffers[event.buffer])
+        words, op = scope(origin.op_name)
+        return Instant(number, of, phase, words, op, self._source(origin.frame))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Argument:
+    label: str | None
+    kind: str
+    name: str
+    shape: str
+
+
+def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argument]:
+    """The program's flattened arguments by the number of their parameter."""
+    entry = [module.instructions[i] for i in module.computations[module.entry]]
+    parameters = {i.parameter: i for i in entry if i.opcode == "parameter"}
+    leaves = program.leaves()
+    hoisted = len(parameters) - len(leaves)  # closed-over arrays JAX passes in front
+    if hoisted < 0:
+        raise AccountError("number of arguments", len(leaves), len(parameters))
+    names = program.argument_names()
+    found: dict[int | None, _Argument] = {
+        number: _Argument(None, kinds.CONSTANTS, "closed-over array", str(p.shape))
+        for number, p in parameters.items()
+        if number < hoisted
+    }
+    labels = program.leaf_labels()
+    for number, ((position, path, _), label) in enumerate(zip(leaves, labels), hoisted):
+        name = f"{names[position]}/{path}" if path else names[position]
+        shape = str(parameters[number].shape)
+        found[number] = _Argument(label, kinds.of_label(label), name, shape)
+    return found
+
+
+def _phase(kind: str, op_name: str) -> str:
+    if kind == kinds.RECOMPUTATION:
+        return "recomputed"
+    if kinds.is_backward(op_name):
+        return "backward"
+    return "forward" if kind == kinds.SAVED else ""
+
+
+def _worst(events: int, lives: list[Life]) -> int:
+    """The first event after which the most bytes are alive."""
+    change = [0] * (events + 1)
+    for life in lives:
+        change[life.born] += life.bytes
+        change[life.dies] -= life.bytes
+    live = list(itertools.accumulate(change))
+    return live.index(max(live))
+
+
+def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Like rows counted together, by falling bytes."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        like = (row.bytes, row.kind, row.shape, row.name, row.op, row.source, row.phase)
+        groups.setdefault(like, []).append(row)
+    merged = [dataclasses.replace(g[0], count=len(g)) for g in groups.values()]
+    return tuple(sorted(merged, key=lambda row: -row.total_bytes))
+
+
+def _collectives(module: hlo.Module) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for instruction in module.instructions.values():
+        if kinds.is_collective(instruction) and not instruction.opcode.endswith("done"):
+            name = instruction.opcode.removesuffix("-start")
+            seen = found.setdefault(name, {"count": 0, "bytes": 0})
+            seen["count"] += 1
+            seen["bytes"] += sum(
+                b.bytes
+                for b in module.buffers.values()
+                if b.instruction == instruction.id
+            )
+    return found
+
+
+def _count(words) -> dict[str, int]:
+    return dict(collections.Counter(words))

@@ -1,0 +1,193 @@
+"""The kinds a byte of device memory can be, and how a buffer's kind is told.
+
+Arguments have the kind of their label. A temporary has a kind by where its value was
+computed: JAX writes `jvp` into the scope of a differentiated forward pass,
+`transpose(jvp)` into that of the backward pass, `rematted_computation` into what a
+checkpoint computes again. Hand-written backward passes over `jax.vjp` carry the same
+marks, in one loop body.
+"""
+
+import re
+from collections.abc import Mapping
+
+from jmem.memory.hlo import Instruction, Module
+from jmem.memory.naming import Origin
+
+PARAMETERS = "parameters"
+OPTIMIZER = "optimizer"
+GRADIENTS = "gradients"
+SAVED = "saved activations"
+RECOMPUTATION = "recomputation"
+KV_CACHE = "kv cache"
+BATCH = "batch"
+OUTPUTS = "outputs"
+CONSTANTS = "constants"
+WORKSPACE = "workspace"
+COLLECTIVES = "collectives"
+OTHER_ARGUMENTS = "other arguments"
+OTHER = "other temporaries"
+FRAGMENTATION = "fragmentation"
+
+KINDS = (
+    *(PARAMETERS, OPTIMIZER, KV_CACHE, BATCH, OTHER_ARGUMENTS, OUTPUTS, CONSTANTS),
+    *(SAVED, RECOMPUTATION, GRADIENTS, COLLECTIVES, WORKSPACE, OTHER, FRAGMENTATION),
+)
+"""Every kind, what outlives the program first."""
+
+MEANING = {
+    PARAMETERS: "weights, and copies or slices of them",
+    OPTIMIZER: "moments and what the update computes",
+    KV_CACHE: "keys and values of earlier tokens, and copies of the cache",
+    BATCH: "inputs",
+    OTHER_ARGUMENTS: "arguments without a label",
+    OUTPUTS: "results that reuse no argument's memory",
+    CONSTANTS: "values compiled in: closed-over arrays, literals",
+    GRADIENTS: "what the backward pass computes, of weights and activations",
+    SAVED: "computed forward, kept for the backward pass",
+    RECOMPUTATION: "forward values computed a second time",
+    COLLECTIVES: "results of communication between GPUs",
+    WORKSPACE: "scratch of library calls and split matmuls",
+    OTHER: "everything else",
+    FRAGMENTATION: "holes and alignment in the temporary block",
+}
+
+_WORDS = {  # the first that has one of the label's words
+    OPTIMIZER: "optimizer optimiser opt adam adamw moments momentum mu nu",
+    KV_CACHE: "cache caches kvcache",
+    PARAMETERS: "weights params parameters lora adapter adapters variables model",
+    BATCH: "batch batches tokens inputs targets images x y",
+}
+
+
+def of_label(label: str | None) -> str:
+    """The kind an argument's label stands for.
+
+    >>> of_label("adam m"), of_label("kv cache"), of_label("weights"), of_label("codes")
+    ('optimizer', 'kv cache', 'parameters', 'other arguments')
+    """
+    said = set(re.split(r"[\s_./-]+", (label or "").lower()))
+    for kind, words in _WORDS.items():
+        if said & set(words.split()):
+            return kind
+    return OTHER_ARGUMENTS
+
+
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
+    r"collective-broadcast|ragged-all-to-all|send|recv)(-start|-done)?$"
+)
+_TRANSPOSED = re.compile(r"\btranspose\(")
+_JVP = re.compile(r"\bjvp\(")
+_AGAIN = re.compile(r"\brematted_computation\b")
+
+
+def is_backward(op_name: str) -> bool:
+    """Whether an operation is of a backward pass, values computed again included."""
+    return bool(_TRANSPOSED.search(op_name))
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether an instruction moves data between GPUs."""
+    return bool(_COLLECTIVE.match(instruction.opcode))
+
+
+def is_handle(instruction: Instruction, index: tuple[int, ...]) -> bool:
+    """Whether a part of an asynchronous start is its bookkeeping, a few bytes."""
+    return instruction.opcode.endswith("-start") and index[:1] >= (2,)
+
+
+class Classifier:
+    """Tells the kind of a program's temporaries.
+
+    Args:
+      module: the compiled program.
+      arguments: the kind of every flattened argument.
+      backward: the events (first, last) between which a backward pass computes; None
+        when the program has none.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        arguments: Mapping[int | None, str],
+        backward: tuple[int, int] | None,
+    ):
+        self._module = module
+        self._arguments = arguments
+        self._backward = backward
+        entry = [module.instructions[i] for i in module.computations[module.entry]]
+        self._caches = {
+            instruction.shape
+            for instruction in entry
+            if instruction.opcode == "parameter"
+            and arguments.get(instruction.parameter) == KV_CACHE
+        }
+        self._transposing = {
+            instruction.computation
+            for instruction in module.instructions.values()
+            if is_backward(instruction.op_name)
+            and not _AGAIN.search(instruction.op_name)
+        }
+
+    def of(
+        self,
+        holder: Instruction,
+        index: tuple[int, ...],
+        origin: Origin,
+        born: int,
+        dies: int,
+    ) -> str:
+        """The kind of the value that part `index` of `holder`'s result is."""
+        name = origin.op_name
+        if is_handle(holder, index):
+            return OTHER
+        if is_collective(origin.instruction) or is_collective(holder):
+            return COLLECTIVES
+        if self._is_scratch(holder, index):
+            return WORKSPACE
+        if holder.shape.at(index) in self._caches:
+            return KV_CACHE
+        for argument in (origin.updates, origin.argument):
+            if argument is not None:
+                return self._arguments.get(argument, CONSTANTS)
+        if _AGAIN.search(name):
+            return RECOMPUTATION
+        if is_backward(name):
+            return GRADIENTS
+        if self._backward is None or origin.fill:
+            return OTHER
+        first, last = self._backward
+        if born < first:
+            return SAVED if dies > first else OTHER
+        if _JVP.search(name):
+            # Forward scopes in a loop body that also transposes: a hand-written
+            # backward pass over jax.vjp. Elsewhere, a second forward pass.
+            again = origin.computation in self._transposing - {self._module.entry}
+            return RECOMPUTATION if again else SAVED
+        if born > last:
+            return OPTIMIZER
+        return SAVED if origin.stack else OTHER  # a row of what a loop had saved
+
+    def _is_scratch(self, holder: Instruction, index: tuple[int, ...]) -> bool:
+        """Scratch a library call returns, or the parts of a matmul split over k."""
+        if holder.opcode == "custom-call":
+            last = bool(index) and index[0] == len(holder.shape.parts) - 1
+            return last and holder.shape.at(index).dtype in {"u8", "s8"}
+        if not holder.name.startswith("gemm_fusion"):
+            return False
+        readers = self._module.users.get(holder.id, [])
+        readers = [u for r in readers for u in self._through_bitcasts(r)]
+        inside = [i for reader in readers for i in self._module.fused(reader)]
+        return any(
+            instruction.opcode == "reduce"
+            and _SPLIT.search(self._module.names.get(instruction.called[0], ""))
+            for instruction in [*readers, *inside]
+        )
+
+    def _through_bitcasts(self, reader: Instruction) -> list[Instruction]:
+        if reader.opcode not in {"bitcast", "get-tuple-element"}:
+            return [reader]
+        return self._module.users.get(reader.id, [])
+
+
+_SPLIT = re.compile(r"reduce_sub_computation")

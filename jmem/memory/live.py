@@ -1,0 +1,133 @@
+"""Live: what the allocator of an attached GPU really held while a program ran.
+
+The allocator counts the most bytes it ever held and cannot be reset, so the number is a
+program's own only in a process that has held no more before: one process a case.
+"""
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmem.program import Program
+from jmem.targets import TARGETS
+
+
+class NoGPUError(RuntimeError):
+    """The machine has no GPU that JAX can use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """An attached GPU as a report needs it; of a mesh, any one of its GPUs."""
+
+    name: str
+    compiler_bytes: int
+    usable_bytes: int
+    """What JAX's allocator may take in this process."""
+    devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveReport:
+    """Bytes of the allocator around one run of a program."""
+
+    name: str
+    device: str
+    base_bytes: int
+    """In use before the run: the arguments."""
+    peak_bytes: int
+    """The most in use, up to the end of the run."""
+    earlier_peak_bytes: int
+    """The most in use before the run; compiling and autotuning count."""
+    limit_bytes: int
+    planned_bytes: int
+    """XLA's `total_allocation_bytes` of the program that ran."""
+
+    @property
+    def own(self) -> bool:
+        """Whether the peak is the run's; if not, it is only known to be below."""
+        return self.peak_bytes > self.earlier_peak_bytes
+
+
+def gpu() -> Any:
+    """The first attached GPU.
+
+    Raises:
+      NoGPUError: there is none; says what there is.
+    """
+    try:
+        return jax.devices("gpu")[0]
+    except RuntimeError as error:
+        raise NoGPUError(
+            f"no GPU is attached (JAX sees {jax.devices()}). Measure ahead of time "
+            "instead: jmem.measure(..., target='h200')."
+        ) from error
+
+
+def attached(devices: int = 1) -> Card:
+    """The attached GPU, with its memory as JAX's allocator may use it."""
+    device = gpu()
+    limit = device.memory_stats()["bytes_limit"]
+    known = [t for t in TARGETS.values() if t.description == device.device_kind]
+    size = known[0].compiler_bytes if known else limit
+    return Card(device.device_kind, size, limit, devices)
+
+
+def live(
+    what: Program | Callable,
+    *args: Any,
+    donate: tuple[int, ...] = (),
+    static: tuple[int, ...] = (),
+    key: int = 0,
+) -> LiveReport:
+    """Runs a program once on the attached GPU and reads its allocator.
+
+    Arguments come from the program's `make(key)`; without one they are zeros of the
+    described shapes, made on the GPU. Compile beforehand in another process with JAX's
+    compilation cache on, so that autotuning does not raise the peak; `own` says whether
+    it did.
+
+    Raises:
+      NoGPUError: there is no GPU.
+    """
+    program = what if isinstance(what, Program) else Program(what, args, donate, static)
+    device = gpu()
+    compiled = program.compile()
+    analysis: Any = compiled.memory_analysis()
+    arguments = _arguments(program, jax.random.key(key))
+    jax.block_until_ready(arguments)
+    gc.collect()
+    before = device.memory_stats()
+    run = [a for n, a in enumerate(arguments) if n not in program.static]
+    result = compiled(*run)
+    jax.block_until_ready(result)
+    after = device.memory_stats()
+    return LiveReport(
+        name=getattr(program.fn, "__name__", type(program.fn).__name__),
+        device=device.device_kind,
+        base_bytes=before["bytes_in_use"],
+        peak_bytes=after["peak_bytes_in_use"],
+        earlier_peak_bytes=before["peak_bytes_in_use"],
+        limit_bytes=after["bytes_limit"],
+        planned_bytes=analysis.total_allocation_bytes,
+    )
+
+
+def _arguments(program: Program, key: jax.Array) -> tuple:
+    """Real arguments on the device, in one jitted call."""
+    if program.make is not None:
+        return jax.jit(program.make)(key)
+
+    def zeros():
+        return tuple(
+            value
+            if position in program.static
+            else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), value)
+            for position, value in enumerate(program.args)
+        )
+
+    return zeros()

@@ -1,0 +1,277 @@
+"""Measure: the memory of any jitted function, from XLA's plan of the compiled program.
+
+    report = jmem.measure(train_step, params, opt_state, batch, target="h200",
+                          donate=(0, 1))
+    print(report)                       # what fills the peak, buffer by buffer
+    report.fits()                       # the verdict for that card
+
+Nothing runs and nothing is allocated: arguments may be `jax.ShapeDtypeStruct`s, and for
+a described GPU no GPU is needed. What XLA cannot plan is not in the numbers: the CUDA
+context and library handles (0.3 to 1 GB), workspaces of convolutions, the allocator's
+own fragmentation.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from jmem import targets
+from jmem.memory import breakdown, hlo, kinds, live
+from jmem.memory.advice import advise
+from jmem.memory.report import MemoryReport
+from jmem.program import (
+    Label,
+    Lowered,
+    Program,
+    ProgramError,
+    argument_names,
+    never_cached,
+)
+from jmem.targets import NoCompilerError, Target
+
+ATTACHED = "attached"
+"""The target that stands for the GPU in this machine."""
+NO_TRITON = {"xla_gpu_enable_triton_gemm": False}
+
+
+def measure(
+    what: Program | Callable,
+    *args: Any,
+    target: str | Target = "h200",
+    donate: tuple[int, ...] = (),
+    static: tuple[int, ...] = (),
+    labels: Mapping[str, Label | list[Label]] | None = None,
+    bounds: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> MemoryReport:
+    """The memory of a program on a target, explained buffer by buffer.
+
+    Args:
+      what: a `Program` (then nothing but the target is given), or any function that
+        `jax.jit` takes. Of a function already under `jax.jit` the donated and static
+        arguments are found out, unless they are given here.
+      *args: the function's arguments, arrays or descriptions of arrays.
+      target: a name ("h200", "h200x8"), a TOML file, a `Target`; or "attached", the
+        GPU in this machine.
+      donate: positions of arguments whose memory the function may take over.
+      static: positions of hashable arguments that are compiled in.
+      labels: the user's words for parts of the arguments, see `Program`. By default
+        the arguments' own names; `params`, `opt_state`, `cache`, `batch` and the like
+        are understood, also one level inside an argument such as `state`.
+      bounds: compile a second time without Triton matmuls, for the interval.
+      options: XLA compile options; none is the best prediction.
+
+    Raises:
+      NoCompilerError: XLA's GPU compiler cannot be reached from here, and the function
+        cannot be measured in a worker process either, which must import it by name.
+      ProgramError: the program cannot be compiled ahead of time, with the reason.
+      AccountError: the buffers do not sum to what XLA reports.
+    """
+    if isinstance(what, Program):
+        if args or donate or static or labels:
+            raise TypeError(
+                "measure: a Program brings its arguments, donation, statics and labels "
+                "with it; give nothing but the target."
+            )
+        program = what
+    else:
+        program = _program(what, args, donate, static, labels)
+    if target == ATTACHED:
+        return _measure(program, None, bounds=False, options=options)
+    card = targets.resolve(target)
+    try:
+        card.compile_only_devices()
+    except NoCompilerError as error:
+        if not error.late:
+            raise
+        from jmem.memory import worker
+
+        return worker.measure(program, card, bounds, options, error)
+    return _measure(program, card, bounds=bounds, options=options)
+
+
+def _measure(
+    program: Program,
+    card: Target | None,
+    *,
+    bounds: bool,
+    options: Mapping[str, Any] | None,
+) -> MemoryReport:
+    started = time.monotonic()
+    if card is None:
+        live.gpu()
+    lowered = program.lower(card)
+    text = lowered.as_text()
+    if card and "python_gpu_callback" in text:
+        raise ProgramError(
+            "the program calls back to the host, which cannot be measured ahead of "
+            "time.\nTake the callback out; it holds no device memory."
+        )
+    options = dict(options or {})
+    module, analysis = _compile(lowered, options)
+    ends = [analysis.total_allocation_bytes]
+    if bounds:
+        plain: Any = lowered.compile(options | NO_TRITON).memory_analysis()
+        ends.append(plain.total_allocation_bytes)
+    parts = breakdown.explain(module, program, analysis)
+    held = card or live.attached(lowered.device_count)
+    host = (
+        analysis.host_argument_size_in_bytes
+        + analysis.host_output_size_in_bytes
+        - analysis.host_alias_size_in_bytes
+        + analysis.host_temp_size_in_bytes
+    )
+    return MemoryReport(
+        name=getattr(program.fn, "__name__", type(program.fn).__name__),
+        target=held.name,
+        attached=card is None,
+        devices=held.devices,
+        compiler_bytes=held.compiler_bytes,
+        usable_bytes=held.usable_bytes,
+        device_bytes=analysis.total_allocation_bytes,
+        interval=(min(ends), max(ends)),
+        host_bytes=host,
+        argument_bytes=analysis.argument_size_in_bytes,
+        output_bytes=analysis.output_size_in_bytes,
+        alias_bytes=analysis.alias_size_in_bytes,
+        temp_bytes=analysis.temp_size_in_bytes,
+        constant_bytes=parts.constant_bytes,
+        by_kind=parts.by_kind,
+        by_label=parts.by_label,
+        host_by_label=parts.host_by_label,
+        rows=parts.rows,
+        peak_instant=parts.peak,
+        timeline=parts.timeline,
+        collectives=parts.collectives,
+        flags=(*_flags(parts, card), *advise(program, parts.rows)),
+        calls=parts.calls,
+        versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
+        stablehlo_hash=stablehlo_hash(text),
+        options=options,
+        compile_seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _compile(lowered: Lowered, options: dict[str, Any]) -> tuple[hlo.Module, Any]:
+    """The compiled module with its buffer assignment, and XLA's own sums."""
+    with tempfile.TemporaryDirectory(prefix="jmem-") as folder:
+        dump = {
+            "xla_dump_to": folder,
+            "xla_dump_hlo_as_proto": True,
+            # Part of the key of JAX's cache, from which a program has no plan.
+            "xla_dump_large_constants": True,
+        }
+        with never_cached():
+            analysis = lowered.compile(options | dump).memory_analysis()
+        dumped = pathlib.Path(folder).glob("*gpu_after_optimizations.hlo.pb")
+        largest = max(dumped, key=lambda path: path.stat().st_size, default=None)
+        if largest is None:
+            raise ProgramError(
+                "XLA wrote no plan of the compiled program: it was not compiled for a "
+                "GPU, or XLA's dump options are overridden in XLA_FLAGS."
+            )
+        return hlo.read(largest.read_bytes()), analysis
+
+
+def stablehlo_hash(text: str) -> str:
+    """sha256 of a lowered program, the same in every process.
+
+    The payload of a Mosaic kernel is left out: it holds line numbers.
+    """
+    lines = (
+        _PAYLOAD.sub('""', line) if "mosaic" in line else line
+        for line in text.splitlines()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+_PAYLOAD = re.compile(r'"(?:[^"\\]|\\.){200,}"')
+
+
+def _flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, ...]:
+    """What a reader of the numbers should know."""
+    flags = []
+    if card and any(call.startswith("__cudnn$conv") for call in parts.calls):
+        flags.append(
+            "workspaces of cuDNN convolutions are not included: their algorithms are "
+            "chosen on the GPU."
+        )
+    if card and parts.sorts:
+        flags.append(
+            "XLA's own sort stands in for CUB's, whose scratch is known on a GPU only."
+        )
+    if parts.constant_bytes > 2**20:
+        flags.append(
+            f"{parts.constant_bytes:,} bytes of constants are compiled in. Pass large "
+            "arrays as arguments instead of closing over them."
+        )
+    return tuple(flags)
+
+
+def _program(
+    fn: Callable,
+    args: tuple,
+    donate: tuple[int, ...],
+    static: tuple[int, ...],
+    labels: Mapping[str, Label | list[Label]] | None,
+) -> Program:
+    """A function as a program, labelled by the names of its arguments."""
+    if hasattr(fn, "trace") and not (donate or static):
+        donate, static = _jitted(fn, args)
+    program = Program(fn, args, donate, static)
+    if labels is None:
+        names = argument_names(fn, len(args))
+        labels = {}
+        for position, (name, value) in enumerate(zip(names, args)):
+            if position not in program.static:
+                labels |= _own_labels(position, name, value)
+    return dataclasses.replace(program, labels=labels)
+
+
+def _own_labels(position: int, name: str, value: Any) -> dict[str, Label]:
+    """An argument's name as its label, or the names inside it when they say more."""
+    inside = {
+        jax.tree_util.keystr(path[:1], simple=True)
+        for path, _ in jax.tree.leaves_with_path(value)
+        if path
+    }
+    telling = sorted(
+        word for word in inside if kinds.of_label(word) != kinds.OTHER_ARGUMENTS
+    )
+    if kinds.of_label(name) != kinds.OTHER_ARGUMENTS or not telling:
+        return {name: (position, "")}
+    return {name: (position, "")} | {
+        f"{name}.{word}": (position, word) for word in telling
+    }
+
+
+def _jitted(fn: Any, args: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions a jitted function donates, and those it takes as static."""
+    infos = fn.trace(*args).args_info[0]
+    missing = len(args) - len(infos)
+    for static in itertools.combinations(range(len(args)), missing):
+        kept = [n for n in range(len(args)) if n not in static]
+        same = all(
+            jax.tree.structure(args[n]) == jax.tree.structure(info)
+            for n, info in zip(kept, infos)
+        )
+        if same:
+            donate = tuple(
+                n
+                for n, info in zip(kept, infos)
+                if any(leaf.donated for leaf in jax.tree.leaves(info))
+            )
+            return donate, static
+    raise ValueError(
+        f"measure: the static arguments of {fn.__name__} cannot be told from its "
+        "others; give their positions as static=(...)."
+    )

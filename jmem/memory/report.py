@@ -1,0 +1,327 @@
+"""The answer to "how much memory, what fills it, does it fit": printed and saved.
+
+A `MemoryReport` holds plain numbers and words only, so it outlives the process that
+measured it: `to_json` and `from_json` lose nothing.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import types
+import typing
+from typing import Any
+
+from jmem.memory import kinds
+from jmem.memory.breakdown import Instant, Row
+from jmem.memory.timeline import Timeline
+
+GiB = 2**30
+SCHEMA = 1
+"""Version of the JSON; a report of another one is refused."""
+DEFAULT_FRACTION = 0.75
+"""Of a card's memory, what JAX takes at start unless told otherwise."""
+WIDTH = 88
+SMALL = 0.0005
+"""Share of the peak below which a kind is not listed on its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a program fits a card, and the three numbers that decide it."""
+
+    fits: bool
+    needed_bytes: int
+    """The upper end of the interval."""
+    usable_bytes: int
+    reserve_bytes: int
+    target: str
+    memory_fraction: float | None
+    """What JAX must be started with; None when its default is enough or nothing is."""
+
+    def __bool__(self):
+        return self.fits
+
+    def __str__(self):
+        room = self.usable_bytes - self.reserve_bytes - self.needed_bytes
+        head = "fits" if self.fits else "does not fit"
+        text = (
+            f"{head} {self.target}: needs {_gib(self.needed_bytes)}, usable "
+            f"{_gib(self.usable_bytes)} less {_gib(self.reserve_bytes)} reserved: "
+            f"{_gib(abs(room))} {'to spare' if room >= 0 else 'too much'}."
+        )
+        if not self.fits:
+            return text
+        if self.memory_fraction is None:
+            return f"{text}\nJAX's default memory fraction, 0.75, is enough."
+        return (
+            f"{text}\nStart JAX with XLA_CLIENT_MEM_FRACTION="
+            f"{self.memory_fraction:.2f}; its default, 0.75, is too little."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Memory of one program on one target, per device of a mesh."""
+
+    name: str
+    target: str
+    attached: bool
+    """Compiled for a GPU that is there, with its autotuner; else ahead of time."""
+    devices: int
+    compiler_bytes: int
+    """Device memory XLA was told of."""
+    usable_bytes: int
+    device_bytes: int
+    """What the card must hold: arguments + outputs - aliased + temporaries +
+    constants, XLA's `total_allocation_bytes`."""
+    interval: tuple[int, int]
+    """Device bytes with and without Triton matmuls, the smaller first. A real card's
+    autotuner chooses between them, product by product."""
+    host_bytes: int
+    """Pinned host memory: arguments, outputs that reuse none, temporaries."""
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    """Of the outputs, what reuses donated arguments."""
+    temp_bytes: int
+    constant_bytes: int
+    by_kind: dict[str, int]
+    """Device bytes at the peak; they sum to `device_bytes`."""
+    by_label: dict[str, int]
+    """Device bytes of the arguments under each label."""
+    host_by_label: dict[str, int]
+    rows: tuple[Row, ...]
+    """Buffers alive at the peak, by falling size."""
+    peak_instant: Instant
+    timeline: Timeline
+    """`timeline.max() + fragmentation == device_bytes`."""
+    collectives: dict[str, dict[str, int]]
+    calls: dict[str, int]
+    """Library and kernel calls by their target: cuBLAS, cuDNN, Triton, Mosaic GPU."""
+    flags: tuple[str, ...]
+    """What the numbers leave out or a reader should know."""
+    versions: dict[str, str]
+    stablehlo_hash: str
+    """sha256 of the lowered text: the same program has the same, in every process."""
+    options: dict[str, Any]
+    compile_seconds: float
+
+    @property
+    def fragmentation(self) -> int:
+        """Bytes of holes and alignment in the temporary block."""
+        return self.by_kind.get(kinds.FRAGMENTATION, 0)
+
+    def top(self, n: int = 10) -> tuple[Row, ...]:
+        """The `n` largest rows at the peak; like buffers share a row."""
+        return self.rows[:n]
+
+    def fits(self, reserve: int = GiB) -> Verdict:
+        """Whether the upper end of the interval leaves `reserve` bytes on the card.
+
+        A program that fits in every number here can still fail on a card that other
+        processes use, or whose libraries keep more than `usable_bytes` allows for.
+        """
+        if reserve < 0:
+            raise ValueError(f"fits: reserve={reserve} must not be negative.")
+        needed = self.interval[1]
+        fits = needed <= self.usable_bytes - reserve
+        fraction = (needed + reserve) / self.compiler_bytes
+        raised = fits and not self.attached and fraction > DEFAULT_FRACTION
+        return Verdict(
+            fits=fits,
+            needed_bytes=needed,
+            usable_bytes=self.usable_bytes,
+            reserve_bytes=reserve,
+            target=self.target,
+            memory_fraction=math.ceil(fraction * 100) / 100 if raised else None,
+        )
+
+    # Printed --------------------------------------------------------------------------
+
+    def __str__(self):
+        return self.table()
+
+    def table(self, top: int = 12, reserve: int = GiB) -> str:
+        """The report as text of 88 columns: kinds, largest buffers, verdict."""
+        return "\n".join(
+            [
+                *self._heading(),
+                "",
+                *self._kinds(),
+                "",
+                *self._largest(top),
+                "",
+                *(_wrapped(f"note: {flag}") for flag in self.flags),
+                *([""] if self.flags else []),
+                str(self.fits(reserve)),
+            ]
+        )
+
+    def _heading(self) -> list[str]:
+        how = "compiled for the attached GPU" if self.attached else "ahead of time"
+        jax, jaxlib = self.versions["jax"], self.versions["jaxlib"]
+        unit = _unit(self.device_bytes)
+        low, high = (_size(end, unit) for end in self.interval)
+        each = " a device" if self.devices > 1 else ""
+        lines = [
+            f"{self.name} on {self.target}",
+            f"{how}, jax {jax}, jaxlib {jaxlib}, {self.compile_seconds:.1f} s",
+            "",
+            f"device  {_size(self.device_bytes, unit):>9} {unit}{each}"
+            f"   {self.device_bytes:,} bytes",
+        ]
+        if low != high:
+            lines.append(f"between {low:>9} and {high} {unit}, with and without Triton")
+        if self.host_bytes:
+            lines.append(
+                f"host    {_size(self.host_bytes, unit):>9} {unit}{each}"
+                f"   {self.host_bytes:,} bytes, pinned"
+            )
+        return lines
+
+    def _kinds(self) -> list[str]:
+        unit = _unit(self.device_bytes)
+        lines = [f"{'what fills the peak':<28}{unit:>10}{'%':>8}", "─" * WIDTH]
+        shares = {k: held / self.device_bytes for k, held in self.by_kind.items()}
+        small = [kind for kind, share in shares.items() if share < SMALL]
+        listed = {k: held for k, held in self.by_kind.items() if k not in small}
+        if small:
+            listed["all else"] = sum(self.by_kind[kind] for kind in small)
+        for kind, held in listed.items():
+            share = held / self.device_bytes
+            line = f"{kind:<28}{_size(held, unit):>10}{share:>8.1%}  {_bar(share, 40)}"
+            lines.append(line.rstrip())
+        lines.append("─" * WIDTH)
+        lines.append(f"{'total':<28}{_size(self.device_bytes, unit):>10}{1:>8.1%}")
+        return lines
+
+    def _largest(self, top: int) -> list[str]:
+        at = self.peak_instant
+        doing = " · ".join(word for word in (at.phase, at.scope, at.op) if word)
+        where = f"  {_short(at.source)}" if at.source else ""
+        doing = _clip(doing or "the arguments and results", WIDTH - 13 - len(where))
+        lines = [f"at the peak: {doing}{where}", "─" * WIDTH]
+        for row in self.top(top):
+            many = f"{row.count} × " if row.count > 1 else ""
+            unit = _unit(row.bytes)
+            size = f"{many}{_size(row.bytes, unit)} {unit}"
+            head = f"{size:>16}  {row.kind:<18}  {_clip(row.shape, 24):<24}  "
+            if row.op:  # computed: where, by what, on which line
+                what = f"{row.name} · {row.op}" if row.name else row.op
+                lines.append(f"{head}{_short(row.source)}".rstrip())
+                lines.append(_clip(f"{'':>16}  {what}", WIDTH))
+            else:
+                lines.append(f"{head}{_end(row.name, WIDTH - len(head))}".rstrip())
+        left = self.rows[top:]
+        if left:
+            held = sum(row.total_bytes for row in left)
+            unit = _unit(held)
+            size = f"{_size(held, unit)} {unit}"
+            count = sum(row.count for row in left)
+            lines.append(f"{size:>16}  in {count} smaller buffers")
+        return lines
+
+    def plot(self, path: str | pathlib.Path, *, reserve: int = GiB) -> pathlib.Path:
+        """The timeline as a PNG: live bytes stacked by kind, the peak marked."""
+        from jmem.memory.plot import plot
+
+        return plot(self, pathlib.Path(path), reserve=reserve)
+
+    # Saved ----------------------------------------------------------------------------
+
+    def to_json(self, path: str | pathlib.Path | None = None) -> str:
+        """The whole report as JSON; written to `path` when one is given."""
+        text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(self))
+        if path is not None:
+            pathlib.Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | pathlib.Path) -> "MemoryReport":
+        """A report from `to_json`'s text, or from the path of a file of it.
+
+        Raises:
+          ValueError: not a report, or one of another version; the place is named.
+        """
+        where = "report"
+        if isinstance(text, pathlib.Path):
+            where, text = str(text), text.read_text()
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{where}: not a MemoryReport of schema {SCHEMA}.")
+        return _build(cls, values, where)
+
+
+def _build(wanted: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON has it, in the type `wanted`."""
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return value
+    if dataclasses.is_dataclass(wanted):
+        _check(isinstance(value, dict), where, wanted, value)
+        fields = typing.get_type_hints(wanted)
+        names = {field.name for field in dataclasses.fields(wanted)}
+        if set(value) != names:
+            odd = sorted(set(value) ^ names)
+            raise ValueError(f"{where}: missing or unknown fields {odd}.")
+        built = {n: _build(fields[n], value[n], f"{where}.{n}") for n in names}
+        return wanted(**built)  # pyright: ignore[reportCallIssue]
+    if origin is dict:
+        _check(isinstance(value, dict), where, wanted, value)
+        return {k: _build(inside[1], v, f"{where}[{k!r}]") for k, v in value.items()}
+    if origin is tuple:
+        _check(isinstance(value, list), where, wanted, value)
+        return tuple(_build(inside[0], v, f"{where}[{n}]") for n, v in enumerate(value))
+    if origin is types.UnionType:
+        return None if value is None else _build(inside[0], value, where)
+    wanted = (int, float) if wanted is float else wanted
+    _check(isinstance(value, wanted), where, wanted, value)
+    return value
+
+
+def _check(holds: bool, where: str, wanted: Any, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{where}: need {wanted}, found {str(value)[:40]!r}.")
+
+
+def _unit(size: int) -> str:
+    return "GiB" if size >= GiB else "MiB" if size >= 2**20 else "KiB"
+
+
+def _size(size: int, unit: str) -> str:
+    value = size / {"GiB": GiB, "MiB": 2**20, "KiB": 2**10}[unit]
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _gib(size: int) -> str:
+    unit = _unit(size)
+    return f"{_size(size, unit)} {unit}"
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar of eighths of a character; empty below half of one."""
+    eighths = round(share * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _end(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
+
+
+def _short(source: str) -> str:
+    """The end of a path: folder/file:line."""
+    return "/".join(source.split("/")[-2:])
+
+
+def _wrapped(text: str) -> str:
+    import textwrap
+
+    return textwrap.fill(text, WIDTH, subsequent_indent="      ")

@@ -1,0 +1,42 @@
+"""The linear leaf: declares its parameters at birth, hands them over at use."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jmem.nn.ops import LinearMap
+
+
+def along_last(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
+    """`vector` with as many leading axes of one as `like` has dimensions to broadcast."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """`x @ kernel (+ bias)` in x's dtype; the matrix unit accumulates in float32."""
+    del name
+    y = x @ leaf["kernel"]
+    return y + along_last(leaf["bias"], y) if "bias" in leaf else y
+
+
+class Linear(nn.Module):
+    """A linear map whose product is `linear`'s business, not its own.
+
+    At `init` it declares `kernel` [in, features] and perhaps `bias` [features]; at
+    `apply` it passes on the dict it was given, so a leaf may have gained `lora_a` or
+    lost `kernel` for packed values without another module.
+    """
+
+    features: int
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    @nn.compact
+    def __call__(self, x: jax.Array, linear: LinearMap) -> jax.Array:
+        if self.is_initializing():
+            shape = (x.shape[-1], self.features)
+            self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
+            if self.use_bias:
+                self.param("bias", nn.initializers.zeros, shape[1:], self.dtype)
+        return linear(self.name or "linear", dict(self.variables["params"]), x)

@@ -1,0 +1,33 @@
+"""The two doors into every model: how positions attend, and how a linear map is applied.
+
+A block computes norms, activations and residuals; the two expensive things it does
+are arguments. LoRA, gradient taps, quantised and sparse weights are other `linear`s,
+KV caches and attention kernels other `attend`s; no module is ever patched.
+
+    attend(q, k, v, rope, positions, layer, carry) -> (out, carry)
+        q [B,T,H,D], k and v [B,T,K,D]: queries and keys *before* rotation;
+        rope(x, positions) rotates; positions int32 [B,T]; layer a traced int32;
+        carry whatever the caller threads through the layers (a cache, or None).
+        out [B,T,H,D] in q's dtype.
+    linear(name, leaf, x) -> y
+        name of the map ("q", "gate", "head" ...), its own parameter dict, its input
+        [..., in]. The dict holds whatever the caller put there: "kernel" [in, out],
+        perhaps "bias", perhaps leaves that only this `linear` understands.
+
+Neither may close over values that are differentiated: they are passed in, or lost.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Attend = Callable[..., tuple[jax.Array, Any]]
+LinearMap = Callable[[str, dict[str, jax.Array], jax.Array], jax.Array]
+
+
+class Ops(NamedTuple):
+    """What a block does not decide itself; see the module's docstring."""
+
+    attend: Attend
+    linear: LinearMap

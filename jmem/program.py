@@ -1,0 +1,467 @@
+"""A program: one function with the arguments it will be given, not yet run.
+
+Everything `jmem` measures, runs, traces or tests is a `Program`. Its arguments are
+descriptions (`jax.ShapeDtypeStruct`) or arrays; nothing is put on a device before
+somebody runs it. Compiling one for a described GPU needs no GPU:
+
+    step = Program(train_step, (state, batch), donate=(0,),
+                   labels={"weights": (0, "params"), "batch": (1, "")})
+    step.compile(resolve("h200")).memory_analysis()
+
+Labels speak the user's words. They are matched by the position of a flattened argument
+through JAX's own tree paths, never by names inside the compiled program.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+)
+
+from jmem.targets import Target, nearest
+
+Label = tuple[int, str]
+"""Position of an argument, and the key path inside it ("params/blocks"; "" = all)."""
+
+
+class ProgramError(RuntimeError):
+    """The program cannot be lowered or compiled, for a reason given in words."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A function, its arguments, and how it is to be compiled.
+
+    Raises:
+      TypeError: an argument holds something that is neither an array nor a description
+        of one, or a static argument cannot be hashed.
+      ValueError: a position in `donate`, `static` or `labels` does not exist, or a
+        label's key path matches nothing.
+    """
+
+    fn: Callable
+    args: tuple
+    donate: tuple[int, ...] = ()
+    """Positions whose buffers the program may overwrite."""
+    static: tuple[int, ...] = ()
+    """Positions of hashable values that are compiled in."""
+    out_shardings: Any = None
+    labels: Mapping[str, Label | list[Label]] = dataclasses.field(default_factory=dict)
+    """The user's word for a part of the arguments: "weights", "adam m", "kv cache"."""
+    make: Callable[[jax.Array], tuple] | None = None
+    """Real arguments from a random key, for live runs."""
+
+    def __post_init__(self):
+        if not callable(self.fn):
+            raise TypeError(f"Program: fn={self.fn!r} cannot be called.")
+        if not isinstance(self.args, tuple):
+            raise TypeError(
+                f"Program: args is a {type(self.args).__name__}; need a tuple with one "
+                "entry an argument, as (state, batch)."
+            )
+        for field in ("donate", "static"):
+            positions = tuple(self._position(field, p) for p in getattr(self, field))
+            object.__setattr__(self, field, positions)
+        both = sorted(set(self.donate) & set(self.static))
+        if both:
+            raise ValueError(
+                f"Program: argument {both[0]} is in donate={self.donate} and in "
+                f"static={self.static}; a static value has no buffer to donate."
+            )
+        for position, value in enumerate(self.args):
+            if position in self.static:
+                self._check_static(position, value)
+            else:
+                self._check_arrays(position, value)
+        self.leaf_labels()  # refuses a label that matches nothing
+
+    def _position(self, field: str, position: int) -> int:
+        index = operator.index(position)
+        if not 0 <= index < len(self.args):
+            raise ValueError(
+                f"Program: {field} names argument {index}, but {_name(self.fn)} is "
+                f"given {len(self.args)}; need 0 <= position < {len(self.args)}."
+            )
+        return index
+
+    def _check_static(self, position: int, value: Any) -> None:
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(
+                f"Program: static argument {position} ({type(value).__name__}) cannot "
+                "be hashed, so JAX could not tell one program from another. Use a "
+                "frozen dataclass, a tuple, a string or a number."
+            ) from error
+
+    def _check_arrays(self, position: int, value: Any) -> None:
+        for path, leaf in jax.tree.leaves_with_path(value):
+            if not _is_described(leaf):
+                where = f"argument {position}" + (f", {key(path)!r}" if path else "")
+                raise TypeError(
+                    f"Program: {where} is a {type(leaf).__name__}, which has no shape "
+                    "and dtype. Pass an array or a jax.ShapeDtypeStruct, or name the "
+                    f"argument static: static=({position},)."
+                )
+
+    # Labels ---------------------------------------------------------------------------
+
+    def leaves(self) -> list[tuple[int, str, Any]]:
+        """Position, key path and description of every array argument, flattened.
+
+        The order is that of the compiled program's parameters.
+        """
+        return [
+            (position, key(path), leaf)
+            for position, value in enumerate(self.args)
+            if position not in self.static
+            for path, leaf in jax.tree.leaves_with_path(value)
+        ]
+
+    def argument_names(self) -> list[str]:
+        """The function's own names of its arguments; "argument 0" where it has none."""
+        return argument_names(self.fn, len(self.args))
+
+    def leaf_labels(self) -> list[str | None]:
+        """The label of every flattened argument; None where no label reaches.
+
+        Where two labels reach one leaf, the longer key path holds.
+        """
+        leaves = self.leaves()
+        found: list[tuple[int, str | None]] = [(-1, None)] * len(leaves)
+        for label, places in self.labels.items():
+            for position, prefix in [places] if isinstance(places, tuple) else places:
+                position = self._position(f"labels[{label!r}]", position)
+                if position in self.static:
+                    raise ValueError(
+                        f"Program: labels[{label!r}] names argument {position}, which "
+                        "is static and holds no array."
+                    )
+                words = tuple(prefix.split("/")) if prefix else ()
+                hits = [
+                    index
+                    for index, (owner, path, _) in enumerate(leaves)
+                    if owner == position
+                    and tuple(path.split("/"))[: len(words)] == words
+                ]
+                if not hits and words:
+                    paths = [path for owner, path, _ in leaves if owner == position]
+                    near = nearest(prefix, _prefixes(paths))
+                    raise ValueError(
+                        f"Program: labels[{label!r}]={(position, prefix)!r} matches no "
+                        f"array of argument {position}{near}"
+                    )
+                for index in hits:
+                    if len(words) > found[index][0]:
+                        found[index] = (len(words), label)
+        return [label for _, label in found]
+
+    # Compiling ------------------------------------------------------------------------
+
+    def jit(self) -> Any:
+        """The function under `jax.jit`, with this program's donation and statics.
+
+        Unused arguments are kept: the user's card holds them, whether or not the
+        function looks at them.
+        """
+        return self._jit(self.out_shardings)
+
+    def lower(self, target: Target | None = None) -> "Lowered":
+        """Traced and lowered for `target`; None means the attached default backend.
+
+        Raises:
+          ProgramError: the function cannot be lowered ahead of time as it is written
+            (an eager operation, a host callback, meshes that do not agree).
+        """
+        args, out_shardings, mesh, named = self.placed(target)
+        devices = target.compile_only_devices() if target else None
+        platforms = ("cuda",) if target else None
+        jitted = self._jit(out_shardings)
+        with _explained(self), _on(devices), _in_mesh(mesh if named else None):
+            stage = jitted.trace(*args).lower(lowering_platforms=platforms)
+        return Lowered(stage, devices, math.prod(mesh.axis_sizes) if mesh else 1, self)
+
+    def compile(
+        self, target: Target | None = None, options: Mapping[str, Any] | None = None
+    ) -> jax.stages.Compiled:
+        """Compiled for `target`; None means the attached default backend.
+
+        `options` are XLA's compile options by name, with typed values.
+
+        Raises:
+          ProgramError: as `lower`; or an unknown option, or an option that needs a GPU.
+        """
+        return self.lower(target).compile(options)
+
+    def _jit(self, out_shardings: Any) -> Any:
+        placed = {} if out_shardings is None else {"out_shardings": out_shardings}
+        return jax.jit(
+            self.fn,
+            static_argnums=self.static,
+            donate_argnums=self.donate,
+            keep_unused=True,
+            **placed,
+        )
+
+    def asks_for_host(self) -> bool:
+        """Whether an argument or a result is placed in host memory by its sharding."""
+        placed = [leaf for *_, leaf in self.leaves()]
+        placed += jax.tree.leaves(self.out_shardings, is_leaf=_is_sharding)
+        return any(_memory_kind(leaf) == HOST for leaf in placed)
+
+    def placed(self, target: Target | None) -> tuple[tuple, Any, Any, bool]:
+        """Descriptions of the arguments, and out_shardings, placed on one mesh.
+
+        Also the mesh, if one is needed at all, and whether it is the user's own, whose
+        axes the function may name. For a described GPU the mesh is abstract, with Auto
+        axes: concrete meshes of compile-only devices silently drop host memory (seen in
+        JAX 0.11.2 and 0.12).
+        """
+        shardings = [getattr(leaf, "sharding", None) for *_, leaf in self.leaves()]
+        shardings += jax.tree.leaves(self.out_shardings, is_leaf=_is_sharding)
+        named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+        shapes = {tuple(mesh.shape.items()) for mesh in named}
+        if len(shapes) > 1:
+            raise ProgramError(
+                f"{_name(self.fn)}: the arguments are placed on different meshes, "
+                f"{' and '.join(str(dict(shape)) for shape in sorted(shapes))}; "
+                "place them all on one."
+            )
+        devices = target.devices if target else None
+        if shapes:
+            shape = dict(*shapes)
+            size = math.prod(shape.values())
+            if target and target.devices != size:
+                raise ProgramError(
+                    f"{_name(self.fn)}: the arguments are placed on a mesh {shape} of "
+                    f"{size} devices, but target {target.name!r} has {target.devices}. "
+                    f"Use a target of {size}, as {_card(target.name)}x{size}."
+                )
+        elif (devices or 1) > 1 or self.asks_for_host():
+            shape = {"devices": devices or 1}
+        else:
+            return self.described(), self.out_shardings, None, False
+        axes, sizes = tuple(shape), tuple(shape.values())
+        auto = (AxisType.Auto,) * len(axes)
+        if target:
+            mesh = AbstractMesh(sizes, axes, axis_types=auto)
+        else:
+            attached = jax.devices()[: math.prod(sizes)]
+            mesh = jax.make_mesh(sizes, axes, devices=attached, axis_types=auto)
+        out_shardings = jax.tree.map(  # where None, XLA chooses
+            lambda s: _onto(mesh, s), self.out_shardings, is_leaf=_is_sharding
+        )
+        return self.described(mesh), out_shardings, mesh, bool(shapes)
+
+    def described(self, mesh: Any = None) -> tuple:
+        """The arguments with every array replaced by its description.
+
+        With a mesh, placements are put onto it; without one, only those that name a
+        mesh or host memory are kept.
+        """
+
+        def describe(leaf):
+            kind = leaf if hasattr(leaf, "weak_type") else jax.typeof(leaf)
+            sharding = getattr(leaf, "sharding", None)
+            if mesh is not None:
+                sharding = _onto(mesh, sharding)
+            elif not isinstance(sharding, NamedSharding):
+                sharding = None
+            return jax.ShapeDtypeStruct(
+                kind.shape, kind.dtype, weak_type=kind.weak_type, sharding=sharding
+            )
+
+        return tuple(
+            value if position in self.static else jax.tree.map(describe, value)
+            for position, value in enumerate(self.args)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lowered:
+    """A program lowered to StableHLO, to be compiled where it was lowered for."""
+
+    stage: jax.stages.Lowered
+    devices: tuple[Any, ...] | None
+    """Compile-only devices; None compiles for the attached ones."""
+    device_count: int
+    program: Program
+
+    def as_text(self) -> str:
+        """StableHLO, free of line numbers: the same text in every process."""
+        return self.stage.as_text()
+
+    def compile(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+        """Compiled by XLA; `options` as in `Program.compile`."""
+        options = dict(options or {})
+        if options.get("xla_gpu_deterministic_ops") and self.devices:
+            raise ProgramError(_DETERMINISTIC)
+        # JAX picks the CPU client and crashes on the compile-only devices without _on.
+        cache = never_cached() if self.devices else contextlib.nullcontext()
+        with _explained(self.program), _on(self.devices), cache:
+            compiled = self.stage.compile(
+                compiler_options=options, device_assignment=self.devices
+            )
+        if self.program.asks_for_host():
+            held: Any = compiled.memory_analysis()
+            sizes = held.host_argument_size_in_bytes, held.host_output_size_in_bytes
+            if not any(sizes):
+                raise ProgramError(
+                    f"{_name(self.program.fn)}: a sharding asks for {HOST!r}, but XLA "
+                    "placed nothing in host memory."
+                )
+        return compiled
+
+
+HOST = "pinned_host"
+"""JAX's name of host memory a GPU can read and write."""
+
+
+@contextlib.contextmanager
+def never_cached() -> Iterator[None]:
+    """Keeps what is compiled inside out of JAX's persistent compilation cache.
+
+    An executable that no client can load is an entry that JAX warns of at each read.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@contextlib.contextmanager
+def _on(devices: tuple[Any, ...] | None) -> Iterator[None]:
+    with jax.default_device(devices[0]) if devices else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _in_mesh(mesh: Any) -> Iterator[None]:
+    """Lets the function's own constraints name axes: `with_sharding_constraint(P)`."""
+    if mesh is None:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        yield
+
+
+@contextlib.contextmanager
+def _explained(program: Program) -> Iterator[None]:
+    """Turns the errors JAX and XLA raise for known causes into words."""
+    try:
+        yield
+    except (AttributeError, RuntimeError, ValueError) as error:
+        for mark, reason in _KNOWN:
+            if mark in str(error):
+                reason = reason.format(error=str(error).splitlines()[0])
+                raise ProgramError(f"{_name(program.fn)}: {reason}") from error
+        raise
+
+
+_DETERMINISTIC = (
+    "xla_gpu_deterministic_ops needs a GPU to choose its algorithms on.\n"
+    "Remove it to compile ahead of time, or measure with target='attached'."
+)
+_KNOWN = (
+    (
+        "has no attribute 'local_devices'",
+        "it computes with real values while it is traced (under "
+        "jax.ensure_compile_time_eval, say), and the GPU compiled for is not there.\n"
+        "Compute those values before, with NumPy, and close over the result; or pass "
+        "them as arguments.",
+    ),
+    (
+        "Unknown backend: 'gpu' requested",
+        "it calls back to the host (jax.debug.print, jax.pure_callback, io_callback), "
+        "which cannot be compiled without a GPU.\n"
+        "Take the callback out of the measured function; it holds no device memory.",
+    ),
+    (
+        "must match the device_assignment calculated",
+        "it names a mesh of this machine's own devices inside, which are not the GPUs "
+        "compiled for.\n"
+        "Constrain with a PartitionSpec instead of a NamedSharding: the mesh of the "
+        "arguments is in scope.",
+    ),
+    ("No such compile option", "{error}"),
+    ("Failed to get configs", _DETERMINISTIC),
+)
+
+
+def argument_names(fn: Callable, number: int) -> list[str]:
+    """Names of the first `number` positional arguments of a function."""
+    named = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())[:number]
+    except (TypeError, ValueError):  # some callables written in C have none
+        parameters = []
+    names = [parameter.name for parameter in parameters if parameter.kind in named]
+    return names + [f"argument {n}" for n in range(len(names), number)]
+
+
+def key(path: tuple) -> str:
+    """A tree path in words: `blocks/attention/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _prefixes(paths: list[str]) -> set[str]:
+    words = [path.split("/") for path in paths]
+    return {"/".join(w[:n]) for w in words for n in range(1, len(w) + 1)}
+
+
+def _name(fn: Callable) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _card(name: str) -> str:
+    return name.rpartition("x")[0] if re.search(r".x\d+$", name) else name
+
+
+def _is_described(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float | complex) or (
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    )
+
+
+def _is_sharding(leaf: Any) -> bool:
+    return isinstance(leaf, Sharding | PartitionSpec)
+
+
+def _memory_kind(leaf: Any) -> str | None:
+    sharding = leaf if isinstance(leaf, Sharding) else getattr(leaf, "sharding", None)
+    return getattr(sharding, "memory_kind", None)
+
+
+def _onto(mesh: Any, sharding: Any) -> NamedSharding:
+    """The same placement over `mesh`; no placement means a copy on every device."""
+    spec = PartitionSpec()
+    if isinstance(sharding, NamedSharding):
+        spec = sharding.spec
+    elif isinstance(sharding, PartitionSpec):
+        spec = sharding
+    elif sharding is not None and len(sharding.device_set) > 1:
+        raise ProgramError(
+            f"sharding={sharding} names devices without a mesh; "
+            "place the array with a jax.sharding.NamedSharding."
+        )
+    # Other kinds are the own memory of the device the array is on now.
+    host = _memory_kind(sharding) == HOST
+    return NamedSharding(mesh, spec, memory_kind=HOST if host else None)

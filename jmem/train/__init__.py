@@ -1,0 +1,1 @@
+"""Loss and training loop; both know no method (see `jmem.finetune`)."""

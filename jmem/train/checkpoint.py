@@ -1,0 +1,269 @@
+"""Training states on disk: atomic, and checked bit for bit before they are read back.
+
+Orbax writes the arrays into a folder of another name, a manifest of what was written
+follows, and a rename makes the checkpoint appear: a process killed in the middle
+leaves the older ones. The manifest is there because a flipped bit in an array file is
+otherwise read back without a word, and a missing one ends in a page of errors from
+Orbax's threads (both seen in Orbax 0.12).
+
+    folder/400/state/...        the leaves by key path, not compressed
+    folder/400/manifest.json    {"format", "step", "data",
+                                 "leaves": {path: "float32[2,3]"},
+                                 "files": {path: [bytes, CRC-32]}}
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or that does not belong to this run."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: `folder/<step>/`, of which the last `keep` stay."""
+
+    def __init__(self, folder: pathlib.Path, *, keep: int = 2):
+        self.folder = folder.absolute()
+        self.keep = keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob("*.partial"):
+            shutil.rmtree(unfinished)
+
+    def steps(self) -> tuple[int, ...]:
+        """Steps of the complete checkpoints, ascending."""
+        names = (entry.name for entry in self.folder.iterdir())
+        return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+    def save(self, step: int, state: Any, *, data: str) -> None:
+        """Write `state` as the checkpoint of `step`; drop the oldest beyond `keep`.
+
+        Raises:
+          CheckpointError: it could not be written; the older ones are still there.
+        """
+        from orbax import checkpoint
+
+        leaves = _named(state)
+        arrays = {name: _raw(leaf) for name, leaf in leaves.items() if leaf.size}
+        partial = self.folder / f"{step}.partial"
+        handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
+        try:
+            with checkpoint.Checkpointer(handler) as writer:
+                writer.save(partial / "state", args=checkpoint.args.PyTreeSave(arrays))
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "data": data,
+                "leaves": _layout(state),
+                "files": _digests(partial / "state"),
+            }
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            os.rename(partial, self.folder / str(step))
+        except Exception as error:  # Orbax and TensorStore have no error class
+            kept = self.steps()
+            raise CheckpointError(
+                f"step {step}: the checkpoint could not be written to {self.folder}: "
+                f"{_first_line(error)}\n"
+                + (f"The last complete one is of step {kept[-1]}." if kept else "")
+            ) from error
+        for old in self.steps()[: -self.keep]:
+            self.remove(old)
+
+    def restore(self, like: Any, *, data: str) -> tuple[int, Any]:
+        """The latest intact checkpoint as (step, state).
+
+        `like` gives the state's tree, shapes, dtypes and shardings (`abstract`). A
+        damaged checkpoint is passed over, with a line that says so, and removed: the
+        run is about to write that step again.
+
+        Raises:
+          CheckpointError: the latest checkpoint is of another state (the first leaf
+            that differs is named) or of other data; or no checkpoint is intact.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            manifest, why = self._manifest(step)
+            if why:
+                damaged[step] = why
+                continue
+            self._check(step, manifest, like, data)
+            state = self._read(step, like)
+            for bad, why in damaged.items():
+                print(f"checkpoint {bad} is damaged ({why}); going back to {step}")
+                self.remove(bad)
+            return step, state
+        reasons = [f"step {step}: {why}" for step, why in damaged.items()]
+        raise CheckpointError(
+            f"{self.folder}: no checkpoint is intact: {'; '.join(reasons) or 'none'}.\n"
+            "Start again in a new folder."
+        )
+
+    def remove(self, step: int) -> None:
+        """Delete one checkpoint; killed in between, it is gone and not half there."""
+        partial = self.folder / f"{step}.partial"
+        os.rename(self.folder / str(step), partial)
+        shutil.rmtree(partial)
+
+    def _manifest(self, step: int) -> tuple[dict, str]:
+        """A checkpoint's manifest, and what is wrong with its files ("" if nothing)."""
+        where = self.folder / str(step)
+        try:
+            manifest = json.loads((where / "manifest.json").read_text())
+            files, written = manifest["files"], manifest["format"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            return {}, f"manifest.json: {_first_line(error)}"
+        if written != FORMAT:
+            raise CheckpointError(
+                f"{where}: format={written!r}; this version reads format {FORMAT}.\n"
+                "Resume with the version that wrote it, or start in a new folder."
+            )
+        found = _digests(where / "state")
+        for name in sorted(files.keys() | found.keys()):
+            if files.get(name) != found.get(name):
+                return manifest, (
+                    f"state/{name} is {_file_words(found.get(name))} and was written "
+                    f"as {_file_words(files.get(name))}"
+                )
+        return manifest, ""
+
+    def _check(self, step: int, manifest: Mapping, like: Any, data: str) -> None:
+        where = self.folder / str(step)
+        if changed := _first_difference(manifest["leaves"], _layout(like)):
+            name, before, after = changed
+            raise CheckpointError(
+                f"{where}: leaf {name!r} is {before}, and this run's is {after}.\n"
+                "The checkpoint is of another model or method: resume it with its own "
+                "settings, or start in a new folder."
+            )
+        if manifest["data"] != data:
+            raise CheckpointError(
+                f"{where}: was trained on data with digest={manifest['data']!r}, "
+                f"and this run's is {data!r}.\n"
+                "Resume with the same data, or start in a new folder."
+            )
+
+    def _read(self, step: int, like: Any) -> Any:
+        from orbax import checkpoint
+
+        templates = _named(like)
+        raw = {n: _raw_template(leaf) for n, leaf in templates.items() if leaf.size}
+        handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
+        with checkpoint.Checkpointer(handler) as reader:
+            restored = reader.restore(
+                self.folder / str(step) / "state",
+                args=checkpoint.args.PyTreeRestore(
+                    item=raw,
+                    restore_args=checkpoint.checkpoint_utils.construct_restore_args(
+                        raw
+                    ),
+                ),
+            )
+        leaves = []
+        for name, template in templates.items():
+            leaf = restored.get(name)  # Orbax saves no array of size zero
+            if leaf is None:
+                leaf = jnp.zeros(template.shape, template.dtype)
+            if _is_key(template):
+                leaf = _wrap(leaf, template)
+            leaves.append(jax.device_put(leaf, template.sharding))
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _digests(folder: pathlib.Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below `folder`."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            crc = 0
+            with path.open("rb") as file:
+                while chunk := file.read(2**22):
+                    crc = zlib.crc32(chunk, crc)
+            digests[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
+    return digests
+
+
+def _file_words(digest: list[int] | None) -> str:
+    return f"{digest[0]} bytes, CRC {digest[1]:08x}" if digest else "absent"
+
+
+def abstract(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state of arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        state,
+    )
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+    assert len(named) == len(leaves), "two leaves of the state share a key path"
+    return named
+
+
+def _words(leaf: Any) -> str:
+    """A leaf's layout in words, as `float32[2,3]`."""
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _layout(tree: Any) -> dict[str, str]:
+    return {name: _words(leaf) for name, leaf in _named(tree).items()}
+
+
+def difference(first: Any, second: Any) -> tuple[str, str, str] | None:
+    """Path and both layouts of a leaf that two trees do not have alike, or None.
+
+    >>> difference({"m": jnp.ones(3)}, {"m": jnp.ones(4)})
+    ('m', 'float32[3]', 'float32[4]')
+    """
+    return _first_difference(_layout(first), _layout(second))
+
+
+def _first_difference(
+    first: dict[str, str], second: dict[str, str]
+) -> tuple[str, str, str] | None:
+    for name in sorted(first.keys() | second.keys()):
+        if first.get(name) != second.get(name):
+            return name, first.get(name, "absent"), second.get(name, "absent")
+    return None
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _wrap(words: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    found = []  # an abstract key tells its implementation only to a traced function
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return jax.random.wrap_key_data(words, impl=found[0])
+
+
+def _raw(leaf: jax.Array) -> jax.Array:
+    """A typed random key as its words; every other leaf as it is."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _raw_template(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not _is_key(leaf):
+        return leaf
+    words = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

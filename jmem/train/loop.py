@@ -1,0 +1,389 @@
+"""The training loop: one compiled step, fed by number, stopped and resumed at will.
+
+    state = train(finetuner, model, state, data, steps=400, folder="runs/mine")
+
+It knows no method: a `Finetuner` gives `step`, and the loop compiles it once, with the
+state donated. `data.batch(n)` is the batch of update n, whatever came before, so a
+resumed run sees what an uninterrupted one would have seen. Metrics are fetched one
+step late: the device never waits for a row to be written.
+
+    folder/metrics.jsonl     a row a step, a row an evaluation
+    folder/checkpoints/<n>/  the state after n updates (`jmem.train.checkpoint`)
+    folder/trace/            XLA profiler trace of some steps, for xprof or Perfetto
+"""
+
+import collections
+import contextlib
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmem.data.batch import Batch
+from jmem.train import progress as progresses
+from jmem.train.checkpoint import Checkpoints, abstract, difference
+from jmem.train.finetuner import Finetuner
+from jmem.train.folder import prepare, require_free
+from jmem.train.loss import next_token_loss
+from jmem.train.metrics import MetricsFile
+
+WARM_STEPS = 2
+"""Steps that run before a trace begins."""
+RATE_STEPS = 20
+"""Steps that the printed rate is the mean of; a row has its own step's."""
+SPARE_BYTES = 64 * 2**20
+"""Room asked for beside the checkpoints: metrics and trace."""
+
+
+class TrainingError(ValueError):
+    """A run that cannot start, or cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss or the gradient's norm is no longer a finite number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (or SIGTERM) during training: all updates done are in a checkpoint."""
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Batches by number, and what they are made of."""
+
+    @property
+    def digest(self) -> str:
+        """Another one for other data; a checkpoint remembers it."""
+        ...
+
+    def batch(self, step: int) -> Batch:
+        """The batch of update `step`, from 0; a pure function of `step`."""
+        ...
+
+
+def train[State](
+    finetuner: Finetuner[Any, Any, State],
+    model: Any,
+    state: State,
+    data: Data,
+    *,
+    steps: int,
+    folder: str | os.PathLike,
+    held_out: Iterable[Batch] = (),
+    evaluate: Callable[[State, Batch], jax.Array] | None = None,
+    evaluate_every: int = 0,
+    checkpoint_every: int = 0,
+    keep: int = 2,
+    resume: bool = False,
+    trace_steps: int = 0,
+    progress: bool = True,
+) -> State:
+    """Bring `state` to `steps` updates, and return it.
+
+    `state` is consumed: its buffers are donated to the first step, or freed before a
+    checkpoint replaces them.
+
+    Args:
+      finetuner: the method. Its `step` is compiled ahead of the loop, so that nothing
+        in the loop can compile again.
+      model: handed to the method as it is.
+      state: from `finetuner.init`.
+      data: batches by update number, all of one shape.
+      steps: updates in all, those of earlier sessions included.
+      folder: where metrics, checkpoints and trace go.
+      held_out: batches never trained on. Their mean loss, by their weights, is written
+        before the first update, every `evaluate_every` and after the last.
+      evaluate: (state, batch) -> mean loss; by default the next-token loss of
+        `finetuner.merged(state)`.
+      evaluate_every: updates between evaluations; 0 for none in between.
+      checkpoint_every: updates between checkpoints; 0 for none in between. The last
+        state is always written, and so is the one at Ctrl-C.
+      keep: checkpoints that stay on the disk; one more exists while it is written.
+      resume: continue from the latest intact checkpoint in `folder`, and drop the rows
+        after it. Where there is no checkpoint yet, start from `state`.
+      trace_steps: steps to trace with the XLA profiler, after the first two.
+      progress: tell loss, tokens a second and time left on standard output.
+
+    Raises:
+      TrainingError: an argument is out of range, `folder` already holds a run, `step`
+        changes the state's layout, or a batch has another shape.
+      DivergedError: loss or gradient norm is not finite; older checkpoints stay.
+      FolderError: `folder` cannot be written, or has no room for the checkpoints.
+      CheckpointError: `folder` holds a checkpoint of another state or of other data.
+      Interrupted: Ctrl-C; the state is in a checkpoint, and `resume=True` continues.
+    """
+    _check_arguments(
+        steps=(steps, 1),
+        evaluate_every=(evaluate_every, 0),
+        checkpoint_every=(checkpoint_every, 0),
+        keep=(keep, 1),
+        trace_steps=(trace_steps, 0),
+    )
+    folder, held_out = prepare(folder), tuple(held_out)
+    state = jax.tree.map(_on_device, state)
+    like = abstract(state)
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(folder / "checkpoints", keep=keep)
+        start = 0
+        if resume and checkpoints.steps():
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            start, state = checkpoints.restore(like, data=data.digest)
+        elif not resume:
+            _check_unused(folder, checkpoints)
+        if start > steps:
+            raise TrainingError(
+                f"train: steps={steps} and {folder} is already at update {start}. "
+                "Ask for more steps, or start in a new folder."
+            )
+        if start == steps:
+            return state
+        _check_room(folder, like, checkpoints, steps - start, checkpoint_every)
+        began = time.perf_counter()
+        first = data.batch(start)
+        step = _compile_step(finetuner, model, like, first)
+        held_out_loss = _compile_evaluation(finetuner, model, like, held_out, evaluate)
+        compiling = time.perf_counter() - began
+
+        lines = progresses.choose(folder.name, steps, start=start, silent=not progress)
+        stack.callback(lines.close)
+        lines.note(f"compiled in {compiling:.1f} s")
+        file = MetricsFile(folder, step=start)
+        stack.callback(file.close)
+        log = _Log(file, lines, checkpoints)
+        trace = _Trace(folder / "trace", start, steps, trace_steps)
+        stack.callback(trace.stop)
+        stop = stack.enter_context(_stop_between_steps(lines))
+
+        if start:
+            lines.note(f"resumed after update {start}")
+        elif held_out:
+            log.held_out(0, held_out_loss(state))
+        log.restart_clock()
+        for done in range(start + 1, steps + 1):  # updates done when this one is
+            batch = data.batch(done - 1)
+            _check_batch(batch, first, done - 1)
+            trace.before(done - 1)
+            with jax.profiler.StepTraceAnnotation("train", step_num=done - 1):
+                state, metrics = step(state, batch)
+            log.step(done, metrics, batch.tokens.size)
+
+            asked = stop.is_set()
+            saving = asked or done == steps or _due(done, checkpoint_every)
+            evaluating = held_out and (done == steps or _due(done, evaluate_every))
+            if saving or evaluating or trace.ends(done):
+                log.flush()
+                if trace.ends(done):
+                    trace.stop()
+                if evaluating:
+                    log.held_out(done, held_out_loss(state))
+                if saving:
+                    file.sync()
+                    checkpoints.save(done, state, data=data.digest)
+                log.restart_clock()
+            if asked and done < steps:
+                raise Interrupted(
+                    f"{folder.name}: stopped after update {done} of {steps}; its "
+                    f"checkpoint is in {folder / 'checkpoints'}. Resume to continue."
+                )
+    return state
+
+
+def _on_device(leaf: Any) -> jax.Array:
+    """A copy of what is no JAX array: memory shared with NumPy cannot be donated."""
+    return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _compile_step(finetuner, model, like, batch) -> Callable:
+    """`finetuner.step` for this model, state donated: an executable, not a jit."""
+
+    def train_step(state, batch):
+        return finetuner.step(model, state, batch)
+
+    lowered = jax.jit(train_step, donate_argnums=0, keep_unused=True).lower(like, batch)
+    state, metrics = lowered.out_info
+    if changed := difference(like, state):
+        name, before, after = changed
+        raise TrainingError(
+            f"{type(finetuner).__name__}.step: leaf {name!r} of the state is {before} "
+            f"and comes back {after}.\n"
+            "A step returns the state's own shapes and dtypes, so that it can be "
+            "donated."
+        )
+    if "loss" not in metrics:
+        raise TrainingError(
+            f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
+        )
+    return lowered.compile()
+
+
+def _compile_evaluation(finetuner, model, like, held_out, evaluate) -> Callable:
+    """State -> mean loss over `held_out`, each batch counted by its weights."""
+    if not held_out:
+        return lambda state: math.nan
+
+    def held_out_loss(state, batch):
+        return next_token_loss(model, finetuner.merged(state), batch)
+
+    for number, batch in enumerate(held_out):
+        _check_batch(batch, held_out[0], number, "held_out")
+    compiled = jax.jit(evaluate or held_out_loss).lower(like, held_out[0]).compile()
+    weights = np.array([np.sum(batch.weights, dtype=np.float64) for batch in held_out])
+
+    def mean(state) -> float:
+        losses = jax.device_get([compiled(state, batch) for batch in held_out])
+        return float(np.dot(weights, np.array(losses, np.float64)) / weights.sum())
+
+    return mean
+
+
+class _Log:
+    """Rows and progress, one step behind the device."""
+
+    def __init__(
+        self,
+        file: MetricsFile,
+        lines: progresses.Progress,
+        checkpoints: Checkpoints,
+    ):
+        self._file, self._lines, self._checkpoints = file, lines, checkpoints
+        self._waiting: tuple[int, Mapping[str, jax.Array], int] | None = None
+        self._recent = collections.deque(maxlen=RATE_STEPS)
+        self._mark = time.perf_counter()
+
+    def step(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
+        """Take this step's metrics, and write those of the step before it."""
+        self.flush()
+        self._waiting = (step, metrics, tokens)
+
+    def flush(self) -> None:
+        """Wait for the step taken last, and write its row."""
+        if self._waiting is None:
+            return
+        (step, metrics, tokens), self._waiting = self._waiting, None
+        values = {name: v.tolist() for name, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self._check(step, values)
+        named = {name: values.pop(name) for name in _FIRST if name in values}
+        times = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        self._file.write({"step": step, **named, **values, **times})
+        self._recent.append((tokens, seconds))
+        recent_tokens, recent_seconds = map(sum, zip(*self._recent))
+        self._lines.update(step, named["loss"], recent_tokens / recent_seconds)
+
+    def held_out(self, step: int, loss: float) -> None:
+        self._check(step, {"held_out_loss": loss})
+        self._file.write({"step": step, "held_out_loss": loss})
+        self._lines.note(f"step {step}  held-out loss {loss:.4f}")
+
+    def restart_clock(self) -> None:
+        """The next step's seconds count from now: evaluations are not its time."""
+        self._mark = time.perf_counter()
+
+    def _check(self, step: int, values: Mapping[str, Any]) -> None:
+        for name in ("loss", "grad_norm", "held_out_loss"):
+            if not math.isfinite(values.get(name, 0.0)):
+                kept = self._checkpoints.steps()
+                raise DivergedError(
+                    f"update {step}: {name}={values[name]} is not finite.\n"
+                    "Lower the learning rate, clip the gradient, or look at the data "
+                    f"of batch {max(step - 1, 0)}. "
+                    + (f"The checkpoint of step {kept[-1]} is kept." if kept else "")
+                )
+
+
+_FIRST = ("loss", "lr", "grad_norm", "active")
+"""Order of the columns every method may report; others follow."""
+
+
+class _Trace:
+    """A profiler trace of `steps` steps, after the first two where there are more."""
+
+    def __init__(self, folder: pathlib.Path, start: int, stop: int, steps: int):
+        first = max(min(start + WARM_STEPS, stop - steps), start)
+        self._folder, self._steps = folder, range(first, min(first + steps, stop))
+        self._running = False
+
+    def before(self, step: int) -> None:
+        if self._steps and step == self._steps.start:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            self._running = True
+
+    def ends(self, done: int) -> bool:
+        return self._running and done == self._steps.stop
+
+    def stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _stop_between_steps(lines: progresses.Progress) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event; a second one stops at once."""
+    asked = threading.Event()
+
+    def ask(signum, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        lines.note("stopping after this step; once more to stop without a checkpoint")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # Python lets only the main thread handle signals
+        return
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _check_arguments(**least: tuple[int, int]) -> None:
+    for name, (value, lowest) in least.items():
+        if value < lowest:
+            raise TrainingError(f"train: {name}={value} must be at least {lowest}.")
+
+
+def _check_unused(folder: pathlib.Path, checkpoints: Checkpoints) -> None:
+    if checkpoints.steps() or (folder / "metrics.jsonl").exists():
+        raise TrainingError(
+            f"train: folder={str(folder)!r} already holds a run.\n"
+            "resume=True continues it; choose another folder to start afresh."
+        )
+
+
+def _check_room(folder, like, checkpoints: Checkpoints, steps: int, every: int) -> None:
+    """Refuse a disk that is going to be full before the last checkpoint is written."""
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    now = len(checkpoints.steps())
+    saves = -(-steps // every) if every else 1
+    more = max(min(checkpoints.keep + 1, now + saves) - now, 1)
+    require_free(
+        folder,
+        more * each + SPARE_BYTES,
+        f"{more} more checkpoints of {each / 2**30:.2f} GiB beside metrics",
+    )
+
+
+def _check_batch(batch: Batch, first: Batch, number: int, what: str = "data") -> None:
+    if changed := difference(first, batch):
+        name, before, after = changed
+        raise TrainingError(
+            f"{what}: {name} of batch {number} is {after}, and the first one's is "
+            f"{before}.\nA step is compiled for one shape: pad or pack every batch to "
+            "it."
+        )

@@ -1,0 +1,122 @@
+"""Next-token cross-entropy whose logits exist for one chunk of tokens at a time.
+
+Idea    The head is the only place where activations grow with the vocabulary. Its loss
+        is a sum over tokens, so a chunk's logits, its loss and its gradient can be made
+        and dropped before the next chunk: [B, T, V] never exists, in any dtype.
+Memory  CHUNK * V * (4 + itemsize) bytes of logits and their gradient, and one gradient
+        of the head's weight in float32 when somebody differentiates it.
+Differs The usual form recomputes the logits in the backward pass. Here the forward pass
+        of a differentiated loss already computes the head's gradients, as nothing that
+        follows can change them but a factor: one of three products less.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jmem.nn.ops import Ops
+from jmem.nn.stack import run_stack
+
+CHUNK = 256
+"""Tokens whose logits exist at the same time."""
+
+
+def _chunks(array: jax.Array) -> jax.Array:
+    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], zero-padded (weight 0 = not counted)."""
+    length = array.shape[0]
+    size = min(CHUNK, length)
+    padding = -length % size
+    array = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
+    return array.reshape(-1, size, *array.shape[1:])
+
+
+def _chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
+    logits = model.head(head_params, x, ops).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def head_loss(
+    model,
+    ops: Ops,
+    head_params: dict,
+    x: Float[Array, "N M"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+) -> Float[Array, ""]:
+    """Sum over tokens of weight * -log p(target); float32.
+
+    Differentiable with respect to `head_params` and `x` only.
+    """
+
+    def step(total, chunk):
+        return total + _chunk_loss(model, ops, head_params, *chunk), None
+
+    chunks = (_chunks(x), _chunks(targets), _chunks(weights))
+    return jax.lax.scan(step, jnp.float32(0), chunks)[0]
+
+
+def _head_loss_forward(model, ops, head_params, x, targets, weights):
+    def step(state, chunk):
+        total, sums = state
+        x, targets, weights = chunk
+        loss, gradients = jax.value_and_grad(
+            lambda p, x: _chunk_loss(model, ops, p, x, targets, weights), argnums=(0, 1)
+        )(head_params, x)
+        sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients[0])
+        return (total + loss, sums), gradients[1]
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head_params)
+    chunks = (_chunks(x), _chunks(targets), _chunks(weights))
+    (total, sums), dx = jax.lax.scan(step, (jnp.float32(0), zeros), chunks)
+    dx = dx.reshape(-1, x.shape[-1])[: x.shape[0]]
+    d_head = jax.tree.map(lambda s, p: s.astype(p.dtype), sums, head_params)
+    return total, (d_head, dx)
+
+
+def _head_loss_backward(model, ops, residuals, cotangent):
+    del model, ops
+
+    def scale(gradient):
+        return (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype)
+
+    d_head, dx = jax.tree.map(scale, residuals)
+    return d_head, dx, None, None
+
+
+head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def token_positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """0 ... T-1 in every row."""
+    row = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(row[None], tokens.shape)
+
+
+def mean_head_loss(model, ops, head_params, x, batch) -> Float[Array, ""]:
+    """`head_loss` of [B, T, M] activations divided by the sum of the batch's weights."""
+    x = x.reshape(-1, x.shape[-1])
+    weights = batch.weights.reshape(-1).astype(jnp.float32)
+    # The factor goes into the weights, so gradients are scaled where they are made.
+    weights = weights / jnp.maximum(jnp.sum(weights), 1.0)
+    return head_loss(model, ops, head_params, x, batch.targets.reshape(-1), weights)
+
+
+def next_token_loss(
+    model, params: dict, batch, ops: Ops | None = None
+) -> Float[Array, ""]:
+    """Mean cross-entropy in nats a token over the batch's weights, plus `aux` losses.
+
+    `batch` is a `jmem.data.batch.Batch`; `ops` defaults to the model's own.
+    """
+    ops = model.ops if ops is None else ops
+    positions = token_positions(batch.tokens)
+    x = model.embed(params, batch.tokens, positions)
+    x, _, aux = run_stack(
+        model.block, params["blocks"], x, positions, ops, remat=model.remat
+    )
+    loss = mean_head_loss(model, ops, model.head_params(params), x, batch)
+    return loss + sum(jnp.sum(value) for value in jax.tree.leaves(aux))

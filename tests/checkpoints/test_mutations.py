@@ -1,0 +1,171 @@
+"""Damaged files: an error with a name or a whole result; no crash, no hang, no bomb."""
+
+import functools
+import json
+import resource
+import signal
+import struct
+
+import chex
+import numpy as np
+import pytest
+
+from jmem import checkpoints
+from jmem.checkpoints.files import CheckpointError
+from jmem.models.decoder import Decoder
+
+from . import tiny
+
+CASES = 100
+SECONDS = 5
+"""No tiny file takes longer, on a machine busy with other work."""
+BOMB_BYTES = 256 << 20
+"""Far above what tiny files need, far below what their damaged sizes may claim."""
+
+ODD = (0, 1, 0x7F, 0xFF, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+STRANGE = [
+    *(None, True, False, -1, 0, 1, 3, 2**31, 2**64, 0.5, 1e308, float("nan")),
+    *("", "F16", "llama3", "a\0b", "\ud800", "../x", [], [1], [[[]]], {}, {"a": None}),
+]
+
+
+@functools.cache
+def abstract(config):
+    return Decoder(config).abstract()
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> dict[str, dict[str, bytes]]:
+    """The files of each kind of checkpoint."""
+    import gguf
+
+    from .test_tokenizer import sentencepiece_metadata
+
+    root = tmp_path_factory.mktemp("originals")
+    config = tiny.VARIANTS["scaled"]
+    tensors = tiny.torch_tensors(tiny.random_params(config), "huggingface")
+    more = {"tokenizer": tiny.tiny_tokenizer()}
+    tiny.write_folder(root / "single", config, tensors, **more)
+    tiny.write_folder(root / "sharded", config, tensors, shards=2, **more)
+    for name in ("gguf", "quantised gguf"):
+        (root / name).mkdir()
+    tiny.write_gguf(root / "gguf" / "m.gguf", config, tiny.random_params(config))
+    words = sentencepiece_metadata()
+    config = tiny.DecoderConfig(**{**vars(tiny.TINY), "vocab_size": 319})
+    tiny.write_gguf(
+        root / "quantised gguf" / "m.gguf",
+        config,
+        tiny.random_params(config),
+        quantise=lambda _: gguf.GGMLQuantizationType.Q4_1,
+        metadata=words,
+    )
+    return {folder.name: bytes_of(folder) for folder in root.iterdir()}
+
+
+def damage_bytes(raw: bytes, random: np.random.Generator) -> bytes:
+    """One to three small injuries, most of them near the start, where headers are."""
+    data = bytearray(raw)
+    for _ in range(random.integers(1, 4)):
+        reach = len(data) if random.random() < 0.2 else min(len(data), 4096)
+        at = int(random.integers(0, max(reach, 1)))
+        span = int(random.integers(1, 40))
+        match random.integers(0, 6):
+            case 0:
+                data[at : at + 1] = bytes([random.integers(0, 256)])
+            case 1:
+                width = int(random.choice([1, 2, 4, 8]))
+                value = ODD[random.integers(0, len(ODD))] % (1 << 8 * width)
+                data[at : at + width] = value.to_bytes(width, "little")
+            case 2:
+                del data[at : at + (span if random.random() < 0.5 else len(data))]
+            case 3:
+                data[at:at] = random.bytes(span)
+            case 4:
+                data += random.bytes(span)
+            case 5:
+                data[at:at] = data[at : at + span]
+    return bytes(data)
+
+
+def damage_json(value, random: np.random.Generator):
+    """The same object with one value somewhere replaced, removed or copied."""
+    if isinstance(value, dict | list) and value and random.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[random.integers(0, len(keys))]
+        if random.random() < 0.1:
+            del value[key]
+        elif random.random() < 0.1:
+            value[key] = value[keys[random.integers(0, len(keys))]]
+        else:
+            value[key] = damage_json(value[key], random)
+        return value
+    return STRANGE[random.integers(0, len(STRANGE))]
+
+
+def damaged(name: str, raw: bytes, random: np.random.Generator) -> bytes:
+    if random.random() < 0.4 or name.endswith(".gguf"):
+        return damage_bytes(raw, random)
+    if name.endswith(".json"):
+        return json.dumps(damage_json(json.loads(raw), random)).encode()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = damage_json(json.loads(raw[8 : 8 + length]), random)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + raw[8 + length :]
+
+
+class Hang(BaseException):
+    """Not an Exception, so that no handler of the code under test can take it."""
+
+
+@pytest.fixture
+def deadline():
+    def stop(*_):
+        raise Hang(f"over {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    yield lambda: signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded", "gguf", "quantised gguf"])
+def test_damaged_files_give_an_error_or_a_whole_result(
+    kind, originals, tmp_path, deadline, capfd
+):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    source = folder / "m.gguf" if "gguf" in kind else folder
+    for name, raw in originals[kind].items():
+        (folder / name).write_bytes(raw)
+    whole = checkpoints.load(source).params()  # undamaged; also compiles
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    outcomes = {"error": 0, "result": 0}
+    names = sorted(originals[kind])
+    for case in range(CASES):
+        random = np.random.default_rng([case, sum(map(ord, kind))])
+        name = names[random.integers(0, len(names))]
+        (folder / name).write_bytes(damaged(name, originals[kind][name], random))
+        deadline()
+        try:
+            checkpoint = checkpoints.load(source)
+            params = checkpoint.params()
+        except CheckpointError as error:
+            if not str(error).startswith(str(tmp_path)):
+                pytest.fail(f"case {case}: the message names no file: {error}")
+            outcomes["error"] += 1
+        except BaseException as error:
+            pytest.fail(f"case {case}, {name}: {error!r}")
+        else:
+            chex.assert_trees_all_equal_shapes(params, abstract(checkpoint.config))
+            outcomes["result"] += 1
+        (folder / name).write_bytes(originals[kind][name])
+
+    assert outcomes["error"] > CASES / 4, "the damage reached nothing"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib
+    assert grown * 1024 < BOMB_BYTES
+    chex.assert_trees_all_equal(checkpoints.load(source).params(), whole)

@@ -1,0 +1,156 @@
+"""`Loader`: `batch(step)` is a function of data, seed, batch size and step alone."""
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jmem.data.batch import Batch
+from jmem.data.document import DataError
+from jmem.data.loader import Loader, in_order, order
+
+sizes = st.integers(1, 40).flatmap(
+    lambda rows: st.tuples(st.just(rows), st.integers(1, rows))
+)
+seeds = st.integers(0, 2**40)
+
+
+def make(rows: int, seq_len: int = 2) -> Batch:
+    tokens = (np.arange(rows)[:, None] * 100 + np.arange(seq_len)).astype(np.int32)
+    return Batch(tokens, tokens + 1, np.ones(tokens.shape, np.float32))
+
+
+def drawn(loader: Loader, steps: int) -> np.ndarray:
+    """Row numbers in the order the steps show them."""
+    return np.concatenate([loader.batch(s).tokens[:, 0] // 100 for s in range(steps)])
+
+
+class TestBatch:
+    @settings(deadline=None)
+    @given(sizes, seeds)
+    def test_every_epoch_shows_every_row_once(self, size, seed):
+        rows, batch_size = size
+        loader = Loader(make(rows), batch_size, seed)
+        line = drawn(loader, 3 * loader.steps_per_epoch)
+        for epoch in range(2):
+            shown = np.sort(line[epoch * rows : (epoch + 1) * rows])
+            np.testing.assert_array_equal(shown, np.arange(rows))
+
+    @settings(deadline=None)
+    @given(sizes, seeds, st.integers(0, 10**12))
+    def test_a_fresh_loader_resumes_anywhere(self, size, seed, step):
+        rows, batch_size = size
+        before = Loader(make(rows), batch_size, seed).batch(step)
+        order.cache_clear()
+        loader = Loader(make(rows), batch_size, seed)
+        loader.batch(0)
+        for old, new in zip(before, loader.batch(step)):
+            np.testing.assert_array_equal(old, new)
+
+    @settings(deadline=None)
+    @given(sizes)
+    def test_steps_per_epoch_is_the_fewest_that_show_all(self, size):
+        rows, batch_size = size
+        loader = Loader(make(rows), batch_size)
+        steps = loader.steps_per_epoch
+        assert set(drawn(loader, steps)) == set(range(rows))
+        assert (steps - 1) * batch_size < rows
+
+    def test_last_batch_is_completed_from_the_next_epoch(self, numbered):
+        loader = Loader(numbered(5), batch_size=3, seed=9)
+        line = np.concatenate([order(9, 0, 5), order(9, 1, 5)])
+        np.testing.assert_array_equal(loader.batch(1).tokens[:, 0], line[3:6])
+
+    def test_shape_is_static_and_fields_stay_together(self, numbered):
+        loader = Loader(numbered(7, 4), batch_size=3)
+        for step in range(9):
+            batch = loader.batch(step)
+            assert {leaf.shape for leaf in batch} == {(3, 4)}
+            np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
+
+    def test_epochs_and_seeds_differ(self):
+        orders = [order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+        assert len({tuple(o) for o in orders}) == 4
+
+    def test_order_is_pinned(self):
+        """Another NumPy must not change what a resumed run reads."""
+        assert order(0, 0, 8).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
+
+    def test_batches_do_not_alias_the_data(self, numbered):
+        data = numbered(4)
+        Loader(data, batch_size=4).batch(0).tokens[:] = -1
+        assert (data.tokens >= 0).all()
+
+    def test_step_may_be_an_array_scalar_but_no_fraction(self, numbered):
+        loader = Loader(numbered(4), batch_size=2)
+        np.testing.assert_array_equal(
+            loader.batch(jnp.int32(3)).tokens, loader.batch(3).tokens
+        )
+        with pytest.raises(TypeError):
+            loader.batch(1.5)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(DataError, match="step=-1 is negative"):
+            loader.batch(-1)
+
+
+class TestDigest:
+    def test_digest_is_pinned(self, numbered):
+        assert Loader(numbered(4), batch_size=1).digest == "71e0fe258cdc9eab"
+
+    def test_digest_is_of_the_data_only(self, numbered):
+        one, two = numbered(4), numbered(4)
+        assert Loader(one, 2, seed=1).digest == Loader(two, 3, seed=2).digest
+
+    @pytest.mark.parametrize("field", Batch._fields)
+    def test_one_changed_value_changes_it(self, numbered, field):
+        data = numbered(4)
+        changed = getattr(data, field).copy()
+        changed[2, 1] += 1
+        other = data._replace(**{field: changed})
+        assert Loader(data, 1).digest != Loader(other, 1).digest
+
+    def test_another_row_length_changes_it(self, numbered):
+        data = numbered(4, 6)
+        other = Batch(*(leaf.reshape(6, 4) for leaf in data))
+        assert Loader(data, 1).digest != Loader(other, 1).digest
+
+
+class TestRefusals:
+    def test_fewer_rows_than_a_batch(self, numbered):
+        with pytest.raises(DataError, match=r"3 row\(s\) of 5 tokens, .* batch_size=4"):
+            Loader(numbered(3, 5), batch_size=4)
+
+    @pytest.mark.parametrize("batch_size", [0, -1])
+    def test_no_batch(self, numbered, batch_size):
+        with pytest.raises(DataError, match=f"batch_size={batch_size}"):
+            Loader(numbered(3), batch_size)
+        with pytest.raises(DataError, match=f"batch_size={batch_size}"):
+            next(in_order(numbered(3), batch_size))
+
+    def test_negative_seed(self, numbered):
+        with pytest.raises(DataError, match="seed=-1 is negative"):
+            Loader(numbered(3), 1, seed=-1)
+
+    def test_nothing_counts(self, numbered):
+        data = numbered(3)
+        with pytest.raises(DataError, match="every weight is 0"):
+            Loader(data._replace(weights=data.weights * 0), 1)
+
+    def test_fields_of_unequal_shape(self, numbered):
+        data = numbered(3)
+        with pytest.raises(DataError, match=r"one \[N, T\] for all"):
+            Loader(data._replace(targets=data.targets[:, 1:]), 1)
+
+
+class TestInOrder:
+    @settings(deadline=None)
+    @given(st.integers(1, 20), st.integers(1, 25))
+    def test_every_row_once_and_fill_weighs_nothing(self, rows, batch_size):
+        data = make(rows)
+        batches = list(in_order(data, batch_size))
+        assert {b.tokens.shape for b in batches} == {(batch_size, 2)}
+        for field in Batch._fields:
+            joined = np.concatenate([getattr(b, field) for b in batches])
+            np.testing.assert_array_equal(joined[:rows], getattr(data, field))
+            assert not joined[rows:].any()
+            assert joined.dtype == getattr(data, field).dtype

@@ -1,0 +1,208 @@
+"""`read`: what is in the files arrives unchanged, or one clear error does."""
+
+import json
+import random
+import re
+import socket
+
+import datasets
+import datasets.config
+import pytest
+
+from jmem.data.document import DataError
+from jmem.data.text import read
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: str | bytes):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def jsonl(*rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class TestJsonLines:
+    def test_rows_carry_text_and_line(self, write):
+        path = write(
+            "a.jsonl", '\ufeff{"text": "One."}\n\n  \n{"text": "Two.", "n": 1}'
+        )
+        data = read(path)
+        assert isinstance(data, datasets.Dataset)
+        assert data.to_list() == [
+            {"text": "One.", "source": f"{path}:1"},
+            {"text": "Two.", "source": f"{path}:4"},
+        ]
+
+    @pytest.mark.parametrize(
+        "text",
+        ["2020-01-01 00:00:00", "1", "null", " a\r\nb\x00\u2028c ", "é🐍", "NaN"],
+    )
+    def test_strings_stay_as_they_are(self, write, text):
+        """`load_dataset("json")` gives a datetime for the first of these."""
+        assert read(write("a.jsonl", jsonl({"text": text})))["text"][:] == [text]
+
+    def test_other_columns_may_hold_anything(self, write):
+        rows = [{"text": "a", "m": 1}, {"text": "b", "m": {"x": []}}, {"text": "c"}]
+        assert read(write("a.jsonl", jsonl(*rows)))["text"][:] == ["a", "b", "c"]
+
+    def test_column_is_named_by_the_caller(self, write):
+        path = write("a.jsonl", jsonl({"body": "a", "text": "no"}))
+        assert read(path, column="body")["text"][:] == ["a"]
+
+    @pytest.mark.parametrize(
+        "line, message",
+        [
+            ("{'text': 'a'}", r"a\.jsonl:2: not JSON \(.* at character 2\)\. .*a line"),
+            ("[", r"a\.jsonl:2: not JSON .* array must be written out"),
+            (
+                '{"text": "a"} {"text": "b"}',
+                r":2: not JSON \(Extra data at character 15",
+            ),
+            ("[" * 100_000, r":2: not JSON \(nested too deeply"),
+            (f'{{"n": {"1" * 5000}}}', r":2: not JSON \(Exceeds the limit"),
+            ('"text"', r":2: a row must be an object with a column 'text', not str"),
+            (
+                '{"txt": "a", "id": 1}',
+                r":2: no column 'text' among \['id', 'txt'\]; did ",
+            ),
+            ('{"text": 7}', r":2: column 'text' holds int, not a string"),
+            ('{"text": null}', r":2: column 'text' holds NoneType"),
+            ('{"text": " \\n\\t"}', r":2: column 'text' is blank.* Remove the row"),
+            (
+                '{"text": "ab\\ud83d"}',
+                r":2: .* lone surrogate '\\ud83d' at character 2",
+            ),
+            (b'{"text": "\xe9"}', r":2: byte 0xe9 is not UTF-8.*iconv"),
+        ],
+        ids=lambda value: str(value)[:24],
+    )
+    def test_bad_line_is_named(self, write, line, message):
+        line = line.encode() if isinstance(line, str) else line
+        path = write("a.jsonl", b'{"text": "fine"}\n' + line + b'\n{"text": "fine"}\n')
+        with pytest.raises(DataError, match=message) as caught:
+            read(path)
+        assert str(caught.value).startswith(str(path))
+
+    def test_mutated_files_are_read_or_refused(self, write):
+        """Never another exception, and never a text that the named line lacks."""
+        draw = random.Random(20)
+        rows = [{"text": f"héllo {i}", "meta": {"k": [i, None]}} for i in range(4)]
+        original = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        outcomes = {"read": 0, "refused": 0}
+        for _ in range(300):
+            content = bytearray(original.encode())
+            for _ in range(draw.randint(1, 2)):
+                place, kind = draw.randrange(len(content)), draw.randrange(4)
+                if kind == 0:
+                    content[place] = draw.choice([*b'abcdefgh1 {"', 0, 0xE9])
+                elif kind == 1:
+                    del content[place : place + draw.randint(1, 9)]
+                elif kind == 2:
+                    content[place:place] = draw.choice([b"\n", b'"', b"\\ud800", b"}"])
+                else:
+                    content = content[: place + 1]
+            path = write("m.jsonl", bytes(content))
+            try:
+                data = read(path)
+            except DataError as error:
+                outcomes["refused"] += str(error).startswith(str(path))
+                continue
+            outcomes["read"] += 1
+            lines = path.read_bytes().split(b"\n")
+            for row in data.to_list():
+                number = int(row["source"].rpartition(":")[2])
+                line = lines[number - 1].decode("utf-8-sig")
+                assert json.loads(line)["text"] == row["text"]
+        assert sum(outcomes.values()) == 300, "an error that does not name the file"
+        assert min(outcomes.values()) > 20, outcomes
+
+
+class TestPlainText:
+    def test_a_file_is_one_document(self, write):
+        path = write("a.txt", "\ufeffOne.\r\n\r\nTwo.\rThree.\n")
+        assert read(path).to_list() == [
+            {"text": "One.\n\nTwo.\nThree.\n", "source": str(path)}
+        ]
+
+    def test_a_paragraph_is_one_when_asked(self, write):
+        path = write("a.txt", "\n  \nOne,\n  one.\n \t\n\nTwo.\n")
+        assert read(path, unit="paragraph").to_list() == [
+            {"text": "One,\n  one.", "source": f"{path}:3"},
+            {"text": "Two.", "source": f"{path}:7"},
+        ]
+
+    @pytest.mark.parametrize("unit", ["file", "paragraph"])
+    def test_not_utf8_names_the_line(self, write, unit):
+        path = write("a.txt", b"fine\n\nna\xefve\n")
+        with pytest.raises(DataError, match=r"a\.txt:3: byte 0xef is not UTF-8"):
+            read(path, unit=unit)
+
+
+class TestFiles:
+    def test_files_keep_their_order(self, write):
+        one = write("1.jsonl", jsonl({"text": "a"}, {"text": "b"}))
+        two = write("2.txt", "c")
+        assert read(two, one)["text"][:] == ["c", "a", "b"]
+
+    def test_any_bad_file_is_found_before_a_line_is_read(self, write, tmp_path):
+        good = write("good.jsonl", "not JSON at all")
+        with pytest.raises(DataError, match=r"gone\.txt: no such file"):
+            read(good, tmp_path / "gone.txt")
+
+    def test_missing_file_offers_the_nearest(self, write, tmp_path):
+        write("train.jsonl", "")
+        with pytest.raises(
+            DataError, match=r"no such file; did you mean 'train\.jsonl"
+        ):
+            read(tmp_path / "trian.jsonl")
+        with pytest.raises(DataError, match="no such file"):
+            read(tmp_path / "no folder" / "a.jsonl")
+
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+    @pytest.mark.parametrize("unit", ["file", "paragraph"])
+    @pytest.mark.parametrize(
+        "content, rule", [("", "is empty"), (" \n\n\t\n", "blank")]
+    )
+    def test_no_text(self, write, name, unit, content, rule):
+        path = write(name, content)
+        with pytest.raises(DataError, match=re.escape(str(path)) + ".*" + rule):
+            read(path, unit=unit)
+
+    def test_other_kinds_are_pointed_to_datasets(self, write, tmp_path):
+        with pytest.raises(
+            DataError, match=r"a\.csv: is neither \.jsonl nor \.txt.*loa"
+        ):
+            read(write("a.csv", "text\nhello\n"))
+        with pytest.raises(DataError, match="is a folder"):
+            read(tmp_path)
+
+    def test_unreadable_file_says_why(self, write, monkeypatch):
+        path = write("a.jsonl", jsonl({"text": "a"}))
+
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("pathlib.Path.open", refuse)
+        with pytest.raises(DataError, match="cannot be read: Permission denied"):
+            read(path)
+
+    def test_no_path(self):
+        with pytest.raises(DataError, match="no path given"):
+            read()
+
+    def test_nothing_is_fetched_or_cached(self, write, tmp_path, monkeypatch):
+        def refuse(*_):
+            raise AssertionError("a socket was opened")
+
+        monkeypatch.setattr(socket, "socket", refuse)
+        cache = tmp_path / "cache"
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        data = read(write("a.jsonl", jsonl({"text": "a"}, {"text": "b"})))
+        assert data.cache_files == []
+        assert not cache.exists()

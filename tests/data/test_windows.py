@@ -1,0 +1,97 @@
+"""`pack` and `pad`: which token is whose target, and what has weight."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jmem.data.document import DataError
+from jmem.data.windows import pack, pad
+
+ids = st.lists(st.integers(0, 99), min_size=2, max_size=12)
+documents = st.lists(ids, min_size=1, max_size=8).map(
+    lambda lists: [np.array(ids, np.int32) for ids in lists]
+)
+lengths = st.integers(1, 17)
+
+
+def check_static(batch, rows: int, seq_len: int) -> None:
+    assert [leaf.dtype for leaf in batch] == [np.int32, np.int32, np.float32]
+    assert {leaf.shape for leaf in batch} == {(rows, seq_len)}
+    assert set(np.unique(batch.weights)) <= {0.0, 1.0}
+
+
+class TestPack:
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_every_token_but_the_first_is_a_target_once(self, sequences, seq_len):
+        stream = np.concatenate(sequences)
+        batch = pack(sequences, seq_len)
+        counted = batch.weights == 1
+        check_static(batch, -(-(stream.size - 1) // seq_len), seq_len)
+        np.testing.assert_array_equal(batch.targets[counted], stream[1:])
+        np.testing.assert_array_equal(batch.tokens[counted], stream[:-1])
+
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_only_the_tail_is_padded(self, sequences, seq_len):
+        weights = pack(sequences, seq_len).weights.ravel()
+        padding = int((weights == 0).sum())
+        assert padding < seq_len
+        assert not weights[weights.size - padding :].any()
+
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_rows_overlap_by_one_token(self, sequences, seq_len):
+        """Without it the first token of each row would never be predicted."""
+        batch = pack(sequences, seq_len)
+        np.testing.assert_array_equal(batch.tokens[1:, 0], batch.targets[:-1, -1])
+
+    def test_padding_is_id_zero(self):
+        batch = pack([np.array([5, 6, 7], np.int32)], 4)
+        assert batch.tokens.tolist() == [[5, 6, 7, 0]]
+        assert batch.targets.tolist() == [[6, 7, 0, 0]]
+        assert batch.weights.tolist() == [[1, 1, 0, 0]]
+
+    def test_a_single_token_is_refused(self):
+        with pytest.raises(DataError, match="one token in all"):
+            pack([np.array([5], np.int32)], 4)
+
+
+class TestPad:
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_a_row_is_the_start_of_its_document(self, sequences, seq_len):
+        batch = pad(sequences, seq_len)
+        check_static(batch, len(sequences), seq_len)
+        for row, sequence in enumerate(sequences):
+            kept = sequence[: seq_len + 1]
+            counted = batch.weights[row] == 1
+            assert counted.sum() == kept.size - 1
+            np.testing.assert_array_equal(batch.tokens[row][counted], kept[:-1])
+            np.testing.assert_array_equal(batch.targets[row][counted], kept[1:])
+
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_padding_comes_last_and_is_zero(self, sequences, seq_len):
+        batch = pad(sequences, seq_len)
+        assert (np.diff(batch.weights, axis=1) <= 0).all()
+        padding = batch.weights == 0
+        assert not batch.targets[padding].any()
+        assert not batch.tokens[padding].any()
+
+    def test_nothing_to_predict_is_refused(self):
+        sequences = [np.array([5, 6], np.int32), np.array([5], np.int32)]
+        with pytest.raises(DataError, match=r"sequence 1 has 1 token"):
+            pad(sequences, 4)
+
+
+@pytest.mark.parametrize("rows", [pack, pad])
+class TestBoth:
+    def test_refuses_no_length(self, rows):
+        with pytest.raises(DataError, match="seq_len=0"):
+            rows([np.array([5, 6], np.int32)], 0)
+
+    def test_refuses_no_sequence(self, rows):
+        with pytest.raises(DataError, match="no sequence given"):
+            rows([], 4)

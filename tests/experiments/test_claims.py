@@ -1,0 +1,513 @@
+"""A claim is read strictly, judged by its record, and shown even when it fails."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import claims
+from experiments.harness import record
+from experiments.harness.claim import Claim, ClaimsError, Relation, read
+from experiments.harness.run import Run
+from jmem.program import Program
+from jmem.targets import Target
+
+ROOT = pathlib.Path(__file__).parents[2]
+GIB = 2**30
+
+PAPER = """
+setting = "Ours keeps f32 moments."
+
+[defaults]
+kind = "compile"
+source = "table 1"
+preset = "small"
+
+[[claim]]
+name = "full"
+what = "Small model, full"
+paper = 59
+program = "full"
+relations = ["ours > 2 * lisa"]
+
+[[claim]]
+name = "lisa"
+what = "Small model, LISA"
+paper = 23
+expect = 19.3
+program = "lisa"
+flags = ["--lisa.active-layers", "2"]
+relations = ["ours <= paper", "ours within 2 % of expect"]
+headline = true
+
+[[claim]]
+name = "loss"
+what = "Held-out loss falls"
+kind = "train"
+preset = ""
+unit = "nats"
+report = ["tables", "Methods", "lisa", "gain"]
+relations = ["ours >= margin"]
+
+[[claim]]
+name = "phi2"
+what = "Phi-2"
+kind = "not-checkable"
+paper = "28G"
+confirmed = false
+reason = "no such model"
+"""
+
+README = """# a
+
+<!-- claims:begin -->
+
+<!-- claims:end -->
+<!-- methods:begin -->
+
+<!-- methods:end -->
+
+after
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small repository: one method with claims, a README with markers."""
+    folder = tmp_path / "configs" / "lisa"
+    folder.mkdir(parents=True)
+    (folder / "claims.toml").write_text(PAPER)
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def a_record(claim: Claim, value: float, **changes) -> record.Record:
+    fields = {
+        "value": value,
+        "definition": claim.definition,
+        "program": "sha256:0",
+        "versions": {"jax": "0.12.0.1"},
+        "device": "none",
+        "commit": "abc",
+        "date": "2026-01-02",
+    }
+    return record.Record(**fields | changes)
+
+
+def measured(root, **values) -> tuple[claims.Claims, dict[str, record.Record]]:
+    """The claims with records of these values: GiB for memory, else as they are."""
+    (found, _), *_ = claims.load(root)
+    by_name = found.by_name
+    records = {
+        name: a_record(by_name[name], value * by_name[name].scale)
+        for name, value in values.items()
+    }
+    record.save(found, records)
+    return found, records
+
+
+class TestReading:
+    def test_defaults_hold_for_every_claim_that_does_not_say_otherwise(self, root):
+        (found, _), *_ = claims.load(root)
+        assert list(found.by_name) == ["full", "lisa", "loss", "phi2"]
+        assert found.slug == "lisa"
+        assert found.by_name["full"].kind == "compile"
+        assert found.by_name["full"].preset == "small"
+        assert found.by_name["loss"].preset == ""
+        assert found.by_name["lisa"].flags == ("--lisa.active-layers", "2")
+
+    @pytest.mark.parametrize(
+        "old, new, line, message",
+        [
+            ('program = "full"', 'progam = "full"', 13, "did you mean 'program'"),
+            ("expect = 19.3", 'expect = "19.3"', 20, "expect='19.3'"),
+            ("expect = 19.3", "expect = true", 20, "expect=True"),
+            ('kind = "train"', 'kind = "training"', 29, "did you mean 'train'"),
+            ('kind = "compile"', 'knid = "compile"', 5, "did you mean 'kind'"),
+            ("[defaults]", "[default]", 4, "did you mean 'defaults'"),
+            ('"ours > 2 * lisa"', '"ours > 2 * lisaa"', 14, "did you mean 'lisa'"),
+            ('"ours > 2 * lisa"', '"ours is small"', 14, "not a relation"),
+            ('"ours > 2 * lisa"', '"ours > expect"', 14, "'expect' to be a number"),
+            ('"ours >= margin"', '"ours >= lisa"', 33, "compares nats with GiB"),
+            ('name = "lisa"', 'name = "full"', 17, "'full' is used twice"),
+            ('program = "full"', "", 10, "needs 'program'"),
+            ('reason = "no such model"', "", 36, "needs 'reason'"),
+            ('unit = "nats"', 'program = "x"', 31, "says nothing about"),
+            ("paper = 59", 'unit = "nats"', 12, "unit of memory 'nats'"),
+            ("paper = 59", "paper = ", 12, "line 12"),
+            ("[defaults]", "[[defaults]]", 4, "write setting"),
+        ],
+    )
+    def test_a_mistake_is_named_with_its_line(self, root, old, new, line, message):
+        path = root / "configs" / "lisa" / "claims.toml"
+        path.write_text(PAPER.replace(old, new, 1))
+        with pytest.raises(ClaimsError, match=message) as caught:
+            read(path)
+        assert f"claims.toml:{line}:" in str(caught.value) or "line 12" in message
+
+
+class TestRelation:
+    @pytest.mark.parametrize(
+        "text, holds",
+        [
+            ("ours < 20", True),
+            ("ours <= 19.5", True),
+            ("ours > 19.5", False),
+            ("ours >= paper", False),
+            ("ours < 0.5 * full", True),
+            ("3 * ours < full", False),
+            ("ours within 2 % of 19.2", True),
+            ("ours within 1 % of 19.2", False),
+            ("ours < other", None),
+        ],
+    )
+    def test_it_compares_what_it_names(self, text, holds):
+        values = {"ours": 19.5, "paper": 23.0, "full": 40.0, "other": None}
+        relation = Relation.parse(text)
+        numbers = set(values) & set(relation.names)
+        assert (
+            relation.holds(lambda n: values[n] if n in numbers else float(n)) is holds
+        )
+
+    @pytest.mark.parametrize("text", ["", "ours", "ours == 3", "< 3", "ours < 3 < 4"])
+    def test_it_refuses_what_it_cannot_read(self, text):
+        with pytest.raises(ValueError, match="not a relation"):
+            Relation.parse(text)
+
+
+class TestVerdict:
+    def test_it_holds_when_all_relations_do(self, root):
+        found, records = measured(root, lisa=19.2, full=75.7)
+        assert claims.verdict(found.by_name["lisa"], found, records) == "holds"
+        assert claims.verdict(found.by_name["full"], found, records) == "holds"
+
+    def test_it_names_the_relation_that_fails(self, root):
+        found, records = measured(root, lisa=24.0)
+        words = claims.verdict(found.by_name["lisa"], found, records)
+        assert words.startswith("**fails**")
+        assert "`ours <= paper`" in words
+
+    def test_it_waits_for_the_number_of_another_claim_or_a_margin(self, root):
+        found, records = measured(root, full=75.7, loss=0.2)
+        assert "open" in claims.verdict(found.by_name["full"], found, records)
+        assert "open" in claims.verdict(found.by_name["loss"], found, records)
+
+    def test_a_margin_is_a_bar(self, root):
+        found, records = measured(root, loss=0.2)
+        for margin, word in ((0.1, "holds"), (0.3, "**fails**")):
+            claim = dataclasses.replace(found.by_name["loss"], margin=margin)
+            assert claims.verdict(claim, found, records).startswith(word)
+
+    def test_a_number_of_another_program_is_stale(self, root):
+        found, records = measured(root, lisa=19.2, full=75.7)
+        edited = dataclasses.replace(found.by_name["lisa"], flags=())
+        found.by_name["lisa"] = edited
+        assert "stale" in claims.verdict(edited, found, records)
+        assert "open" in claims.verdict(found.by_name["full"], found, records)
+
+    def test_it_says_what_is_not_measured_and_what_cannot_be(self, root):
+        found, records = measured(root)
+        assert claims.verdict(found.by_name["lisa"], found, records) == "not measured"
+        words = claims.verdict(found.by_name["phi2"], found, records)
+        assert words == "not checkable: no such model"
+
+
+class TestTables:
+    def test_a_row_has_the_papers_number_ours_and_how_it_was_measured(self, root):
+        found, records = measured(root, lisa=19.2)
+        row = next(r for r in claims.table(found, records).splitlines() if "LISA" in r)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells == [
+            "Small model, LISA",
+            "23 GiB (table 1)",
+            "19.3 GiB",
+            "19.20 GiB",
+            "`ours <= paper`, `ours within 2 % of expect`",
+            "holds",
+            "compiled for h200, jax 0.12.0.1, 2026-01-02",
+        ]
+
+    def test_an_interval_is_shown_where_its_ends_differ(self, root):
+        found, records = measured(root, lisa=19.2)
+        bounds = (int(19.1 * GIB), int(19.25 * GIB))
+        records["lisa"] = dataclasses.replace(records["lisa"], interval=bounds)
+        assert "19.20 GiB (19.10 to 19.25)" in claims.table(found, records)
+
+    def test_an_unconfirmed_number_of_the_paper_is_marked(self, root):
+        found, records = measured(root)
+        assert "28G (table 1, unconfirmed)" in claims.table(found, records)
+
+    def test_the_readme_shows_headlines_and_whatever_fails(self, root):
+        found, records = measured(root, lisa=19.2, full=75.7)
+        shown = claims.table(found, records, headlines=True)
+        assert "LISA" in shown
+        assert "full" not in shown
+        found, records = measured(root, lisa=19.2, full=30.0)
+        assert "**fails**" in claims.table(found, records, headlines=True)
+
+
+class TestCheck:
+    """`--check` compares files and nothing else."""
+
+    def test_it_passes_on_what_table_wrote_and_keeps_the_rest_of_the_readme(self, root):
+        measured(root, lisa=19.2)
+        assert claims.main(claims.Command(check=True), root) == 1
+        assert claims.main(claims.Command(table=True), root) == 0
+        assert claims.main(claims.Command(check=True), root) == 0
+        readme = (root / "README.md").read_text()
+        assert readme.startswith("# a\n")
+        assert readme.endswith("\nafter\n")
+        assert "19.20 GiB" in readme
+
+    def test_it_sees_a_record_that_moved(self, root, capsys):
+        measured(root, lisa=19.2)
+        claims.main(claims.Command(table=True), root)
+        measured(root, lisa=19.3)
+        assert claims.main(claims.Command(check=True), root) == 1
+        out = capsys.readouterr().out
+        assert "README.md differs" in out
+        assert "--table" in out
+
+    def test_it_sees_a_table_edited_by_hand(self, root):
+        measured(root, lisa=24.0)
+        claims.main(claims.Command(table=True), root)
+        page = root / "configs" / "lisa" / "claims.md"
+        page.write_text(page.read_text().replace("**fails**", "holds"))
+        assert claims.main(claims.Command(check=True), root) == 1
+
+    def test_it_sees_a_record_without_a_claim_and_table_drops_it(self, root, capsys):
+        measured(root, lisa=19.2)
+        claims.main(claims.Command(table=True), root)
+        path = root / "configs" / "lisa" / "records.json"
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps(kept | {"gone": kept["lisa"]}))
+        assert claims.main(claims.Command(check=True), root) == 1
+        assert "'gone'" in capsys.readouterr().out
+        claims.main(claims.Command(table=True), root)
+        assert claims.main(claims.Command(check=True), root) == 0
+        assert json.loads(path.read_text()) == kept
+
+    def test_a_readme_without_markers_is_refused(self, root):
+        (root / "README.md").write_text("# a\n")
+        with pytest.raises(ClaimsError, match="claims:begin"):
+            claims.main(claims.Command(table=True), root)
+
+
+class TestRecords:
+    def test_they_come_back_as_they_were_written(self, root):
+        found, records = measured(root, lisa=19.2, loss=0.125)
+        records["lisa"] = dataclasses.replace(records["lisa"], interval=(1, 2))
+        record.save(found, records)
+        assert record.load(found.path.with_name("records.json")) == records
+
+    @pytest.mark.parametrize("text", ["[]", "{", '{"lisa": {"valeu": 3}}', '{"a": 1}'])
+    def test_a_damaged_file_is_refused_by_name(self, root, text):
+        path = root / "configs" / "lisa" / "records.json"
+        path.write_text(text)
+        with pytest.raises(ClaimsError, match=r"records\.json"):
+            record.load(path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    side: int = 1024
+    """Rows and columns of the array."""
+
+
+def toy_programs(config: ToyConfig, target: Target) -> dict[str, Program]:
+    x = jax.ShapeDtypeStruct((config.side, config.side), jnp.float32)
+    return {"add": Program(lambda x: x + 1, (x,))}
+
+
+TOY = """
+[defaults]
+kind = "compile"
+source = "closed form"
+unit = "MiB"
+program = "add"
+relations = ["ours within 0.1 % of expect"]
+
+[[claim]]
+name = "add"
+what = "Argument and result"
+expect = 8
+
+[[claim]]
+name = "small"
+what = "The same, a quarter"
+flags = ["--side", "512"]
+expect = 2
+
+[[claim]]
+name = "gain"
+what = "The loss falls"
+kind = "train"
+program = ""
+unit = "nats"
+report = ["tables", "Methods", "lisa", "gain"]
+relations = ["ours >= margin"]
+margin = 0.2
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A repository whose one method has an experiment that really compiles."""
+    module = types.ModuleType("experiments.toy")
+    vars(module).update(Config=ToyConfig, programs=toy_programs)
+    monkeypatch.setitem(sys.modules, "experiments.toy", module)
+    monkeypatch.setattr(record, "_report", functools.cache(record._report.__wrapped__))
+    folder = tmp_path / "configs" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "claims.toml").write_text(TOY)
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+def toy_records(root) -> dict[str, record.Record]:
+    return record.load(root / "configs" / "toy" / "records.json")
+
+
+class TestMeasuring:
+    def test_it_compiles_records_and_judges(self, toy):
+        assert claims.main(claims.Command(), toy) == 0
+        found = toy_records(toy)
+        assert set(found) == {"add", "small"}
+        assert found["add"].value == 2 * 1024 * 1024 * 4
+        assert found["small"].value == 2 * 512 * 512 * 4
+        assert found["add"].versions["jax"] == jax.__version__
+        assert found["add"].interval == (2**23, 2**23)
+        assert len(found["add"].program) == 64
+        assert claims.main(claims.Command(check=True), toy) == 0
+        rows = claims.table(*claims.load(toy)[0]).splitlines()[2:]
+        assert [row.split(" | ")[5] for row in rows] == [
+            "holds",
+            "holds",
+            "not measured",
+        ]
+
+    def test_missing_leaves_what_is_current_alone(self, toy):
+        claims.main(claims.Command(only=("toy/add",)), toy)
+        first = dataclasses.replace(toy_records(toy)["add"], date="2000-01-01")
+        record.save(claims.load(toy)[0][0], {"add": first})
+        claims.main(claims.Command(missing=True), toy)
+        assert toy_records(toy)["add"] == first
+        assert "small" in toy_records(toy)
+
+    def test_stale_lists_programs_that_changed(self, toy, monkeypatch, capsys):
+        claims.main(claims.Command(only=("toy/add",)), toy)
+        assert claims.main(claims.Command(stale=True), toy) == 0
+        changed = lambda config, target: {  # noqa: E731
+            "add": Program(lambda x: x + 2, (jax.ShapeDtypeStruct((4,), jnp.float32),))
+        }
+        monkeypatch.setattr(sys.modules["experiments.toy"], "programs", changed)
+        assert claims.main(claims.Command(stale=True), toy) == 1
+        assert "toy/add: its program changed" in capsys.readouterr().out
+
+    def test_stale_says_when_another_jax_cannot_tell(self, toy, capsys):
+        claims.main(claims.Command(only=("toy/add",)), toy)
+        old = dataclasses.replace(toy_records(toy)["add"], versions={"jax": "0.1"})
+        record.save(claims.load(toy)[0][0], {"add": old})
+        assert claims.main(claims.Command(stale=True), toy) == 1
+        assert "recorded under jax 0.1" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        "old, new, message",
+        [
+            ('program = "add"', 'program = "ad"', "no program 'ad'.*'add'"),
+            ('"--side", "512"', '"--sides", "512"', "no flags --sides 512"),
+            ("expect = 8", 'quantity = "devise"\nexpect = 8', "quantity='devise'"),
+        ],
+    )
+    def test_a_claim_the_experiment_cannot_answer_is_refused(
+        self, toy, old, new, message
+    ):
+        path = toy / "configs" / "toy" / "claims.toml"
+        path.write_text(TOY.replace(old, new, 1))
+        with pytest.raises(ClaimsError, match=message):
+            claims.main(claims.Command(), toy)
+
+    def test_only_refuses_a_name_that_is_none(self, toy):
+        with pytest.raises(ClaimsError, match="--only toy/none"):
+            claims.main(claims.Command(only=("toy/none",)), toy)
+
+
+class TestRuns:
+    """`--from-run` believes complete runs of the claimed config only."""
+
+    def a_run(self, root, side=1024, gain: object = 0.25, fails=False) -> pathlib.Path:
+        run = Run("toy", ToyConfig(side=side), runs=root / "runs")
+        with contextlib.suppress(ZeroDivisionError), run:
+            run.table("Methods", ["method", "gain"], [["lisa", gain]])
+            if fails:
+                assert run.folder.is_dir()
+                raise ZeroDivisionError
+        return run.folder
+
+    def test_it_takes_the_number_up(self, toy):
+        run = self.a_run(toy)
+        assert claims.main(claims.Command(from_run=run), toy) == 0
+        found = toy_records(toy)["gain"]
+        assert found.value == 0.25
+        assert found.device == "cpu"
+        assert "| holds |" in (toy / "configs" / "toy" / "claims.md").read_text()
+
+    def test_a_gain_below_the_margin_is_shown_as_a_failure(self, toy):
+        claims.main(claims.Command(from_run=self.a_run(toy, gain=0.1)), toy)
+        assert "**fails**: `ours >= margin`" in (toy / "README.md").read_text()
+
+    def test_it_refuses_other_configs_unfinished_runs_and_missing_numbers(self, toy):
+        def refused(run, message):
+            with pytest.raises(ClaimsError, match=message):
+                claims.main(claims.Command(from_run=run), toy)
+            assert toy_records(toy) == {}
+
+        refused(self.a_run(toy, side=8), "side=8, but toy/gain .* side=1024")
+        refused(self.a_run(toy, fails=True), "the run is failed")
+        refused(self.a_run(toy, gain="much"), "'much', no number")
+        refused(toy / "runs", "no report.json")
+        path = toy / "configs" / "toy" / "claims.toml"
+        path.write_text(TOY.replace('"gain"]', '"loss"]'))
+        refused(self.a_run(toy), "no 'loss' of tables/Methods/lisa/loss; .* 'gain'")
+
+
+CLAIMS = {found.slug: (found, records) for found, records in claims.load()}
+
+
+class TestThisRepository:
+    def test_the_tables_equal_the_records_and_looking_costs_no_jax(self):
+        code = (
+            "import sys, time; start = time.perf_counter()\n"
+            "from experiments import claims\n"
+            "status = claims.main(claims.Command(check=True))\n"
+            "assert 'jax' not in sys.modules, 'jax was imported'\n"
+            "assert time.perf_counter() - start < 1, 'slower than a second'\n"
+            "sys.exit(status)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @pytest.mark.parametrize("slug", CLAIMS)
+    def test_a_cheap_claim_comes_out_as_recorded(self, slug):
+        """Within 3 %: JAX's versions differ by less, a method gone wrong by more."""
+        found, records = CLAIMS[slug]
+        (cheap,) = (claim for claim in found.by_name.values() if claim.cheap)
+        again = record.measured(slug, cheap, bounds=False)
+        assert again.value == pytest.approx(records[cheap.name].value, rel=0.03)
+
+    @pytest.mark.parametrize("slug", CLAIMS)
+    def test_every_compiled_claim_has_been_measured_as_it_stands(self, slug):
+        found, records = CLAIMS[slug]
+        for claim in found.by_name.values():
+            if claim.kind == "compile":
+                assert records[claim.name].definition == claim.definition

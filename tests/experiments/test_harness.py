@@ -1,0 +1,563 @@
+"""The harness: config in and out, command line, run folder, report, pictures."""
+
+import ast
+import dataclasses
+import importlib.machinery
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import types
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.text import Annotation
+
+from experiments import __main__ as listing
+from experiments.harness import cli, config, plots, report
+from experiments.harness.config import ConfigError
+from experiments.harness.run import Run
+from jmem.targets import resolve
+from jmem.train.folder import FolderError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+type Schedule = Literal["constant", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adam:
+    learning_rate: float = 1e-3
+    schedule: Schedule = "constant"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lisa:
+    active_layers: int = 2
+    """Blocks trained at a time."""
+    weights: tuple[float, ...] = ()
+    adam: Adam = Adam()
+
+    def __post_init__(self):
+        if self.active_layers < 0:
+            raise ValueError(
+                f"Lisa: active_layers={self.active_layers} must not be negative."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    lisa: Lisa = Lisa(active_layers=3)
+    only: tuple[str, ...] = ()
+    shape: tuple[int, int] = (1, 2)
+    shuffle: bool = True
+    data: pathlib.Path = pathlib.Path("data")
+    note: str = ""
+    gpu: str = "h200"
+
+
+@pytest.fixture
+def presets(tmp_path, monkeypatch):
+    """A checkout with `configs/toy/` to write presets in."""
+    monkeypatch.setattr(cli, "ROOT", tmp_path)
+    folder = tmp_path / "configs" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "small.toml").write_text("[lisa]\nactive_layers = 1\n")
+    (folder / "claims.toml").write_text("")
+    return folder
+
+
+def parse(*arguments):
+    return cli.parse(Config, "toy", arguments)[1]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+floats = st.floats(allow_nan=False)
+configs = st.builds(
+    Config,
+    lisa=st.builds(
+        Lisa,
+        active_layers=st.integers(0, 2**70),
+        weights=st.lists(floats).map(tuple),
+        adam=st.builds(
+            Adam,
+            learning_rate=floats,
+            schedule=st.sampled_from(["constant", "cosine"]),
+        ),
+    ),
+    only=st.lists(texts).map(tuple),
+    shape=st.tuples(st.integers(), st.integers()),
+    shuffle=st.booleans(),
+    data=st.text("abc/. é", min_size=1).map(pathlib.Path),
+    note=texts,
+    gpu=texts,
+)
+
+
+class TestToml:
+    @given(configs)
+    @settings(deadline=None)
+    def test_what_is_written_is_read_back_equal(self, tmp_path_factory, value):
+        path = tmp_path_factory.mktemp("config") / "config.toml"
+        path.write_bytes(config.write(value).encode())
+        assert config.read(path, Config()) == value
+
+    def test_a_nested_table_keeps_the_defaults_its_parent_gives(self, tmp_path):
+        path = tmp_path / "p.toml"
+        path.write_text("[lisa.adam]\nlearning_rate = 1\n")
+        read = config.read(path, Config())
+        assert read == Config(lisa=Lisa(active_layers=3, adam=Adam(learning_rate=1.0)))
+        assert type(read.lisa.adam.learning_rate) is float
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            (
+                "\n# paper, table 1\n[lisa]\nactive_layer_num = 2\n",
+                ":4: unknown key 'active_layer_num'; did you mean 'active_layers'?",
+            ),
+            ("gpus = 'h100'\n", ":1: unknown key 'gpus'; did you mean 'gpu'?"),
+            (
+                "note = '''\nx\n'''\nlearning_rate = 1.0\n",
+                ":4: unknown key 'learning_rate'; "
+                "did you mean 'lisa.adam.learning_rate'?",
+            ),
+            ("zzzz = 1", ":1: unknown key 'zzzz'; known: lisa, only, shape"),
+            ("[lisa]\n\nactive_layers = 2.0", ":3: active_layers=2.0 must be an int"),
+            ("shuffle = 1", ":1: shuffle=1 must be true or false."),
+            ("gpu = 1", ":1: gpu=1 must be a string."),
+            ("only = 'full'", ":1: only='full' must be an array, each a string."),
+            ("only = ['a', 2]", ":1: only[1]=2 must be a string."),
+            ("shape = [1, 2, 3]", ":1: shape=[1, 2, 3] must be an array of 2 entries"),
+            (
+                "lisa.adam.schedule = 'cosin'",
+                ":1: schedule='cosin' is none of ('constant', 'cosine'); "
+                "did you mean 'cosine'?",
+            ),
+            ("lisa = 3", ":1: lisa=3 must be a table: write lisa.KEY = ..."),
+            (
+                "[lisa]\nweights = [1]\nactive_layers = -1",
+                ":3: Lisa: active_layers=-1 must not be negative.",
+            ),
+            ("gpu = 'h200'\nnote = ", ":2: not TOML: Invalid value."),
+            ("gpu = 'a'\ngpu = 'b'", ":2: not TOML: Cannot overwrite a value."),
+        ],
+    )
+    def test_refusals_name_file_line_and_rule(self, tmp_path, text, words):
+        path = tmp_path / "p.toml"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            config.read(path, Config())
+        assert str(caught.value).startswith(f"{path}{words}")
+
+    def test_a_file_that_is_no_text(self, tmp_path):
+        path = tmp_path / "p.toml"
+        path.write_bytes(b"\xff\xfe")
+        with pytest.raises(ConfigError, match="cannot be read"):
+            config.read(path, Config())
+
+    def test_lines_of_keys(self):
+        text = 'a = [\n 1,\n]\n\n# why\nb.c = """\n[d]\n"""\n[e]\nf = 1\n'
+        lines = config.locate(text)
+        assert lines == {("a",): 1, ("b",): 6, ("b", "c"): 6, ("e",): 9, ("e", "f"): 10}
+
+    @pytest.mark.parametrize("hint", [int | None, dict, list[int], tuple[Adam, ...]])
+    def test_a_field_of_another_type_cannot_be_in_a_config(self, hint):
+        bad = dataclasses.make_dataclass("Bad", [("field", hint, None)], frozen=True)
+        with pytest.raises(TypeError, match=r"Bad\.field: .* is no type of a config's"):
+            config.check(bad)
+
+    def test_a_config_must_be_frozen(self):
+        bad = dataclasses.make_dataclass("Bad", [("field", int, 0)])
+        with pytest.raises(TypeError, match="must be a frozen dataclass"):
+            config.check(bad)
+
+
+class TestCommandLine:
+    def test_flags_come_after_the_preset(self, presets):
+        assert parse() == Config()
+        assert parse("--preset", "small").lisa == Lisa(active_layers=1)
+        chosen = parse(
+            "--lisa.active-layers", "7", "--preset=small", "--only", "a", "b"
+        )
+        assert chosen == Config(lisa=Lisa(active_layers=7), only=("a", "b"))
+        assert parse("--lisa.adam.learning-rate", "1e-5", "--no-shuffle") == Config(
+            lisa=Lisa(active_layers=3, adam=Adam(learning_rate=1e-5)), shuffle=False
+        )
+
+    def test_preset_may_be_a_path(self, presets):
+        path = presets / "small.toml"
+        assert parse("--preset", str(path)).lisa.active_layers == 1
+
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            ("smal", "no configs/toy/smal.toml; did you mean 'small'?"),
+            ("claims", "no configs/toy/claims.toml; "),
+            ("other/small.toml", "--preset other/small.toml: no such file."),
+        ],
+    )
+    def test_missing_preset(self, presets, name, words):
+        with pytest.raises(ConfigError) as caught:
+            parse("--preset", name)
+        assert words in str(caught.value)
+
+    def test_unknown_flag_ends_with_the_nearest(self, presets, capsys):
+        with pytest.raises(SystemExit) as caught:
+            parse("--lisa.active-layer", "2")
+        assert caught.value.code == 2
+        assert "--lisa.active-layers" in capsys.readouterr().err
+
+    def test_help_shows_fields_and_flags(self, presets, capsys):
+        with pytest.raises(SystemExit) as caught:
+            cli.parse(Config, "toy", ["--help"], "What it answers.")
+        shown = capsys.readouterr().out
+        assert caught.value.code == 0
+        for words in (
+            "What it answers.",
+            "--measure-only",
+            "Blocks trained at a time.",
+        ):
+            assert words in shown
+
+    def test_a_field_may_not_hide_a_flag(self, presets):
+        bad = dataclasses.make_dataclass("Bad", [("trace", int, 0)], frozen=True)
+        with pytest.raises(TypeError, match=r"Bad\.trace is a flag of every"):
+            cli.parse(bad, "toy", [])
+
+    def test_resume_takes_the_saved_config_and_refuses_another(self, presets, tmp_path):
+        saved = Config(lisa=Lisa(active_layers=5), note="mine")
+        (tmp_path / "config.toml").write_text(config.write(saved))
+        folder = str(tmp_path)
+        assert parse("--resume", folder) == saved
+        assert parse("--resume", folder, "--lisa.active-layers", "5") == saved
+        with pytest.raises(ConfigError) as caught:
+            parse("--resume", folder, "--lisa.active-layers", "4")
+        assert str(caught.value).startswith(
+            f"--resume {folder}: lisa.active_layers=4 differs from the saved run's 5."
+        )
+        with pytest.raises(ConfigError, match=r"lisa.active_layers=1 differs"):
+            parse("--resume", folder, "--preset", "small")
+
+    def test_resume_of_nothing(self, presets, tmp_path):
+        with pytest.raises(ConfigError, match="no run was saved there"):
+            parse("--resume", str(tmp_path / "gone"))
+        (tmp_path / "config.toml").write_text("")
+        with pytest.raises(ConfigError, match="there is nothing to resume"):
+            parse("--resume", str(tmp_path), "--measure-only")
+
+
+EXPERIMENT = '''
+"""Toy: what it answers.
+
+More.
+"""
+import dataclasses
+from experiments.harness import cli
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    gpu: str = "h200"
+    fail: str = ""
+
+def main(config, run):
+    if config.fail == "refused":
+        raise ValueError("Toy: fail='refused' is refused.\\nUse another.")
+    if config.fail == "bug":
+        1 / 0
+    run.note(f"compiled for {run.target.name}, presets in {run.config_folder.name}")
+    if config.fail == "stopped":
+        raise KeyboardInterrupt("toy: stopped after update 3")
+
+if __name__ == "__main__":
+    cli.run(main, Config)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch, capsys):
+    """Runs `python -m experiments.toy` in this process: (exit status, out, err)."""
+    module = types.ModuleType("experiments.toy")
+    module.__spec__ = importlib.machinery.ModuleSpec("experiments.toy", None)
+    monkeypatch.setitem(sys.modules, "experiments.toy", module)
+    monkeypatch.chdir(tmp_path)
+    exec(EXPERIMENT, vars(module))
+
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["toy.py", *arguments])
+        try:
+            cli.run(module.main, module.Config)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return start
+
+
+class TestProcess:
+    """From the command line to the exit status."""
+
+    def test_run_leaves_config_and_report(self, toy, tmp_path):
+        status, out, err = toy("--gpu", "rtx4090")
+        assert (status, err) == (0, "")
+        assert "compiled for rtx4090, presets in toy" in out
+        [folder] = (tmp_path / "runs" / "toy").iterdir()
+        saved = json.loads((folder / "report.json").read_text())
+        assert saved["command"] == "python -m experiments.toy --gpu rtx4090"
+        assert (saved["status"], saved["target"]) == ("complete", "rtx4090")
+        assert saved["config"] == {"gpu": "rtx4090", "fail": ""}
+        assert 'gpu = "rtx4090"' in (folder / "config.toml").read_text()
+
+    def test_refusal_is_one_message_and_leaves_nothing(
+        self, toy, tmp_path, monkeypatch
+    ):
+        assert toy("--fail", "refused") == (
+            2,
+            "",
+            "ValueError: Toy: fail='refused' is refused.\n            Use another.\n",
+        )
+        assert not list((tmp_path / "runs" / "toy").iterdir())
+        monkeypatch.setenv("JMEM_DEBUG", "1")
+        with pytest.raises(ValueError, match="is refused"):
+            toy("--fail", "refused")
+
+    def test_a_bug_keeps_its_traceback(self, toy):
+        with pytest.raises(ZeroDivisionError):
+            toy("--fail", "bug")
+
+    def test_unknown_gpu_is_refused_before_any_work(self, toy, tmp_path):
+        status, _, err = toy("--gpu", "h20")
+        assert status == 2
+        assert err.startswith("ValueError: target='h20' is no known GPU; did you mean")
+        assert not (tmp_path / "runs").exists()
+
+    def test_folder_that_cannot_be_written(self, toy, tmp_path):
+        (tmp_path / "file").touch()
+        status, _, err = toy("--runs", "file/runs")
+        assert status == 2
+        assert err.startswith("FolderError: folder='file/runs/toy' cannot be written")
+
+    def test_interruption_leaves_a_report_and_says_how_to_go_on(self, toy, tmp_path):
+        status, out, err = toy("--fail", "stopped")
+        [folder] = (tmp_path / "runs" / "toy").iterdir()
+        assert (status, err) == (130, "")
+        assert "toy: stopped after update 3" in out
+        assert f"experiments.toy --resume runs/toy/{folder.name}" in out
+        saved = json.loads((folder / "report.json").read_text())
+        assert saved["status"] == "interrupted"
+        status, _, err = toy("--resume", str(folder), "--fail", "")
+        assert status == 2
+        assert "fail='' differs from the saved run's 'stopped'" in err
+
+    def test_as_a_module(self, tmp_path):
+        (tmp_path / "toy.py").write_text(EXPERIMENT)
+        done = subprocess.run(
+            [sys.executable, "-m", "toy", "--fail", "refused"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("ValueError: Toy: fail='refused'")
+        assert (tmp_path / "runs" / "toy").is_dir()  # named by the module, not __main__
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal"),
+    [("raise ConfigError('x')", True), ("int('x')", False), ("1 / 0", False)],
+)
+def test_what_jax_or_python_raises_is_no_refusal(error, refusal):
+    source = "from experiments.harness.config import ConfigError\n" + error
+    with pytest.raises(Exception) as caught:
+        exec(source, {"__name__": "somewhere.else"})
+    assert cli.is_refusal(caught.value) is refusal
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a run and the pictures ask of a `jmem.MemoryReport`."""
+
+    by_kind: dict
+    usable_bytes: int = 20 * 2**30
+    target: str = "toy"
+    devices: int = 1
+    host_bytes: int = 0
+    compile_seconds: float = 1.5
+
+    @property
+    def device_bytes(self):
+        return sum(self.by_kind.values())
+
+    def fits(self, reserve=2**30):
+        return self.device_bytes <= self.usable_bytes - reserve
+
+    def to_json(self):
+        fields = ("interval", "argument_bytes", "by_label", "stablehlo_hash")
+        more = {"device_bytes": self.device_bytes} | dict.fromkeys(fields)
+        return json.dumps(dataclasses.asdict(self) | more)
+
+
+def memories():
+    gib = 2**30
+    small = {"parameters": 4 * gib, "optimizer": 8 * gib, "batch": 1000}
+    return {"lora": Memory(small), "full": Memory(small | {"gradients": 12 * gib})}
+
+
+class TestRun:
+    def start(self, tmp_path, **options):
+        return Run("toy", Config(), target=resolve("l4"), runs=tmp_path, **options)
+
+    def test_report_holds_what_was_said(self, tmp_path, capsys):
+        with self.start(tmp_path) as run:
+            run.note("Not a ranking.")
+            run.table(
+                "Held-out loss",
+                ["method", report.Column("loss", report.loss), "steps"],
+                [["full", 2.34567, 1600], ["lora [r8]", None, 16]],
+            )
+            for name, memory in memories().items():
+                run.record(memory, name)
+            run.memory_table()
+            run.plot("memory", lambda: plots.memory(run.memory))
+        shown = capsys.readouterr().out
+        for words in ("lora [r8]", "2.3457", "1,600", "24.00 GiB", "does not fit"):
+            assert words in shown
+
+        [folder] = (tmp_path / "toy").iterdir()
+        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*.*")}
+        assert files == {
+            *("config.toml", "report.json", "report.md", "memory.png"),
+            *("memory/full.json", "memory/lora.json"),
+        }
+        saved = json.loads((folder / "report.json").read_text())
+        losses = saved["tables"]["Held-out loss"]
+        assert losses["full"] == {"loss": 2.34567, "steps": 1600}
+        kinds = saved["tables"]["Memory at the peak on toy, GiB"]
+        total = kinds.pop("total")
+        assert total == {"lora": 12 * 2**30 + 1000, "full": 24 * 2**30 + 1000}
+        assert {n: sum(row[n] for row in kinds.values()) for n in total} == total
+        assert kinds["other"] == {"lora": 1000, "full": 1000}
+        assert saved["memory"]["full"]["fits"] is False
+        assert saved["notes"] == ["Not a ranking."]
+        page = (folder / "report.md").read_text()
+        assert "| full | 2.3457 | 1,600 |" in page
+        assert "![memory](memory.png)" in page
+
+    def test_folder_is_made_when_something_is_written(self, tmp_path):
+        run = self.start(tmp_path)
+        assert not list((tmp_path / "toy").iterdir())
+        methods = run.folder_of("lisa")
+        assert methods.is_dir()
+        assert config.read(run.folder / "config.toml", Config()) == Config()
+        assert run.folder_of("lisa") == methods
+
+    def test_two_runs_of_one_second_do_not_share_a_folder(self, tmp_path):
+        first, second = self.start(tmp_path), self.start(tmp_path)
+        second._folder = first._folder
+        assert first.folder != second.folder
+
+    def test_failure_keeps_what_was_said(self, tmp_path):
+        with pytest.raises(RuntimeError), self.start(tmp_path) as run:
+            run.folder_of("full")
+            run.note("so far")
+            raise RuntimeError("the machine burns")
+        saved = json.loads((run.folder / "report.json").read_text())
+        assert (saved["status"], saved["error"]) == ("failed", "the machine burns")
+        assert saved["notes"] == ["so far"]
+
+    def test_resumed_run_writes_where_it_was(self, tmp_path):
+        with self.start(tmp_path) as run:
+            run.note("first")
+        with self.start(tmp_path, resume=run.folder) as again:
+            again.note("second")
+        assert (again.folder, again.resume, run.resume) == (run.folder, True, False)
+        assert json.loads((run.folder / "report.json").read_text())["notes"] == [
+            "second"
+        ]
+
+    def test_full_disk(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", full)
+        with pytest.raises(FolderError, match=r"cannot be written: No space left"):
+            self.start(tmp_path)
+
+    def test_a_table_needs_whole_rows_of_different_names(self, tmp_path):
+        run = self.start(tmp_path)
+        with pytest.raises(ValueError, match=r"row \['a'\]|row \('a',\) has 1 values"):
+            run.table("T", ["x", "y"], [["a"]])
+        with pytest.raises(ValueError, match="two rows are named 'a'"):
+            run.table("T", ["x"], [["a"], ["a"]])
+
+    def test_report_says_null_for_what_is_not_finite(self, tmp_path):
+        with self.start(tmp_path) as run:
+            run.table("T", ["x", "y"], [["a", float("nan")]])
+        saved = json.loads((run.folder / "report.json").read_text())
+        assert saved["tables"]["T"]["a"]["y"] is None
+
+
+class TestPictures:
+    def texts(self, figure):
+        figure.draw_without_rendering()
+        [axes] = figure.axes
+        return [text.get_text() for text in axes.texts]
+
+    def test_memory_names_size_verdict_and_limit(self):
+        figure = plots.memory(memories(), title="x")
+        assert self.texts(figure) == [
+            "12.00 GiB",
+            "24.00 GiB  does not fit",
+            " toy: 20.0 GiB usable",
+        ]
+        [axes] = figure.axes
+        ends = axes.dataLim.get_points()[:, 0].tolist()
+        assert ends == pytest.approx([0, 24], abs=1e-3)
+
+    def test_memory_says_when_the_limit_is_out_of_sight(self):
+        reports = {"small": Memory({"parameters": 2**30})}
+        assert "beyond the right edge" in self.texts(plots.memory(reports))[-1]
+
+    def test_losses_name_each_curve_once_and_apart(self):
+        rows = {
+            name: [{"step": s, "loss": 2.0 + 1 / s} for s in range(1, 9)]
+            + [{"step": s, "held_out_loss": 2.5} for s in (0, 8)]
+            for name in ("full", "lora", "lisa")
+        }
+        figure = plots.losses(rows)
+        assert self.texts(figure)[:3] == ["full", "lisa", "lora"]
+        texts = figure.axes[0].texts
+        places = [text.xy[1] for text in texts if isinstance(text, Annotation)]
+        assert len(places) == 3
+        assert places == sorted(set(places))
+
+
+def test_listing_reads_every_experiment_without_importing(capsys):
+    listing.main()
+    shown = capsys.readouterr().out.splitlines()
+    files = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))
+    assert [line.split()[2] for line in shown] == [f"experiments.{n}" for n in files]
+    for name, line in listing.experiments().items():
+        tree = ast.parse((ROOT / "experiments" / f"{name}.py").read_text())
+        assert line
+        assert (ast.get_docstring(tree) or "").startswith(line)
+
+
+def test_harness_leaves_matplotlib_and_tyro_alone():
+    code = textwrap.dedent(
+        """
+        import sys
+        import experiments.harness.cli, experiments.harness.plots
+        print({"matplotlib", "tyro", "orbax", "datasets", "flax"} & set(sys.modules))
+        """
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

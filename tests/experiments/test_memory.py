@@ -1,0 +1,83 @@
+"""`experiments.memory`: every program it can be asked about, and its presets."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from experiments import memory
+from experiments.harness import cli
+from jmem.memory.report import MemoryReport
+from jmem.models import zoo
+from jmem.models.decoder import DecoderConfig
+from jmem.targets import resolve
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A model small enough to compile in a moment, by the name "tiny"."""
+    dims = DecoderConfig(
+        vocab_size=512,
+        layers=3,
+        hidden=64,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        intermediate=128,
+        max_positions=256,
+    )
+    monkeypatch.setitem(zoo.MODELS, "tiny", dims)
+
+
+CASES = [("train", "full"), ("train", "lora"), ("train", "lisa")]
+
+
+@pytest.mark.parametrize(
+    ("program", "method"), [*CASES, ("forward", "full"), ("decode", "full")]
+)
+def test_every_program_is_built_with_labels(program, method):
+    config = memory.Config(model="tiny", seq_len=64, program=program, method=method)
+    [(name, built)] = memory.programs(config, resolve(config.gpu)).items()
+    assert name == (f"train-{method}" if program == "train" else program)
+    assert None not in built.leaf_labels() or program == "train"  # step and key
+    assert jax.eval_shape(built.fn, *built.args) is not None
+
+
+@pytest.mark.parametrize("name", cli.presets("memory"))
+def test_every_preset_is_a_config_for_a_known_gpu(name):
+    _, config = cli.parse(memory.Config, "memory", ["--preset", name])
+    assert config != memory.Config()
+    assert resolve(config.gpu)
+    assert memory.programs(config, resolve(config.gpu))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("model", "llama2-7", "unknown model 'llama2-7'; did you mean 'llama2-7b'"),
+        ("seq_len", 4097, "seq_len=4097 is out of range; llama2-7b has positions"),
+        ("batch_size", 0, "batch_size=0; need >= 1"),
+        ("reserve", -1.0, "reserve=-1.0 GiB; need 0 to"),
+    ],
+)
+def test_refusals(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        memory.Config(**{field: value})
+
+
+def test_a_run_prints_explains_and_draws(tmp_path, monkeypatch, capsys):
+    arguments = ["--model=tiny", "--program=decode", "--seq-len=128", "--gpu=rtx4090"]
+    monkeypatch.setattr(sys, "argv", ["memory", *arguments, f"--runs={tmp_path}"])
+    cli.run(memory.main, memory.Config)
+    shown = capsys.readouterr().out
+    assert "tiny, decode: batch 1, 128 tokens, bfloat16, compiled for" in shown
+    assert "fits rtx4090" in shown
+    [folder] = (tmp_path / "memory").iterdir()
+    saved = json.loads((folder / "report.json").read_text())
+    report = MemoryReport.from_json(folder / "memory" / "decode.json")
+    assert saved["memory"]["decode"]["device_bytes"] == report.device_bytes
+    assert sum(report.by_kind.values()) == report.device_bytes
+    assert saved["device"] is None  # nothing ran
+    assert (folder / "timeline.png").stat().st_size > 10_000
+    assert "what fills the peak" in (folder / "report.md").read_text()

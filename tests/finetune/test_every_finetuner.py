@@ -1,0 +1,134 @@
+"""Promises of every finetuner; a new method joins by being listed."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.full import Full
+from jmem.finetune.lisa import Lisa
+from jmem.finetune.lora import Lora
+from jmem.finetune.program import step_program
+from jmem.models.decoder import Decoder
+from jmem.targets import resolve
+from jmem.train.loss import next_token_loss
+
+ADAMW = AdamW(learning_rate=3e-3)
+FINETUNERS = {
+    "full": Full(adamw=ADAMW),
+    "lora": Lora(rank=2, adamw=ADAMW),
+    "lora of some maps": Lora(rank=3, alpha=1.0, maps=("v", "up"), adamw=ADAMW),
+    "lisa": Lisa(active_layers=2, period=2, adamw=ADAMW),
+    "lisa persisting": Lisa(active_layers=1, period=2, moments="persist", adamw=ADAMW),
+    "embedding": Lisa(active_layers=0, period=2, adamw=ADAMW),
+}
+
+
+@pytest.mark.parametrize("finetuner", FINETUNERS.values(), ids=list(FINETUNERS))
+class TestEveryFinetuner:
+    def start(self, finetuner, model):
+        @jax.jit
+        def init(key):
+            return finetuner.init(model, model.init(key), jax.random.key(1))
+
+        state = init(jax.random.key(0))
+        return state, jax.jit(
+            lambda state, batch: finetuner.step(model, state, batch), donate_argnums=0
+        )
+
+    def test_a_new_state_is_the_model_it_came_from(self, finetuner, tiny, tiny_params):
+        state, _ = self.start(finetuner, tiny)
+        chex.assert_trees_all_equal(finetuner.merged(state), tiny_params)
+        assert state["step"] == 0
+
+    def test_learns_a_batch_by_heart_in_one_program(
+        self, finetuner, tiny, random_batch
+    ):
+        state, step = self.start(finetuner, tiny)
+        batch, losses = random_batch(tiny), []
+        for _ in range(20):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < losses[0] - 0.01
+        assert state["step"] == 20
+        assert step._cache_size() == 1
+
+    def test_merged_weights_have_the_loss_of_the_state(
+        self, finetuner, tiny, random_batch
+    ):
+        state, step = self.start(finetuner, tiny)
+        for seed in range(3):
+            state, _ = step(state, random_batch(tiny, seed))
+        batch = random_batch(tiny, 9)
+        merged = jax.jit(lambda p: next_token_loss(tiny, p, batch))(
+            finetuner.merged(state)
+        )
+        np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
+
+    def test_metrics_are_what_the_loop_logs(self, finetuner, tiny, random_batch):
+        state, step = self.start(finetuner, tiny)
+        _, metrics = step(state, random_batch(tiny))
+        assert {"loss", "lr", "grad_norm"} <= metrics.keys()
+        np.testing.assert_allclose(metrics["lr"], 3e-3)
+
+    def test_labels_cover_the_state_but_counters(self, finetuner, tiny):
+        program = step_program(finetuner, tiny, batch_size=2, seq_len=8)
+        labels = zip(program.leaf_labels(), program.leaves(), strict=True)
+        unlabelled = {path for label, (_, path, _) in labels if label is None}
+        assert unlabelled <= {"step", "key"}
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_state_keeps_its_dtypes_and_is_updated_in_place(
+        self, finetuner, tiny_config, dtype
+    ):
+        model = Decoder(tiny_config, dtype=dtype)
+        program = step_program(finetuner, model, batch_size=2, seq_len=8)
+        state, _ = jax.eval_shape(program.fn, *program.args)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, program.args[0])
+        plan = program.compile().memory_analysis()
+        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        assert plan.alias_size_in_bytes == held
+
+    def test_moments_are_float32_beside_bfloat16_weights(self, finetuner, tiny_config):
+        model = Decoder(tiny_config, dtype=jnp.bfloat16)
+        state = step_program(finetuner, model, batch_size=1, seq_len=4).args[0]
+        moments = [
+            leaf
+            for name in ("optimizer", "outside", "blocks")
+            for leaf in jax.tree.leaves(state.get(name, ()))
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        assert moments
+        assert {str(leaf.dtype) for leaf in moments} == {"float32"}
+
+    def test_is_deterministic(self, finetuner, tiny, random_batch):
+        def final():
+            state, step = self.start(finetuner, tiny)
+            for seed in range(4):
+                state, _ = step(state, random_batch(tiny, seed))
+            return state
+
+        chex.assert_trees_all_equal(final(), final())
+
+
+@pytest.mark.compat
+def test_lisa_needs_less_than_full_and_temporaries_do_not_hold_all_gradients():
+    """The claim at a shape where blocks outweigh tables, compiled for an H200."""
+    from jmem.models import zoo
+
+    config = dataclasses.replace(zoo.get("tinyllama-1.1b"), vocab_size=2048)
+    model = Decoder(config, attention="cudnn", dtype=jnp.bfloat16)
+
+    def plan(finetuner):
+        program = step_program(finetuner, model, batch_size=1, seq_len=512)
+        return program.compile(resolve("h200")).memory_analysis()
+
+    full, lisa = plan(Full()), plan(Lisa(active_layers=2))
+    weights = 2 * config.parameters
+    assert full.temp_size_in_bytes > weights  # all gradients
+    assert lisa.temp_size_in_bytes < weights / 2
+    assert lisa.total_allocation_bytes < full.total_allocation_bytes / 3

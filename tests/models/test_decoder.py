@@ -1,0 +1,216 @@
+"""The decoder's contract: an independent formula, and both doors of `ops`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmem.finetune.lora import Lora, attach, lora_linear
+from jmem.generate.cache import cache_bytes
+from jmem.generate.decode import decode_program
+from jmem.models import zoo
+from jmem.models.decoder import Decoder
+from jmem.nn.rope import Llama3Scaling
+from jmem.nn.stack import depth, row, run_stack
+from jmem.targets import resolve
+from jmem.train.loss import token_positions
+
+
+def forward(model, params, tokens, ops=None, carry=None):
+    """Logits [B, T, V] of a plain forward pass."""
+    ops = ops or model.ops
+    positions = token_positions(tokens)
+    x = model.embed(params, tokens, positions)
+    x, _, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
+    return model.head(params, x, ops)
+
+
+def reference_logits(config, params, tokens):
+    """The same decoder from its equations, float64 NumPy, one row, one head at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_eps) * scale
+
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** -(np.arange(half) / half)
+    if (s := config.rope_scaling) is not None:  # Hugging Face's published branches
+        scaled = []
+        for f in frequencies:
+            wavelength = 2 * np.pi / f
+            if wavelength < s.original_max_positions / s.high_freq_factor:
+                scaled.append(f)
+            elif wavelength > s.original_max_positions / s.low_freq_factor:
+                scaled.append(f / s.factor)
+            else:
+                smooth = s.original_max_positions / wavelength - s.low_freq_factor
+                smooth /= s.high_freq_factor - s.low_freq_factor
+                scaled.append((1 - smooth) * f / s.factor + smooth * f)
+        frequencies = np.array(scaled)
+
+    def rotate(x):  # [T, D], complex numbers (x_i, x_{i + D/2})
+        turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(
+            1j * np.arange(len(x))[:, None] * frequencies
+        )
+        return np.concatenate([turned.real, turned.imag], axis=1)
+
+    logits = []
+    for ids in np.asarray(tokens):
+        x = p["embed"]["embedding"][ids]
+        for layer in range(config.layers):
+            b = jax.tree.map(lambda a: a[layer], p["blocks"])  # noqa: B023
+            h = norm(x, b["attention_norm"]["scale"])
+            a = b["attention"]
+            q, k, v = (
+                (h @ a[n]["kernel"] + a[n].get("bias", 0)).reshape(
+                    len(ids), -1, config.head_dim
+                )
+                for n in "qkv"
+            )
+            heads = []
+            for head in range(config.heads):
+                group = head // (config.heads // config.kv_heads)
+                scores = rotate(q[:, head]) @ rotate(k[:, group]).T
+                scores /= np.sqrt(config.head_dim)
+                scores[np.triu_indices(len(ids), 1)] = -np.inf
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+                heads.append(weights @ v[:, group])
+            x = x + np.concatenate(heads, axis=1) @ a["o"]["kernel"]
+            h = norm(x, b["mlp_norm"]["scale"])
+            gate, up = h @ b["mlp"]["gate"]["kernel"], h @ b["mlp"]["up"]["kernel"]
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ b["mlp"]["down"]["kernel"]
+        x = norm(x, p["final_norm"]["scale"])
+        tied = p["embed"]["embedding"].T
+        logits.append(x @ (tied if config.tied else p["head"]["kernel"]))
+    return np.stack(logits)
+
+
+def randomised(params, key=7):
+    """Every leaf drawn at random, so that no norm is one and no bias zero."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    drawn = [
+        leaf + 0.3 * jax.random.normal(k, leaf.shape, leaf.dtype)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+VARIANTS = {
+    "llama2": {},
+    "multi-head": {"kv_heads": 4},
+    "qwen2": {"qkv_bias": True, "tied": True, "rope_theta": 1e6, "rms_eps": 1e-6},
+    "llama3.1": {
+        "rope_scaling": Llama3Scaling(factor=4.0, original_max_positions=16),
+        "max_positions": 64,
+    },
+    "wide heads": {"head_dim": 12},  # heads * head_dim differs from hidden
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=list(VARIANTS))
+def test_logits_match_the_equations(tiny_config, changes, strict_dtypes):
+    config = dataclasses.replace(tiny_config, **changes)
+    model = Decoder(config)
+    params = jax.jit(lambda key: randomised(model.init(key)))(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, config.vocab_size)
+    expected = reference_logits(config, params, tokens)
+    # float32 through five blocks: rounding grows with the logits' size.
+    tolerance = 2e-5 * np.abs(expected).max()
+    logits = jax.jit(lambda p: forward(model, p, tokens))(params)
+    np.testing.assert_allclose(logits, expected, atol=tolerance)
+
+
+def test_bfloat16_stays_bfloat16_without_implicit_promotion(tiny_config):
+    model = Decoder(tiny_config, dtype=jnp.bfloat16)
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+    def attend(q, k, v, rope, positions, layer, carry):  # jax.nn's own promotes inside
+        return rope(q, positions) + jnp.tile(
+            rope(k, positions) + v, (1, 1, 2, 1)
+        ), carry
+
+    ops = model.ops._replace(attend=attend)
+    with jax.numpy_dtype_promotion("strict"):
+        logits = forward(model, params, jnp.zeros((1, 4), jnp.int32), ops)
+    assert logits.dtype == jnp.bfloat16
+
+
+def test_blocks_are_stacked_from_birth_and_differ(tiny):
+    blocks = tiny.init(jax.random.key(0))["blocks"]
+    assert depth(blocks) == 5
+    kernel = blocks["attention"]["q"]["kernel"]
+    assert not np.array_equal(kernel[0], kernel[1])
+    assert row(blocks, jnp.int32(3))["mlp"]["up"]["kernel"].shape == (16, 24)
+
+
+def test_a_70b_model_is_described_without_memory():
+    leaves = jax.tree.leaves(
+        Decoder(zoo.get("llama2-70b"), dtype=jnp.bfloat16).abstract()
+    )
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == 137_953_296_384
+
+
+class TestLinearDoor:
+    """Another `linear` over leaves that the modules know nothing of."""
+
+    def test_new_adapters_change_nothing_and_receive_gradients(self, tiny):
+        params = jax.jit(tiny.init)(jax.random.key(0))
+        tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+        lora = Lora(rank=3, maps=("q", "down"))
+        adapters = lora.adapters(params["blocks"], jax.random.key(1))
+        ops = tiny.ops._replace(linear=lora_linear(lora.scale))
+
+        def logits(adapters):
+            blocks = attach(params["blocks"], adapters)
+            return forward(tiny, params | {"blocks": blocks}, tokens, ops)
+
+        np.testing.assert_array_equal(logits(adapters), forward(tiny, params, tokens))
+        grads = jax.jit(jax.grad(lambda a: logits(a).sum()))(adapters)
+        b_gradient = grads["attention"]["q"]["lora_b"]
+        assert b_gradient.shape == (5, 3, 16)
+        assert (jnp.abs(b_gradient).max(axis=(1, 2)) > 0).all()  # every layer's
+
+    def test_a_leaf_may_lose_its_kernel(self, tiny):
+        """Packed weights: `linear` alone knows what a leaf holds."""
+        params = jax.jit(tiny.init)(jax.random.key(0))
+        tokens = jnp.arange(6, dtype=jnp.int32)[None]
+        halves = jax.tree.map(lambda k: k / 2, params["blocks"]["mlp"]["up"]["kernel"])
+        mlp = params["blocks"]["mlp"] | {"up": {"half": halves}}
+        packed = params | {"blocks": params["blocks"] | {"mlp": mlp}}
+        dense = tiny.ops.linear
+
+        def linear(name, leaf, x):
+            kernel = leaf["half"] * 2 if "half" in leaf else leaf["kernel"]
+            return dense(name, {"kernel": kernel}, x)
+
+        np.testing.assert_allclose(
+            forward(tiny, packed, tokens, tiny.ops._replace(linear=linear)),
+            forward(tiny, params, tokens),
+            atol=1e-6,
+        )
+
+
+class TestAttendDoor:
+    """A key-value cache carried through the layer scan, for an H200."""
+
+    @pytest.mark.compat
+    @pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b"])
+    def test_the_cache_is_updated_in_place(self, name):
+        config = dataclasses.replace(zoo.get(name), layers=8, vocab_size=1024)
+        model = Decoder(config, dtype=jnp.bfloat16)
+        batch_size, slots = 4, 8192
+        program = decode_program(model, batch_size=batch_size, slots=slots)
+        plan = program.compile(resolve("h200")).memory_analysis()
+        cache = cache_bytes(model, batch_size, slots)
+        blocks = jax.tree.leaves(model.abstract()["blocks"])
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in blocks)
+        assert plan.alias_size_in_bytes >= cache
+        # One layer's weights and cache may be sliced out; a second copy of the cache
+        # would be all eight layers.
+        one_layer = (weights + cache) / config.layers
+        assert plan.temp_size_in_bytes < 1.2 * one_layer < cache

@@ -1,0 +1,363 @@
+"""The loop: one compilation, donation, rows, refusals, stopping and resuming."""
+
+import dataclasses
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmem.train import checkpoint, loop, metrics, progress
+from jmem.train.folder import FolderError
+
+from . import tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_each_program_once(tmp_path_factory):
+    """Forty runs of one tiny step: JAX's cache on the disk keeps this file fast."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@dataclasses.dataclass(frozen=True)
+class Altered(tiny.Tiny):
+    """`Tiny` whose step gives back another state."""
+
+    change: str = ""
+
+    def step(self, model, state, batch):
+        state, metrics = super().step(model, state, batch)
+        if self.change == "dtype":
+            state["rate"] = state["rate"].astype(jnp.bfloat16)
+        if self.change == "leaf":
+            state["more"] = jnp.zeros(3)
+        if self.change == "metrics":
+            del metrics["loss"]
+        if self.change == "nan":
+            metrics["loss"] = jnp.where(state["step"] == 9, jnp.nan, metrics["loss"])
+        return state, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupting(tiny.Walk):
+    """Data that presses Ctrl-C while it makes the batch of update `at`."""
+
+    at: int = -1
+
+    def batch(self, step):
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().batch(step)
+
+
+class TestRun:
+    def test_row_a_step_and_an_evaluation(self, tmp_path):
+        held_out = [tiny.Walk(seed=9).batch(n) for n in range(3)]
+        tiny.run(tmp_path, steps=6, held_out=held_out, evaluate_every=4)
+        rows = metrics.read(tmp_path)
+        steps = [r["step"] for r in rows if "loss" in r]
+        evaluated = [r["step"] for r in rows if "held_out_loss" in r]
+        assert (steps, evaluated) == ([1, 2, 3, 4, 5, 6], [0, 4, 6])
+        columns = ["step", "loss", "lr", "grad_norm", "active"]
+        assert list(rows[1]) == [*columns, "seconds", "tokens_per_second"]
+        assert rows[1]["tokens_per_second"] == pytest.approx(64 / rows[1]["seconds"])
+        assert rows[-1]["held_out_loss"] < rows[0]["held_out_loss"]
+
+    def test_loss_is_that_of_a_plain_loop(self, tmp_path):
+        finetuner, model, data = tiny.Tiny(), tiny.Bigram(), tiny.Walk()
+        state = finetuner.init(model, model.init(jax.random.key(1)), jax.random.key(2))
+        step = jax.jit(lambda s, b: finetuner.step(model, s, b))
+        losses = []
+        for n in range(12):
+            state, values = step(state, data.batch(n))
+            losses.append(float(values["loss"]))
+        trained = tiny.run(tmp_path)
+        assert [r["loss"] for r in metrics.read(tmp_path)] == losses
+        chex.assert_trees_all_equal(trained["params"], state["params"])
+
+    def test_held_out_loss_counts_tokens_not_batches(self, tmp_path):
+        walk = tiny.Walk(seed=9)
+        batches = [walk.batch(0), walk.batch(1)]
+        few = np.zeros(walk.shape, np.float32)
+        few[0, :3] = 1
+        batches[1] = batches[1]._replace(weights=few)
+        tiny.run(tmp_path, steps=1, held_out=batches)
+        model = tiny.Bigram()
+        params = model.init(jax.random.key(1))
+        losses = [float(model.loss(params, batch)) for batch in batches]
+        expected = (64 * losses[0] + 3 * losses[1]) / 67
+        row = metrics.read(tmp_path)[0]
+        assert row["held_out_loss"] == pytest.approx(expected, rel=1e-6)
+
+    def test_step_is_compiled_once_and_state_donated(self, tmp_path, monkeypatch):
+        compilations = []
+        lower = jax.stages.Lowered.compile
+        monkeypatch.setattr(
+            jax.stages.Lowered,
+            "compile",
+            lambda self, *a: compilations.append(self) or lower(self, *a),
+        )
+        finetuner, model = tiny.Tiny(), tiny.Bigram()
+        state = finetuner.init(model, model.init(jax.random.key(1)), jax.random.key(2))
+        loop.train(
+            finetuner,
+            model,
+            state,
+            tiny.Walk(),
+            steps=30,  # `active` is drawn five times
+            folder=tmp_path,
+            progress=False,
+        )
+        assert len(compilations) == 1
+        drawn = {tuple(row["active"]) for row in metrics.read(tmp_path)}
+        assert len(drawn) > 2
+        leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.size]
+        assert all(leaf.is_deleted() for leaf in leaves)
+
+    def test_trace_holds_annotated_steps(self, tmp_path):
+        tiny.run(tmp_path, steps=6, trace_steps=2)
+        [trace] = (tmp_path / "trace").rglob("*.xplane.pb")
+        events = jax.profiler.ProfileData.from_file(str(trace))
+        names = [e.name for p in events.planes for line in p.lines for e in line.events]
+        assert names.count("train") == 2
+        assert list((tmp_path / "trace").rglob("perfetto_trace.json.gz"))
+
+
+class TestResume:
+    def test_in_the_middle_is_bit_equal(self, tmp_path):
+        whole = tiny.run(tmp_path / "whole", steps=12)
+        tiny.run(tmp_path / "parts", steps=5)
+        parts = tiny.run(tmp_path / "parts", steps=12, resume=True)
+        chex.assert_trees_all_equal(whole, parts)
+        chex.assert_trees_all_equal_dtypes(whole, parts)
+        whole, parts = (metrics.read(tmp_path / n) for n in ("whole", "parts"))
+        for row in whole + parts:
+            del row["seconds"], row["tokens_per_second"]
+        assert whole == parts
+
+    def test_rows_after_the_checkpoint_are_cut(self, tmp_path):
+        tiny.run(tmp_path, steps=5)
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 6, "loss": 1.0}\n{"step": 6, "held_out_l')
+        tiny.run(tmp_path, steps=7, resume=True)
+        assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+    def test_before_the_first_checkpoint_starts_over(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+        tiny.run(tmp_path, steps=2, resume=True)
+        assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
+        assert metrics.read(tmp_path)[0]["loss"] != 9.0
+
+    def test_finished_run_returns_its_state_at_once(self, tmp_path):
+        first = tiny.run(tmp_path)
+        rows = (tmp_path / "metrics.jsonl").read_bytes()
+        chex.assert_trees_all_equal(first, tiny.run(tmp_path, resume=True))
+        assert (tmp_path / "metrics.jsonl").read_bytes() == rows
+
+    def test_restored_leaves_keep_their_memory(self, tmp_path):
+        host = jax.sharding.SingleDeviceSharding(
+            jax.devices()[0], memory_kind="pinned_host"
+        )
+        state = {"slow": jax.device_put(jnp.arange(4.0), host), "fast": jnp.ones(2)}
+        checkpoints = checkpoint.Checkpoints(tmp_path)
+        checkpoints.save(3, state, data="d")
+        step, restored = checkpoints.restore(checkpoint.abstract(state), data="d")
+        assert step == 3
+        assert restored["slow"].sharding.memory_kind == "pinned_host"
+        assert restored["fast"].sharding == state["fast"].sharding
+        chex.assert_trees_all_equal(state, restored)
+
+    def test_ctrl_c_leaves_a_run_that_resumes(self, tmp_path, capsys):
+        whole = tiny.run(tmp_path / "whole")
+        with pytest.raises(loop.Interrupted, match="after update 6 of 12"):
+            tiny.run(tmp_path / "stopped", data=Interrupting(at=5), progress=True)
+        assert "stopping after this step" in capsys.readouterr().out
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        resumed = tiny.run(tmp_path / "stopped", resume=True)
+        chex.assert_trees_all_equal(whole, resumed)
+
+    def test_only_the_last_checkpoints_stay(self, tmp_path):
+        tiny.run(tmp_path, checkpoint_every=3, keep=2)
+        names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+        assert names == ["12", "9"]
+
+
+class TestDamage:
+    """A damaged checkpoint is passed over for the one before it."""
+
+    def damage_last(self, folder, how):
+        last = folder / "checkpoints" / "10"
+        files = [f for f in last.rglob("*") if f.is_file() and "/d/" in f.as_posix()]
+        array = max(files, key=lambda file: file.stat().st_size)
+        if how == "flipped":  # Orbax alone reads this back without a word
+            content = bytearray(array.read_bytes())
+            content[len(content) // 2] ^= 1
+            array.write_bytes(content)
+        if how == "missing":
+            array.unlink()
+        if how == "manifest":
+            (last / "manifest.json").write_text("{")
+
+    @pytest.mark.parametrize("how", ["flipped", "missing", "manifest"])
+    def test_previous_is_used(self, tmp_path, capsys, how):
+        whole = tiny.run(tmp_path / "whole", steps=12)
+        tiny.run(tmp_path / "bad", steps=10, checkpoint_every=5)
+        self.damage_last(tmp_path / "bad", how)
+        resumed = tiny.run(tmp_path / "bad", steps=12, resume=True)
+        assert "checkpoint 10 is damaged" in capsys.readouterr().out
+        chex.assert_trees_all_equal(whole, resumed)
+        assert [r["step"] for r in metrics.read(tmp_path / "bad")] == [*range(1, 13)]
+
+    def test_no_other_is_an_error(self, tmp_path):
+        tiny.run(tmp_path, steps=10)
+        self.damage_last(tmp_path, "flipped")
+        with pytest.raises(
+            checkpoint.CheckpointError,
+            match=r"no checkpoint is intact: step 10: state/",
+        ):
+            tiny.run(tmp_path, resume=True)
+
+
+class TestRefuses:
+    def test_checkpoint_of_another_model(self, tmp_path, monkeypatch):
+        tiny.run(tmp_path, steps=2)
+        monkeypatch.setattr(tiny, "WIDTH", 9)
+        with pytest.raises(
+            checkpoint.CheckpointError,
+            match=r"'average/embed' is bfloat16\[23,8\].*bfloat16\[23,9\]",
+        ):
+            tiny.run(tmp_path, steps=4, resume=True)
+        assert (tmp_path / "checkpoints" / "2").is_dir()
+
+    def test_checkpoint_of_other_data(self, tmp_path):
+        tiny.run(tmp_path, steps=2)
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"walk-0.*and this run's is 'walk-5"
+        ):
+            tiny.run(tmp_path, data=tiny.Walk(seed=5), resume=True)
+
+    def test_a_folder_that_holds_a_run(self, tmp_path):
+        tiny.run(tmp_path, steps=2)
+        with pytest.raises(loop.TrainingError, match="resume=True continues it"):
+            tiny.run(tmp_path)
+
+    def test_fewer_steps_than_done(self, tmp_path):
+        tiny.run(tmp_path, steps=3)
+        with pytest.raises(loop.TrainingError, match=r"steps=2 .* at update 3"):
+            tiny.run(tmp_path, steps=2, resume=True)
+
+    def test_a_folder_that_cannot_be_made(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(FolderError, match=r"file/run.* cannot be written"):
+            tiny.run(tmp_path / "file" / "run")
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+        with pytest.raises(FolderError, match=r"0\.00 GiB free, and 1 more checkpoint"):
+            tiny.run(tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+    def test_loss_that_is_not_finite(self, tmp_path):
+        with pytest.raises(loop.DivergedError, match=r"update 9: loss=nan") as caught:
+            tiny.run(tmp_path, finetuner=Altered(change="nan"), checkpoint_every=4)
+        assert "checkpoint of step 8 is kept" in str(caught.value)
+        assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == (4, 8)
+        assert [r["step"] for r in metrics.read(tmp_path)] == [*range(1, 9)]
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (
+                "dtype",
+                r"'rate' of the state is float32\[\] and comes back bfloat16\[\]",
+            ),
+            ("leaf", r"'more' of the state is absent and comes back float32\[3\]"),
+            ("metrics", r"metrics=.* lack 'loss'"),
+        ],
+    )
+    def test_a_step_that_changes_its_state(self, tmp_path, change, words):
+        with pytest.raises(loop.TrainingError, match=words):
+            tiny.run(tmp_path, finetuner=Altered(change=change))
+
+    def test_batches_of_two_shapes(self, tmp_path):
+        class Growing(tiny.Walk):
+            def batch(self, step):
+                return tiny.Walk(shape=(4, 16 + step // 5)).batch(step)
+
+        with pytest.raises(loop.TrainingError, match=r"of batch 5 is int32\[4,17\]"):
+            tiny.run(tmp_path, data=Growing())
+
+    @pytest.mark.parametrize("name", ["steps", "keep", "evaluate_every"])
+    def test_arguments_out_of_range(self, tmp_path, name):
+        with pytest.raises(loop.TrainingError, match=rf"{name}=-1 must be at least"):
+            tiny.run(tmp_path, **{name: -1})
+
+
+class TestMetrics:
+    def test_error_names_file_and_line(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": nope}\n')
+        with pytest.raises(metrics.MetricsError, match=r"metrics\.jsonl:2: not JSON"):
+            metrics.read(tmp_path)
+        (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
+        with pytest.raises(metrics.MetricsError, match=r":1: .* integer 'step'"):
+            metrics.read(tmp_path)
+
+
+class TestProgress:
+    def test_lines_come_first_last_and_in_between_by_time(self):
+        stream, clock = io.StringIO(), iter(range(0, 1000, 4))
+        lines = progress.Lines("lora", 10, stream=stream, now=lambda: next(clock))
+        for step in range(1, 11):
+            lines.update(step, 2.0 / step, 1234.5)
+        text = stream.getvalue().splitlines()
+        assert text[0].startswith("lora  step 1/10  loss 2.0000  1,234 tokens/s")
+        assert text[-1].startswith("lora  step 10/10  loss 0.2000")
+        assert 3 < len(text) < 10
+
+    def test_bar_shows_loss_rate_and_time_left(self):
+        stream = io.StringIO()
+        stream.isatty = lambda: True
+        bar = progress.choose("lora", 10, stream=stream)
+        bar.update(5, 1.25, 1234.5)
+        bar.note("held-out loss 1.0")
+        bar.close()
+        assert isinstance(bar, progress.Bar)
+        assert "lora" in stream.getvalue()
+        assert "loss 1.2500  1,234 tokens/s" in stream.getvalue()
+
+    def test_output_that_is_not_a_terminal_gets_lines(self):
+        assert isinstance(progress.choose("x", 3, stream=io.StringIO()), progress.Lines)
+
+
+def test_importing_the_loop_leaves_orbax_alone():
+    code = (
+        "import sys; before = set(sys.modules); import jmem.train.loop; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}"
+        " & {'orbax', 'matplotlib', 'datasets'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
