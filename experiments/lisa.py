@@ -1,6 +1,6 @@
 """LISA beside full fine-tuning, LoRA and embedding-only: loss on real text, and memory.
 
-    python -m experiments.lisa            SmolLM2-135M on this machine (5 minutes, 2 cores)
+    python -m experiments.lisa            SmolLM2-135M on this machine (6 minutes)
     python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
     python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
 
@@ -124,8 +124,10 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
     """One training step a method, for `target`."""
     model = build(config, dimensions(config), target)
     shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
-    steps = {m: step_program(getattr(config, m), model, **shape) for m in config.methods}
-    return steps
+    return {
+        method: step_program(getattr(config, method), model, **shape)
+        for method in config.methods
+    }
 
 
 def main(config: Config, run: Run) -> None:
@@ -192,7 +194,10 @@ def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, 
     else:
         training = jmem.data.read(config.data, unit="paragraph", **text)
         held_out = None
-    ids = {"tokenizer": checkpoint.tokenizer, "vocab_size": checkpoint.config.vocab_size}
+    ids = {
+        "tokenizer": checkpoint.tokenizer,
+        "vocab_size": checkpoint.config.vocab_size,
+    }
     sequences = list(jmem.data.tokenise(training, **ids))
     if held_out is None:
         sequences, kept = keep_back(config, sequences)
@@ -219,8 +224,9 @@ def keep_back(config: Config, sequences: list) -> tuple[list, list]:
         wanted -= len(sequences[first])
     if wanted > 0 or first == 0:
         raise ValueError(
-            f"lisa: --data {config.data} has no {config.held_out_tokens} tokens to keep "
-            "back beside some to train on; lower --held-out-tokens, or give --held-out."
+            f"lisa: --data {config.data} has no {config.held_out_tokens} tokens to "
+            "keep back beside some to train on; lower --held-out-tokens, or give "
+            "--held-out."
         )
     return sequences[:first], sequences[first:]
 
@@ -264,18 +270,27 @@ def measure(config: Config, run: Run) -> None:
     run.memory_table()
     run.table(
         f"Does it fit {run.target.name}?",
-        ["method", Column("device", gib), Column("at most", gib), "fits", "compiled in"],
+        [
+            "method",
+            Column("device", gib),
+            Column("at most", gib),
+            "fits",
+            Column("compiled in", seconds),
+        ],
         [
             (
                 *(name, report.device_bytes, max(report.interval)),
-                *(bool(report.fits()), seconds(report.compile_seconds)),
+                *(bool(report.fits()), report.compile_seconds),
             )
             for name, report in run.memory.items()
         ],
     )
-    run.note(str(next(iter(run.memory.values())).fits()))
-    where = f"{config.model}, {config.batch_size} x {config.seq_len} tokens"
-    run.plot("memory", lambda: plots.memory(run.memory, title=f"{where}, {config.dtype}"))
+    largest = max(run.memory.values(), key=lambda report: max(report.interval))
+    run.note(str(largest.fits()))
+    title = (
+        f"{config.model}, {config.batch_size} x {config.seq_len} tokens, {config.dtype}"
+    )
+    run.plot("memory", lambda: plots.memory(run.memory, title=title))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def parse[Config](
     if name := _given("--preset", arguments):
         base = configs.read(preset(slug, name), base)
 
+    known = ", ".join(presets(slug)) or "none"
     bare = tyro.conf.arg(name="")  # no prefix before the names of fields
     command_type = dataclasses.make_dataclass(
         "Command",
@@ -124,7 +125,7 @@ def parse[Config](
         args=list(arguments),
         default=command_type(Flags(), base),
         prog=f"python -m experiments.{slug}",
-        description=description or "",
+        description=f"{description or ''}\n\nPresets: {known}".strip(),
     )
     if saved is not None:
         _check_resumed(command.flags, saved, command.config)

@@ -101,7 +101,7 @@ def memory(
     from jmem.memory.plot import COLOURS
 
     names = list(reports)
-    figure, axes = _figure(8.0, 1.7 + 0.55 * len(names))
+    figure, axes = _figure(8.0, 1.9 + 0.55 * len(names))
     peak = max(report.device_bytes for report in reports.values())
     kinds = [
         kind
@@ -163,10 +163,9 @@ def memory(
     )
     axes.set_title(title, loc="left", pad=14)
     shown = {kind: COLOURS[kind] for kind in kinds} | {"other": REST}
-    axes.legend(
+    figure.legend(
         handles=[Patch(color=colour, label=kind) for kind, colour in shown.items()],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.62 / (1.7 + 0.55 * len(names)) - 0.12),
+        loc="outside lower center",
         ncols=5,
         frameon=False,
         fontsize=8.5,

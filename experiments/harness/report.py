@@ -109,10 +109,10 @@ class Table:
         ]
 
     def rich(self) -> Any:
-        """The table for a terminal."""
+        """The table for a terminal, without its title: rich would wrap it."""
         from rich import box, table
 
-        shown = table.Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        shown = table.Table(box=box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
             if index == 0:
                 shown.add_column(column.name, no_wrap=True, style="bold")

@@ -159,6 +159,7 @@ class Run(contextlib.AbstractContextManager):
         parts = self.report.parts
         parts[:] = [p for p in parts if not (isinstance(p, Table) and p.title == title)]
         parts.append(table)
+        self._say(f"\n{title}")
         self.console.print(table.rich())
 
     def record(self, report: Any, name: str, *, reserve: int = GiB) -> None:

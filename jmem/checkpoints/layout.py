@@ -63,52 +63,39 @@ def leaves(config: DecoderConfig) -> tuple[Leaf, ...]:
     """Every leaf of `Decoder(config)`'s parameters."""
     c = config
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    hf, ours = "model.layers.{}.", "blocks/"
-    linear = (  # ours, Hugging Face's, GGUF's, in, out
-        ("attention/q", "self_attn.q_proj", "attn_q", c.hidden, queries),
-        ("attention/k", "self_attn.k_proj", "attn_k", c.hidden, keys),
-        ("attention/v", "self_attn.v_proj", "attn_v", c.hidden, keys),
-        ("attention/o", "self_attn.o_proj", "attn_output", queries, c.hidden),
-        ("mlp/gate", "mlp.gate_proj", "ffn_gate", c.hidden, c.intermediate),
-        ("mlp/up", "mlp.up_proj", "ffn_up", c.hidden, c.intermediate),
-        ("mlp/down", "mlp.down_proj", "ffn_down", c.intermediate, c.hidden),
+    linear = (  # ours, Hugging Face's, GGUF's, [in, out]
+        ("attention/q", "self_attn.q_proj", "attn_q", (c.hidden, queries)),
+        ("attention/k", "self_attn.k_proj", "attn_k", (c.hidden, keys)),
+        ("attention/v", "self_attn.v_proj", "attn_v", (c.hidden, keys)),
+        ("attention/o", "self_attn.o_proj", "attn_output", (queries, c.hidden)),
+        ("mlp/gate", "mlp.gate_proj", "ffn_gate", (c.hidden, c.intermediate)),
+        ("mlp/up", "mlp.up_proj", "ffn_up", (c.hidden, c.intermediate)),
+        ("mlp/down", "mlp.down_proj", "ffn_down", (c.intermediate, c.hidden)),
     )
     norms = (
         ("attention_norm", "input_layernorm", "attn_norm"),
         ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
     )
-    table = (c.vocab_size, c.hidden)
+
+    def block(path: str, shape: tuple[int, ...], hf: str, gguf: str) -> Leaf:
+        return Leaf(
+            f"blocks/{path}", shape, f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}"
+        )
+
+    table, width = (c.vocab_size, c.hidden), (c.hidden,)
     rows = [
-        Leaf(
-            "embed/embedding", table, "model.embed_tokens.weight", "token_embd.weight"
-        ),
-        *(
-            Leaf(
-                f"{ours}{a}/kernel",
-                (fan_in, fan_out),
-                f"{hf}{b}.weight",
-                f"blk.{{}}.{g}.weight",
-            )
-            for a, b, g, fan_in, fan_out in linear
-        ),
-        *(
-            Leaf(
-                f"{ours}{a}/scale",
-                (c.hidden,),
-                f"{hf}{b}.weight",
-                f"blk.{{}}.{g}.weight",
-            )
-            for a, b, g in norms
-        ),
-        Leaf(
-            "final_norm/scale", (c.hidden,), "model.norm.weight", "output_norm.weight"
-        ),
+        Leaf("embed/embedding", table, "model.embed_tokens.weight", "token_embd.weight")
     ]
+    for ours, hf, gguf in norms:
+        rows.append(block(f"{ours}/scale", width, f"{hf}.weight", f"{gguf}.weight"))
+    for ours, hf, gguf, shape in linear:
+        rows.append(block(f"{ours}/kernel", shape, f"{hf}.weight", f"{gguf}.weight"))
     if c.qkv_bias:
-        rows += [
-            Leaf(f"{ours}{a}/bias", (fan_out,), f"{hf}{b}.bias", f"blk.{{}}.{g}.bias")
-            for a, b, g, _, fan_out in linear[:3]
-        ]
+        for ours, hf, gguf, shape in linear[:3]:
+            rows.append(block(f"{ours}/bias", shape[1:], f"{hf}.bias", f"{gguf}.bias"))
+    rows.append(
+        Leaf("final_norm/scale", width, "model.norm.weight", "output_norm.weight")
+    )
     if not c.tied:
         rows.append(Leaf("head/kernel", table[::-1], "lm_head.weight", "output.weight"))
     return tuple(rows)

@@ -103,9 +103,9 @@ class AdamW:
         return stored_in(self.moment_dtype, adam)
 
     def clip(self, grads: Any) -> tuple[Any, jax.Array]:
-        """Gradients scaled to `max_grad_norm`, in their own dtype, and their norm before.
+        """Gradients scaled to `max_grad_norm`, and their norm before.
 
-        The norm is a float32 sum over all leaves.
+        Each gradient keeps its dtype; the norm is a float32 sum over all leaves.
         """
         squares = [
             jnp.sum(jnp.square(cast(g, jnp.float32))) for g in jax.tree.leaves(grads)

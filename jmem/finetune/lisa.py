@@ -1,4 +1,4 @@
-"""LISA: embedding and head always train, of the blocks only a few, re-drawn every K steps.
+"""LISA: embedding and head always train, of the blocks a few, drawn anew every K steps.
 
 Paper    Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient Large
          Language Model Fine-Tuning, NeurIPS 2024, arXiv:2403.17919, algorithm 1.
@@ -7,7 +7,7 @@ Idea     LoRA was seen to move the embedding and the head far more than the midd
          only needed for what is being trained.
 Memory   w*P + (g + 2*m) * (active * P_block + P_outside) + L*B*T*M*w of block inputs.
 Differs  The official code never drops a moment, so its memory grows to that of full
-         AdamW; `moments="persist"` is that behaviour. The paper's runs restart the whole
+         AdamW; `moments="persist"` is that. The paper's runs restart the whole
          optimizer at each draw: "reset_all". The default, "reset_layers", restarts the
          active blocks only. Which blocks are active is data: no draw recompiles.
 See      configs/lisa/, experiments/lisa.py, tests/finetune/test_lisa.py
@@ -231,7 +231,7 @@ class Lisa:
         }
 
     def active(self, state, layers: int) -> Int[Array, " S"]:
-        """The blocks that the next step trains, ascending: a pure function of the state.
+        """The blocks the next step trains, ascending: a pure function of the state.
 
         So nothing about a draw needs saving but the key and the step.
         """
@@ -289,14 +289,14 @@ class Lisa:
 def _check_active(active, layers: int, active_layers: int) -> None:
     if active.shape != (active_layers,):
         raise ValueError(
-            f"Lisa.step: active has shape {active.shape}; active_layers={active_layers} "
-            f"needs ({active_layers},)."
+            f"Lisa.step: active has shape {active.shape}; "
+            f"active_layers={active_layers} needs ({active_layers},)."
         )
     if not isinstance(active, jax.core.Tracer):
         values = np.asarray(active)
         inside = not values.size or (values[0] >= 0 and values[-1] < layers)
         if not inside or (np.diff(values) <= 0).any():
             raise ValueError(
-                f"Lisa.step: active={values.tolist()} must be distinct, ascending block "
-                f"indices in [0, {layers})."
+                f"Lisa.step: active={values.tolist()} must be distinct, ascending "
+                f"block indices in [0, {layers})."
             )

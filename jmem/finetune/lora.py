@@ -2,8 +2,8 @@
 
 Paper    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021,
          arXiv:2106.09685. Here a baseline beside the methods that jmem is about.
-Idea     y = x W + (alpha / rank) x A B, with A [in, rank] random and B [rank, out] zero,
-         so training starts at the pretrained model and moves in a thin subspace.
+Idea     y = x W + (alpha / rank) x A B, with A [in, rank] random and B [rank, out]
+         zero, so training starts at the pretrained model, in a thin subspace.
 Memory   w*P + (w + g + 2*m) * rank * sum(in + out) bytes.
 See      experiments/lisa.py, tests/finetune/test_lora.py
 """
@@ -23,7 +23,7 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def lora_linear(scale: float):
-    """A `linear` that adds `scale * (x A) B` where a leaf holds `lora_a` and `lora_b`."""
+    """A `linear` that adds `scale * (x A) B` where a leaf holds A and B."""
 
     def linear(name, leaf, x):
         y = dense(name, leaf, x)
@@ -74,7 +74,7 @@ class Lora:
         return self.alpha / self.rank
 
     def adapters(self, blocks: dict, key: jax.Array) -> dict:
-        """Fresh A (uniform within 1/sqrt(in), as Kaiming with a = sqrt(5)) and B (zero).
+        """Fresh A (uniform within 1/sqrt(in), Kaiming with a = sqrt(5)) and B (zero).
 
         The tree mirrors `blocks`: {"attention": {"q": {"lora_a", "lora_b"}}, ...}, with
         lora_a [L, in, rank] and lora_b [L, rank, out] in the kernels' dtype.

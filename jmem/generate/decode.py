@@ -27,7 +27,7 @@ def prefill(
     lengths: Int[Array, " B"],
     cache: Cache,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after each row's last real token, and the cache filled with the prompts."""
+    """Logits after each row's last token, and the cache filled with the prompts."""
     positions = token_positions(tokens)
     ops = Ops(attend=prefill_attend(model.attention), linear=dense)
     x = model.embed(params, tokens, positions)
@@ -167,8 +167,8 @@ def _check(model, prompts, max_new_tokens, temperature, key) -> int:
     longest = max(map(len, prompts))
     if longest + max_new_tokens > config.max_positions:
         raise ValueError(
-            f"generate: {longest} prompt tokens + max_new_tokens={max_new_tokens} exceed "
-            f"the model's max_positions={config.max_positions}."
+            f"generate: {longest} prompt tokens + max_new_tokens={max_new_tokens} "
+            f"exceed the model's max_positions={config.max_positions}."
         )
     return longest
 

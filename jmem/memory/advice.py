@@ -57,9 +57,10 @@ def _rebuilt(program: Program, rows: Sequence[Row]) -> tuple[int, str]:
     if not copies:
         return 0, ""
     saved = sum(row.total_bytes for row in copies)
+    name = held[0].name.split("/")[0]
     source = next((row.source for row in copies if row.source), "")
     where = f" at {'/'.join(source.split('/')[-2:])}" if source else ""
     return saved, (
-        f"{held[0].name.split('/')[0]!r} is donated, but {saved:,} bytes of it are built anew{where}. "
+        f"{name!r} is donated, but {saved:,} bytes of it are built anew{where}. "
         "Carry it through the scan and update it in place, instead of scanning over it."
     )

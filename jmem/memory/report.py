@@ -45,19 +45,22 @@ class Verdict:
     def __str__(self):
         room = self.usable_bytes - self.reserve_bytes - self.needed_bytes
         head = "fits" if self.fits else "does not fit"
-        text = (
-            f"{head} {self.target}: needs {_gib(self.needed_bytes)}, usable "
-            f"{_gib(self.usable_bytes)} less {_gib(self.reserve_bytes)} reserved: "
-            f"{_gib(abs(room))} {'to spare' if room >= 0 else 'too much'}."
-        )
-        if not self.fits:
-            return text
-        if self.memory_fraction is None:
-            return f"{text}\nJAX's default memory fraction, 0.75, is enough."
-        return (
-            f"{text}\nStart JAX with XLA_CLIENT_MEM_FRACTION="
-            f"{self.memory_fraction:.2f}; its default, 0.75, is too little."
-        )
+        lines = [
+            f"{head} {self.target}: {_gib(abs(room))} "
+            f"{'to spare' if room >= 0 else 'too much'}",
+            f"  needs {_gib(self.needed_bytes)}, usable {_gib(self.usable_bytes)}, "
+            f"of which {_gib(self.reserve_bytes)} kept in reserve",
+        ]
+        if self.memory_fraction:
+            lines.append(
+                f"  start JAX with XLA_CLIENT_MEM_FRACTION={self.memory_fraction:.2f}; "
+                f"its default, {DEFAULT_FRACTION}, is too little"
+            )
+        elif self.fits:
+            lines.append(
+                f"  JAX's default memory fraction, {DEFAULT_FRACTION}, will do"
+            )
+        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ attention and the linear product as arguments (`jmem.nn.ops`).
 
     params["embed"]["embedding"]                        [V, M]
     params["blocks"]["attention_norm"]["scale"]         [L, M]
-    params["blocks"]["attention"][q, k, v, o]["kernel"] [L, in, out]  (+ "bias" [L, out])
+    params["blocks"]["attention"][q, k, v, o]["kernel"] [L, in, out] (+ "bias" [L, out])
     params["blocks"]["mlp_norm"]["scale"]               [L, M]
     params["blocks"]["mlp"][gate, up, down]["kernel"]   [L, in, out]
     params["final_norm"]["scale"]                       [M]
@@ -191,7 +191,7 @@ class Decoder:
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T M"]:
-        """Rows of the embedding table; rotary positions enter in attention, not here."""
+        """Rows of the embedding table; rotary positions enter in attention."""
         del positions
         table = params["embed"]["embedding"]
         # Widened so that the gradient of a token seen n times is a float32 sum.
@@ -206,7 +206,7 @@ class Decoder:
         ops: Ops,
         carry,
     ):
-        """One layer: (x, carry, aux). `layer_params` is one row of `params["blocks"]`."""
+        """One layer: (x, carry, aux), from one row of `params["blocks"]`."""
         return self.stacked_block.apply(
             {"params": layer_params}, x, positions, layer, ops, carry
         )
@@ -219,7 +219,7 @@ class Decoder:
     def head(
         self, params: dict, x: Float[Array, "*N M"], ops: Ops
     ) -> Float[Array, "*N V"]:
-        """Logits in x's dtype: final norm, then the head or the embedding transposed."""
+        """Logits in x's dtype: final norm, then head or transposed embedding."""
         x = rms_norm(x, params["final_norm"]["scale"], self.config.rms_eps)
         if self.config.tied:
             leaf = {"kernel": params["embed"]["embedding"].T}

@@ -69,7 +69,7 @@ def causal(
 
 
 class Attention(nn.Module):
-    """q, k, v, o and nothing else: positions, masks and caches belong to `ops.attend`."""
+    """q, k, v, o and nothing else: masks and caches belong to `ops.attend`."""
 
     heads: int
     kv_heads: int

@@ -9,7 +9,7 @@ from jmem.nn.ops import LinearMap
 
 
 def along_last(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
-    """`vector` with as many leading axes of one as `like` has dimensions to broadcast."""
+    """`vector` with leading axes of one, so that it broadcasts against `like`."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 

@@ -1,4 +1,4 @@
-"""The two doors into every model: how positions attend, and how a linear map is applied.
+"""The two doors into every model: how positions attend, how a linear map is applied.
 
 A block computes norms, activations and residuals; the two expensive things it does
 are arguments. LoRA, gradient taps, quantised and sparse weights are other `linear`s,

@@ -32,8 +32,8 @@ class Llama3Scaling:
             )
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
-                f"Llama3Scaling: low_freq_factor={self.low_freq_factor} must be positive "
-                f"and below high_freq_factor={self.high_freq_factor}."
+                f"Llama3Scaling: low_freq_factor={self.low_freq_factor} must be "
+                f"positive and below high_freq_factor={self.high_freq_factor}."
             )
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:

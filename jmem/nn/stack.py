@@ -22,7 +22,7 @@ def depth(stacked: Any) -> int:
 
 
 def row(stacked: Any, layer: jax.Array) -> Any:
-    """The parameters of one layer; `layer` may be traced (clamped when out of range)."""
+    """The parameters of one layer; `layer` may be traced (out of range: clamped)."""
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked
     )

@@ -70,6 +70,7 @@ class Checkpoints:
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             os.rename(partial, self.folder / str(step))
         except Exception as error:  # Orbax and TensorStore have no error class
+            shutil.rmtree(partial, ignore_errors=True)  # the room may be needed
             kept = self.steps()
             raise CheckpointError(
                 f"step {step}: the checkpoint could not be written to {self.folder}: "

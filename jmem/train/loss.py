@@ -24,7 +24,7 @@ CHUNK = 256
 
 
 def _chunks(array: jax.Array) -> jax.Array:
-    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], zero-padded (weight 0 = not counted)."""
+    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], padded with zeros (weight 0)."""
     length = array.shape[0]
     size = min(CHUNK, length)
     padding = -length % size
@@ -97,7 +97,7 @@ def token_positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def mean_head_loss(model, ops, head_params, x, batch) -> Float[Array, ""]:
-    """`head_loss` of [B, T, M] activations divided by the sum of the batch's weights."""
+    """`head_loss` of [B, T, M] activations, over the sum of the batch's weights."""
     x = x.reshape(-1, x.shape[-1])
     weights = batch.weights.reshape(-1).astype(jnp.float32)
     # The factor goes into the weights, so gradients are scaled where they are made.

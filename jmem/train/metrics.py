@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jmem.train.folder import FolderError
+
 Row = dict[str, Any]
 
 NAME = "metrics.jsonl"
@@ -59,12 +61,21 @@ class MetricsFile:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(map(_line, kept)))
         os.replace(partial, self.path)
-        self._file = self.path.open("a")
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row and flush it: it outlives this process, however that ends."""
-        self._file.write(_line(row))
-        self._file.flush()
+        """Append one row, unbuffered: it outlives this process, however that ends.
+
+        Raises:
+          FolderError: the disk is full, or gone.
+        """
+        try:
+            self._file.write(_line(row).encode())
+        except OSError as error:
+            raise FolderError(
+                f"{self.path}: the row of step {row['step']} could not be written: "
+                f"{error.strerror}.\nMake room, and resume from the last checkpoint."
+            ) from error
 
     def sync(self) -> None:
         """Wait until the rows are on the disk itself, to outlive a power cut too."""

@@ -225,7 +225,7 @@ def test_frozen_blocks_are_untouched_to_the_bit(
 
 
 def test_every_block_ever_drawn_is_trained(tiny, tiny_params, random_batch):
-    """Rival trainers built the optimizer after the first draw, and trained only that."""
+    """Rivals built the optimizer after the first draw, and trained only that."""
     params = tiny_params
     lisa = Lisa(active_layers=2, period=1, adamw=NO_CLIP)
     state, metrics = run(lisa, tiny, params, [random_batch(tiny, s) for s in range(9)])

@@ -40,7 +40,9 @@ def module(dump):
 @pytest.mark.compat
 class TestReading:
     def test_arguments_are_entry_parameters_in_order(self, module):
-        held = {a.parameter: a.bytes for a in module.allocations if a.parameter is not None}
+        held = {
+            a.parameter: a.bytes for a in module.allocations if a.parameter is not None
+        }
         assert held == {0: 6 * 128 * 128 * 4, 1: 64 * 128 * 4}
 
     def test_shapes_read_as_xla_writes_them(self, module):

@@ -23,16 +23,12 @@ def live(trace, lives):
 
 
 def test_a_buffer_lives_from_allocation_to_freeing():
-    trace = (
-        *(event(ALLOC, 0), event(ALLOC, 1), event(FREE, 0), event(FREE, 1)),
-    )
+    trace = (*(event(ALLOC, 0), event(ALLOC, 1), event(FREE, 0), event(FREE, 1)),)
     assert live(trace, replay(trace, sized(100, 10))) == [100, 110, 10, 0]
 
 
 def test_sharing_keeps_the_bytes_until_the_last_holder():
-    trace = (
-        *(event(ALLOC, 0), event(SHARE, 1, 0), event(FREE, 0), event(FREE, 1)),
-    )
+    trace = (*(event(ALLOC, 0), event(SHARE, 1, 0), event(FREE, 0), event(FREE, 1)),)
     (life,) = replay(trace, sized(100, 100))
     assert live(trace, [life]) == [100, 100, 100, 0]
     assert [holder for holder, *_ in life.holders] == [0, 1]
@@ -40,9 +36,7 @@ def test_sharing_keeps_the_bytes_until_the_last_holder():
 
 def test_sharing_revives_freed_bytes_as_another_life():
     """An in-place operation frees its operand before it takes the place."""
-    trace = (
-        *(event(ALLOC, 0), event(FREE, 0), event(SHARE, 1, 0), event(FREE, 1)),
-    )
+    trace = (*(event(ALLOC, 0), event(FREE, 0), event(SHARE, 1, 0), event(FREE, 1)),)
     lives = replay(trace, sized(100, 100))
     assert live(trace, lives) == [100, 0, 100, 0]
     assert len(lives) == 2

@@ -28,7 +28,7 @@ def forward(model, params, tokens, ops=None, carry=None):
 
 
 def reference_logits(config, params, tokens):
-    """The same decoder from its equations, float64 NumPy, one row, one head at a time."""
+    """The same decoder from its equations: float64, one row, one head at a time."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
 
     def norm(x, scale):

@@ -314,8 +314,33 @@ class TestRefuses:
         with pytest.raises(loop.TrainingError, match=rf"{name}=-1 must be at least"):
             tiny.run(tmp_path, **{name: -1})
 
+    def test_a_disk_that_fills_up_while_a_checkpoint_is_written(
+        self, tmp_path, monkeypatch
+    ):
+        rename = os.rename
+
+        def full(source, target):
+            if os.path.basename(target) == "8":
+                raise OSError(28, "No space left on device")
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", full)
+        with pytest.raises(checkpoint.CheckpointError) as caught:
+            tiny.run(tmp_path, checkpoint_every=4)
+        assert "No space left on device" in str(caught.value)
+        assert "The last complete one is of step 4." in str(caught.value)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
 
 class TestMetrics:
+    def test_a_full_disk_stops_with_words(self, tmp_path):
+        file = metrics.MetricsFile(tmp_path)
+        file.close()
+        with open("/dev/full", "ab", buffering=0) as full:
+            file._file = full
+            with pytest.raises(FolderError, match=r"row of step 3 .* written: No"):
+                file.write({"step": 3, "loss": 1.0})
+
     def test_error_names_file_and_line(self, tmp_path):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": nope}\n')
         with pytest.raises(metrics.MetricsError, match=r"metrics\.jsonl:2: not JSON"):

@@ -1,0 +1,161 @@
+"""The LISA experiment end to end on a tiny checkpoint of one's own; refusals."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import pytest
+
+import jmem.checkpoints
+from experiments import lisa
+from experiments.harness import cli
+from experiments.harness.run import Run
+from jmem.data.text import read
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.lisa import Lisa
+from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.targets import resolve
+from jmem.train import metrics
+
+PRESETS = ("llama2_7b", "tinyllama", "mistral_7b", "llama2_70b")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A Hugging Face folder of a random tiny Llama with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    config = DecoderConfig(
+        vocab_size=264,
+        layers=3,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        intermediate=48,
+        max_positions=128,
+    )
+    folder = tmp_path_factory.mktemp("own") / "model"
+    params = jax.jit(Decoder(config).init)(jax.random.key(0))
+    jmem.checkpoints.save(params, config, folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A JSON Lines file of Python's own words about itself."""
+    training, _ = jmem.data.python_reference()
+    path = tmp_path_factory.mktemp("own") / "data.jsonl"
+    rows = [{"body": row["text"][:600]} for row, _ in zip(training, range(20))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(checkpoint, data):
+    adamw = AdamW(learning_rate=3e-3)
+    return lisa.Config(
+        model=str(checkpoint),
+        data=str(data),
+        column="body",
+        only=("lora", "lisa"),
+        lisa=Lisa(active_layers=1, period=2, adamw=adamw),
+        steps=6,
+        seq_len=64,
+        held_out_tokens=256,
+    )
+
+
+def run(config, tmp_path, **more):
+    target = resolve(config.gpu)
+    with Run("lisa", config, target=target, runs=tmp_path, **more) as started:
+        lisa.main(config, started)
+    return started.folder
+
+
+def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
+    folder = run(config, tmp_path)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["status"] == "complete"
+    for method in config.methods:
+        rows = metrics.read(folder / method / "metrics.jsonl")
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+        held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+        assert held_out[-1] < held_out[0]
+    active = [row["active"] for row in rows if "active" in row]
+    assert active[0] == active[1]
+    assert (folder / "memory.png").stat().st_size > 10_000
+    assert (folder / "loss.png").stat().st_size > 10_000
+    assert report["memory"].keys() == {"lora", "lisa"}
+
+
+def test_measuring_loads_no_weights(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jmem.checkpoints.Checkpoint, "params", None)
+    config = dataclasses.replace(config, only=("lisa",), gpu="rtx4090")
+    folder = run(config, tmp_path, measure_only=True)
+    memory = json.loads((folder / "report.json").read_text())["memory"]["lisa"]
+    assert memory["device_bytes"] == sum(memory["by_kind"].values())
+    assert memory["target"] == "rtx4090"
+
+
+def test_documents_kept_back_are_whole_and_not_trained_on(config, checkpoint):
+    opened = jmem.checkpoints.load(checkpoint)
+    sequences = list(
+        jmem.data.tokenise(
+            read(config.data, column="body", unit="paragraph"), opened.tokenizer
+        )
+    )
+    training, held_out = lisa.keep_back(config, sequences)
+    assert len(training) + len(held_out) == len(sequences)
+    assert sum(map(len, held_out)) > config.held_out_tokens
+    assert sum(map(len, held_out[1:])) <= config.held_out_tokens
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_papers_setting(name):
+    _, config = cli.parse(lisa.Config, "lisa", ["--preset", name])
+    assert (config.seq_len, config.batch_size, config.dtype) == (1024, 1, "bfloat16")
+    assert (config.lora.rank, config.lisa.active_layers) == (128, 2)
+    adamws = [getattr(config, m).adamw for m in config.methods]
+    assert {adamw.moment_dtype for adamw in adamws} == {"float32"}
+
+
+REFUSED = {
+    "unknown model": ({"model": "llama2-7"}, "did you mean 'llama2-7b'"),
+    "no such checkpoint": ({"model": "./nowhere"}, "nowhere"),
+    "no weights": ({"model": "llama2-7b"}, "llama2-7b"),
+    "too long": ({"seq_len": 4096}, "seq_len=4096 exceeds the 128"),
+    "too many layers": ({"lisa": Lisa(active_layers=9)}, "active_layers=9"),
+    "no such file": ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "missing column": ({"column": "txt"}, "'txt'"),
+    "little text": ({"held_out_tokens": 10**6}, "lower --held-out-tokens"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=list(REFUSED))
+def test_refuses_before_anything_is_trained_or_written(
+    config, tmp_path, changes, message
+):
+    config = dataclasses.replace(config, **changes)
+    with pytest.raises(ValueError, match=message):
+        run(config, tmp_path)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "seq_len", "held_out_tokens"])
+def test_refuses_sizes_of_zero(field):
+    with pytest.raises(ValueError, match=f"{field}=0"):
+        lisa.Config(**{field: 0})
+
+
+def test_every_preset_is_listed():
+    folder = pathlib.Path(lisa.__file__).parents[1] / "configs" / "lisa"
+    names = {path.stem for path in folder.glob("*.toml")} - {"claims"}
+    assert names == set(PRESETS)

@@ -1,0 +1,139 @@
+"""JAX started too early: a worker measures the function, or a way out is named."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jmem.memory import worker
+
+MODULE = """\
+from typing import NamedTuple
+import jax
+
+class State(NamedTuple):
+    params: dict
+    opt_state: list
+
+def step(state, x, power):
+    return state._replace(params=jax.tree.map(lambda w: (x @ w) ** power, state.params))
+
+jitted = jax.jit(step, static_argnums=2, donate_argnums=0)
+"""
+
+SCRIPT = """\
+import logging
+logging.disable(logging.CRITICAL)  # JAX logs that its plugin found no driver
+import jax, jax.numpy as jnp
+jax.devices()
+import jmem, mine
+x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+state = mine.State({"a": x, "b": x}, [x, x])
+report = jmem.measure(mine.jitted, state, x, 2, bounds=False)
+print(report.device_bytes, report.alias_bytes, sorted(report.by_kind))
+print(report.flags[-1])
+try:
+    jmem.measure(lambda x: x, x)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory):
+    """What the script prints, run without the variable and with every platform."""
+    folder = tmp_path_factory.mktemp("late")
+    (folder / "mine.py").write_text(MODULE)
+    (folder / "script.py").write_text(SCRIPT)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"}
+    }
+    done = subprocess.run(
+        [sys.executable, str(folder / "script.py")],
+        env=environment | {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.compat
+def test_an_importable_function_is_measured_all_the_same(answer):
+    kib = 256 * 256 * 4
+    device_bytes, alias_bytes, *kinds = answer.splitlines()[0].split(maxsplit=2)
+    assert int(alias_bytes) == 4 * kib
+    assert int(device_bytes) >= 5 * kib
+    assert "parameters" in kinds[0]
+    assert "optimizer" in kinds[0]
+    assert "measured in a worker process" in answer
+
+
+@pytest.mark.compat
+def test_another_function_gets_the_two_line_fix(answer):
+    assert "Set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment" in answer
+    assert "or write `import jmem` above the first line that uses JAX" in answer
+    assert "'<lambda>' cannot be imported by name" in answer
+
+
+def there_and_back(tree):
+    import json
+
+    return worker._decode(json.loads(json.dumps(worker._encode(tree))))
+
+
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+class TestArguments:
+    spec = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+
+    @pytest.mark.parametrize(
+        "tree",
+        [
+            {"a": [spec, None], "b": (spec, {"c": spec})},
+            {3: spec, 1: spec},
+            Pair(spec, [spec]),
+            jax.ShapeDtypeStruct((), jnp.int32, weak_type=True),
+        ],
+        ids=["nested", "numbered", "named tuple", "weak"],
+    )
+    def test_trees_arrive_as_they_were(self, tree):
+        again = there_and_back(tree)
+        assert jax.tree.structure(again) == jax.tree.structure(tree)
+        assert jax.tree.leaves(again) == jax.tree.leaves(tree)
+
+    @pytest.mark.parametrize("axes", [P("x"), P(("x", "y"), None), P()])
+    def test_placements_arrive_as_they_were(self, axes):
+        auto = (AxisType.Auto,) * 2
+        mesh = AbstractMesh((2, 4), ("x", "y"), axis_types=auto)
+        host = NamedSharding(mesh, axes, memory_kind="pinned_host")
+        assert there_and_back(host) == host
+
+    @pytest.mark.parametrize(
+        "tree", [jax.random.key(0), {("a", 1): 2}, object()], ids=["key", "dict", "any"]
+    )
+    def test_what_json_cannot_carry_is_refused(self, tree):
+        if isinstance(tree, jax.Array):
+            tree = jax.ShapeDtypeStruct(tree.shape, tree.dtype)
+        with pytest.raises(TypeError):
+            worker._encode(tree)
+
+
+def test_names_that_cannot_be_imported_are_refused():
+    with pytest.raises(TypeError, match="cannot be imported by name"):
+        worker._dotted(lambda: None)
+    assert worker._imported(worker._dotted(textwrap.dedent)) is textwrap.dedent
+    assert worker._dotted(jax.jit(textwrap.dedent)) == "textwrap:dedent"
