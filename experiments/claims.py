@@ -80,7 +80,7 @@ def current(claim: Claim, records: Records) -> Record | None:
 
 def shown(claim: Claim, claims: Claims, records: Records) -> bool:
     """Whether the README shows a claim: the chosen ones, and all that went wrong."""
-    return claim.headline or "**" in verdict(claim, claims, records)
+    return claim.headline or verdict(claim, claims, records).startswith("**")
 
 
 # ------------------------------------------------------------------- the tables

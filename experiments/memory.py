@@ -115,6 +115,7 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
 
 
 def main(config: Config, run: Run) -> None:
+    run.measure_only = True  # with the flag or without it
     reserve = round(config.reserve * GiB)
     [(name, program)] = programs(config, run.target).items()
     run.note(

@@ -108,7 +108,7 @@ class Program:
 
     def _check_arrays(self, position: int, value: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(value):
-            if not _is_described(leaf):
+            if not is_described(leaf):
                 where = f"argument {position}" + (f", {key(path)!r}" if path else "")
                 raise TypeError(
                     f"Program: {where} is a {type(leaf).__name__}, which has no shape "
@@ -435,7 +435,8 @@ def _card(name: str) -> str:
     return name.rpartition("x")[0] if re.search(r".x\d+$", name) else name
 
 
-def _is_described(leaf: Any) -> bool:
+def is_described(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype: an array, a description, a number."""
     return isinstance(leaf, bool | int | float | complex) or (
         hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     )

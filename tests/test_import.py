@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def run(code):
 
 
 @functools.cache
-def fresh():
+def fresh() -> Any:
     done = run(CODE)
     return *json.loads(done.stdout), done.stderr
 

@@ -1,5 +1,7 @@
 """A program's construction refuses what cannot be compiled, and its compiling works."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ class TestConstruction:
     @pytest.mark.parametrize("position", [2, -1])
     def test_a_position_must_exist(self, field, position):
         with pytest.raises(ValueError, match=rf"{field} names argument {position}"):
-            Program(apply, (state, x), **{field: (position,)})
+            Program(apply, (state, x), **{field: (position,)})  # pyright: ignore[reportArgumentType]
 
     def test_a_donated_argument_is_not_static(self):
         with pytest.raises(ValueError, match=r"argument 2 is in donate=\(2,\)"):
@@ -117,7 +119,7 @@ def test_argument_names_are_the_function_s():
 # Ahead of time ------------------------------------------------------------------------
 
 
-def analysis(program, target="h200"):
+def analysis(program, target="h200") -> Any:
     return program.compile(resolve(target)).memory_analysis()
 
 

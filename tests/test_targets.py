@@ -26,7 +26,7 @@ def card(tmp_path):
     """Writes a card's file with some lines changed, and returns its path."""
 
     def write(**changes):
-        lines = CARD.splitlines()
+        lines = [*map(str, CARD.splitlines())]
         for field, value in changes.items():
             kept = [n for n, line in enumerate(lines) if line.startswith(f"{field} ")]
             at = kept[0] if kept else len(lines)

@@ -70,7 +70,7 @@ class Run(contextlib.AbstractContextManager):
         self.config_folder = config_folder or pathlib.Path("configs", slug)
         """Where the experiment's presets and claims are."""
         self.measure_only = measure_only
-        """Compile only: no weights are loaded, nothing is trained."""
+        """Compile only: nothing runs, and the report names no device."""
         self.resume = resume is not None
         """Whether the folder holds an earlier session; `train` takes it as it is."""
         self.trace = trace
@@ -126,11 +126,7 @@ class Run(contextlib.AbstractContextManager):
         return self._folder
 
     def folder_of(self, method: str) -> pathlib.Path:
-        """A method's own folder, for metrics, checkpoints and trace.
-
-        Asking for it says that something is run here: the report names the device.
-        """
-        self.report.head["device"] = device()
+        """A method's own folder, for metrics, checkpoints and trace."""
         path = self.folder / method
         path.mkdir(exist_ok=True)
         return path
@@ -245,6 +241,7 @@ class Run(contextlib.AbstractContextManager):
         """Write report.json and report.md."""
         self.report.head["status"] = status
         self.report.head["seconds"] = round(time.monotonic() - self._began, 1)
+        self.report.head["device"] = None if self.measure_only else device()
         write_atomically(self.folder / "report.json", self.report.json())
         write_atomically(self.folder / "report.md", self.report.markdown())
         self._say(f"report: {self.folder / 'report.md'}")

@@ -6,6 +6,7 @@ program's own only in a process that has held no more before: one process a case
 
 import dataclasses
 import gc
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,14 +83,20 @@ def live(
     *args: Any,
     donate: tuple[int, ...] = (),
     static: tuple[int, ...] = (),
-    key: int = 0,
+    key: int | None = 0,
 ) -> LiveReport:
     """Runs a program once on the attached GPU and reads its allocator.
 
-    Arguments come from the program's `make(key)`; without one they are zeros of the
-    described shapes, made on the GPU. Compile beforehand in another process with JAX's
-    compilation cache on, so that autotuning does not raise the peak; `own` says whether
-    it did.
+    Compile beforehand in another process with JAX's compilation cache on, so that
+    autotuning does not raise the peak; `own` says whether anything did.
+
+    Args:
+      what: a `Program`, or any function with its arguments.
+      *args: the function's arguments; descriptions will do.
+      donate: positions of arguments the function may take over.
+      static: positions of hashable arguments that are compiled in.
+      key: seed of the program's own `make`. None, or a program without one: zeros of
+        the described shapes, which take no more memory to make than they have.
 
     Raises:
       NoGPUError: there is no GPU.
@@ -98,11 +105,14 @@ def live(
     device = gpu()
     compiled = program.compile()
     analysis: Any = compiled.memory_analysis()
-    arguments = _arguments(program, jax.random.key(key))
-    jax.block_until_ready(arguments)
+    if program.make is None or key is None:
+        arguments = _zeros(program)
+    else:
+        arguments = jax.jit(program.make)(jax.random.key(key))
+    run = [a for n, a in enumerate(arguments) if n not in program.static]
+    jax.block_until_ready(run)
     gc.collect()
     before = device.memory_stats()
-    run = [a for n, a in enumerate(arguments) if n not in program.static]
     result = compiled(*run)
     jax.block_until_ready(result)
     after = device.memory_stats()
@@ -117,17 +127,17 @@ def live(
     )
 
 
-def _arguments(program: Program, key: jax.Array) -> tuple:
-    """Real arguments on the device, in one jitted call."""
-    if program.make is not None:
-        return jax.jit(program.make)(key)
+def _zeros(program: Program) -> tuple:
+    """Arguments of zeros where the program wants them, one array at a time."""
+    described, *_ = program.placed(None)
 
-    def zeros():
-        return tuple(
-            value
-            if position in program.static
-            else jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), value)
-            for position, value in enumerate(program.args)
-        )
+    def zeros(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            keys = jax.random.split(jax.random.key(0), math.prod(leaf.shape))
+            return keys.reshape(leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
-    return zeros()
+    return tuple(
+        value if position in program.static else jax.tree.map(zeros, value)
+        for position, value in enumerate(described)
+    )

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jaxlib.version
+import numpy as np
 
 from jmem import targets
 from jmem.memory import breakdown, hlo, kinds, live
@@ -34,6 +35,7 @@ from jmem.program import (
     Program,
     ProgramError,
     argument_names,
+    is_described,
     never_cached,
 )
 from jmem.targets import NoCompilerError, Target
@@ -254,17 +256,23 @@ def _own_labels(position: int, name: str, value: Any) -> dict[str, Label]:
     }
 
 
+def _is_info_of(info: Any, value: Any) -> bool:
+    """Whether JAX's description of a traced argument can be that of `value`."""
+    leaves, structure = jax.tree.flatten(value)
+    described, other = jax.tree.flatten(info)
+    return structure == other and all(
+        is_described(leaf) and (np.shape(leaf) == of.shape)
+        for leaf, of in zip(leaves, described)
+    )
+
+
 def _jitted(fn: Any, args: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Positions a jitted function donates, and those it takes as static."""
     infos = fn.trace(*args).args_info[0]
     missing = len(args) - len(infos)
     for static in itertools.combinations(range(len(args)), missing):
         kept = [n for n in range(len(args)) if n not in static]
-        same = all(
-            jax.tree.structure(args[n]) == jax.tree.structure(info)
-            for n, info in zip(kept, infos)
-        )
-        if same:
+        if all(_is_info_of(info, args[n]) for n, info in zip(kept, infos)):
             donate = tuple(
                 n
                 for n, info in zip(kept, infos)

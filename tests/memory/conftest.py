@@ -1,6 +1,7 @@
 """Programs whose memory is known, measured once for all tests of the folder."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jmem.program import Program
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
-def spec(*shape, dtype=f32, sharding=None):
+def spec(*shape, dtype: Any = f32, sharding=None) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
@@ -110,7 +111,8 @@ def decode(carried: bool) -> Program:
     """One token against a donated cache, in the scan's carry or as its xs and ys."""
     batch, slots, heads, dim = 4, 1024, 4, 64
 
-    def attend(layer, x, keys, values, position):
+    def attend(layer, x, cache, position):
+        keys, values = cache
         q, k, v = jnp.split((x @ layer["qkv"]).reshape(batch, 3 * heads, dim), 3, 1)
         at = (0, position, 0, 0)
         keys = jax.lax.dynamic_update_slice(keys, k[:, None], at)
@@ -125,7 +127,7 @@ def decode(carried: bool) -> Program:
         def body(state, xs):
             x, cache = state
             n, layer = xs
-            x, *rows = attend(layer, x, *(c[n] for c in cache), position)
+            x, *rows = attend(layer, x, [c[n] for c in cache], position)
             cache = tuple(
                 jax.lax.dynamic_update_index_in_dim(c, row, n, 0)
                 for c, row in zip(cache, rows)
@@ -139,7 +141,7 @@ def decode(carried: bool) -> Program:
     def xs_step(params, cache, x, position):
         def body(x, xs):
             layer, rows = xs
-            x, *rows = attend(layer, x, *rows, position)
+            x, *rows = attend(layer, x, rows, position)
             return x, tuple(rows)
 
         return jax.lax.scan(body, x, (params, cache))

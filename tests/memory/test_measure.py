@@ -121,7 +121,7 @@ class TestTrainingStep:
     def test_the_peak_is_the_sheet_s(self, report_of):
         report = report_of("mlp")
         assert report.timeline.max() == figure(331_405_488)
-        assert report.device_bytes == pytest.approx(331_407_808, abs=64)
+        assert report.device_bytes == pytest.approx(331_407_808, abs=128)
 
     def test_labels_are_the_arrays_bytes(self, report_of):
         weights = 4 * (2 * 512 * 2048 + 2048 * 2048 + 2 * 2048 + 512)
@@ -161,8 +161,9 @@ class TestScan:
         report, plain = report_of("remat"), report_of("scanned")
         saved = report.by_kind[kinds.SAVED]
         assert self.carry <= saved < self.carry + self.hidden // 8
-        assert report.by_kind[kinds.RECOMPUTATION] >= self.hidden // 8
-        assert kinds.RECOMPUTATION not in plain.by_kind
+        again = report.timeline.by_kind[kinds.RECOMPUTATION]
+        assert max(again) >= self.hidden // 8
+        assert kinds.RECOMPUTATION not in plain.timeline.by_kind
         assert report.device_bytes < plain.device_bytes - 0.7 * self.hidden
 
     def test_gradient_stacks_are_gradients(self, report_of):
@@ -177,7 +178,7 @@ class TestHostMemory:
     def test_offloaded_carries_are_on_the_host_alone(self, report_of):
         report = report_of("offloaded")
         assert report.host_bytes == 8 * 4096 * 1024 * 2
-        assert report.device_bytes == pytest.approx(75_500_340, abs=128)
+        assert report.device_bytes == pytest.approx(75_500_340, abs=512)
 
     def test_a_host_argument_is_labelled_on_the_host(self):
         host = jax.sharding.SingleDeviceSharding(
