@@ -1,6 +1,6 @@
 """Predicted memory against a real GPU's: what XLA plans is what the allocator gives.
 
-    python -m experiments.gpu_check                       four programs, about 10 minutes
+    python -m experiments.gpu_check                       four programs, some minutes
     python -m experiments.gpu_check --only decode --out check.json
 
 Needs a GPU; without one it says so and exits 0. For each program it prints
@@ -144,7 +144,9 @@ def probe(program: Program | None, gpu: str) -> dict:
     return {"device": attached().name, "versions": versions}
 
 
-STAGES = {stage.__name__: stage for stage in (probe, planned, ran, predicted)}
+STAGES: dict[str, Callable[..., dict]] = {
+    stage.__name__: stage for stage in (probe, planned, ran, predicted)
+}
 
 
 def environment(stage: str, cache: str) -> dict[str, str]:
@@ -190,9 +192,10 @@ def answer(request: str) -> int:
     from jmem.memory.live import NoGPUError
 
     stage, case, sizes, gpu = json.loads(request)
+    ask = STAGES[stage]
     program = build(case, Sizes(**sizes)) if case else None
     try:
-        print(json.dumps(STAGES[stage](program, gpu)))
+        print(json.dumps(ask(program, gpu)))
     except NoGPUError as error:
         print(error)
         return NO_GPU
@@ -270,7 +273,7 @@ def check(sizes: Sizes, only: list[str], gpu: str | None, out: pathlib.Path) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status 1 when a number is off."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=[])
     parser.add_argument("--gpu", help="described GPU to predict for; default: by name")
     parser.add_argument("--out", type=pathlib.Path, default="runs/gpu_check.json")

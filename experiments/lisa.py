@@ -77,8 +77,9 @@ class Config:
     """Updates between checkpoints; 0 keeps the last one only."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations, in what runs here and in what is measured."""
-    remat: Literal["none", "dots", "block"] = "block"
-    """What full and LoRA keep for the backward pass; LISA keeps block inputs."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What full and LoRA keep for the backward pass: all, the matrix products, or, as
+    LISA always does, block inputs only."""
     seed: int = 0
     """Of the order of the batches, of adapters and of draws."""
     gpu: str = "h200"
@@ -122,7 +123,11 @@ def build(config: Config, dims: DecoderConfig, target: Target | None) -> Decoder
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
     """One training step a method, for `target`."""
-    model = build(config, dimensions(config), target)
+    return steps(config, build(config, dimensions(config), target))
+
+
+def steps(config: Config, model: Decoder) -> dict[str, Program]:
+    """One training step a method; what a method cannot train is refused here."""
     shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
     return {
         method: step_program(getattr(config, method), model, **shape)
@@ -141,9 +146,9 @@ def main(config: Config, run: Run) -> None:
             f"lisa: {checkpoint.path} holds no tokenizer; put the model's "
             "tokenizer.json beside its config.json."
         )
+    model = build(config, dims, attached())
+    steps(config, model)
     training, held_out = batches(config, checkpoint)
-    here = attached()
-    model = build(config, dims, here)
     rows = {}
     for method in config.methods:
         finetuner = getattr(config, method)
@@ -285,6 +290,11 @@ def measure(config: Config, run: Run) -> None:
             for name, report in run.memory.items()
         ],
     )
+    if config.remat != "block":
+        run.note(
+            f"remat={config.remat!r}: full and LoRA keep more than block inputs for the "
+            "backward pass, LISA does not. --remat block puts all on one footing."
+        )
     largest = max(run.memory.values(), key=lambda report: max(report.interval))
     run.note(str(largest.fits()))
     title = (

@@ -17,7 +17,6 @@ import dataclasses
 import inspect
 import math
 import operator
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -91,7 +90,7 @@ class Program:
         index = operator.index(position)
         if not 0 <= index < len(self.args):
             raise ValueError(
-                f"Program: {field} names argument {index}, but {_name(self.fn)} is "
+                f"Program: {field} names argument {index}, but {self.name} is "
                 f"given {len(self.args)}; need 0 <= position < {len(self.args)}."
             )
         return index
@@ -115,6 +114,11 @@ class Program:
                     "and dtype. Pass an array or a jax.ShapeDtypeStruct, or name the "
                     f"argument static: static=({position},)."
                 )
+
+    @property
+    def name(self) -> str:
+        """The function's name, or its type's."""
+        return getattr(self.fn, "__name__", type(self.fn).__name__)
 
     # Labels ---------------------------------------------------------------------------
 
@@ -235,7 +239,7 @@ class Program:
         shapes = {tuple(mesh.shape.items()) for mesh in named}
         if len(shapes) > 1:
             raise ProgramError(
-                f"{_name(self.fn)}: the arguments are placed on different meshes, "
+                f"{self.name}: the arguments are placed on different meshes, "
                 f"{' and '.join(str(dict(shape)) for shape in sorted(shapes))}; "
                 "place them all on one."
             )
@@ -245,9 +249,9 @@ class Program:
             size = math.prod(shape.values())
             if target and target.devices != size:
                 raise ProgramError(
-                    f"{_name(self.fn)}: the arguments are placed on a mesh {shape} of "
+                    f"{self.name}: the arguments are placed on a mesh {shape} of "
                     f"{size} devices, but target {target.name!r} has {target.devices}. "
-                    f"Use a target of {size}, as {_card(target.name)}x{size}."
+                    f"Name a target of that size, like 'h200x{size}'."
                 )
         elif (devices or 1) > 1 or self.asks_for_host():
             shape = {"devices": devices or 1}
@@ -308,7 +312,7 @@ class Lowered:
         options = dict(options or {})
         if options.get("xla_gpu_deterministic_ops") and self.devices:
             raise ProgramError(_DETERMINISTIC)
-        # JAX picks the CPU client and crashes on the compile-only devices without _on.
+        # Without _on JAX hands compile-only devices to the CPU client, which crashes.
         cache = never_cached() if self.devices else contextlib.nullcontext()
         with _explained(self.program), _on(self.devices), cache:
             compiled = self.stage.compile(
@@ -319,7 +323,7 @@ class Lowered:
             sizes = held.host_argument_size_in_bytes, held.host_output_size_in_bytes
             if not any(sizes):
                 raise ProgramError(
-                    f"{_name(self.program.fn)}: a sharding asks for {HOST!r}, but XLA "
+                    f"{self.program.name}: a sharding asks for {HOST!r}, but XLA "
                     "placed nothing in host memory."
                 )
         return compiled
@@ -369,13 +373,17 @@ def _explained(program: Program) -> Iterator[None]:
         for mark, reason in _KNOWN:
             if mark in str(error):
                 reason = reason.format(error=str(error).splitlines()[0])
-                raise ProgramError(f"{_name(program.fn)}: {reason}") from error
+                raise ProgramError(f"{program.name}: {reason}") from error
         raise
 
 
 _DETERMINISTIC = (
     "xla_gpu_deterministic_ops needs a GPU to choose its algorithms on.\n"
     "Remove it to compile ahead of time, or measure with target='attached'."
+)
+_NO_ALGORITHM = (
+    "XLA has no algorithm for one of its operations that needs no GPU to be chosen.\n"
+    "If XLA_FLAGS sets xla_gpu_deterministic_ops, remove it to compile ahead of time."
 )
 _KNOWN = (
     (
@@ -399,7 +407,8 @@ _KNOWN = (
         "arguments is in scope.",
     ),
     ("No such compile option", "{error}"),
-    ("Failed to get configs", _DETERMINISTIC),
+    ("Failed to get configs", _NO_ALGORITHM),
+    ("No supported config found", _NO_ALGORITHM),
 )
 
 
@@ -425,14 +434,6 @@ def key(path: tuple) -> str:
 def _prefixes(paths: list[str]) -> set[str]:
     words = [path.split("/") for path in paths]
     return {"/".join(w[:n]) for w in words for n in range(1, len(w) + 1)}
-
-
-def _name(fn: Callable) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)
-
-
-def _card(name: str) -> str:
-    return name.rpartition("x")[0] if re.search(r".x\d+$", name) else name
 
 
 def is_described(leaf: Any) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jmem import program as program_module
 from jmem.program import Program, ProgramError
 from jmem.targets import resolve
 
@@ -177,6 +178,18 @@ class TestPlacement:
         program = Program(lambda a: a + 1, (self.spec(None),), out_shardings=host)
         assert analysis(program).host_output_size_in_bytes == self.bytes
 
+    def test_host_memory_that_gets_lost_is_noticed(self, monkeypatch):
+        """JAX drops it without a word where a sharding is of the wrong kind."""
+        onto = program_module._onto
+        monkeypatch.setattr(
+            program_module,
+            "_onto",
+            lambda mesh, s: onto(mesh, s).with_memory_kind("device"),
+        )
+        host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        with pytest.raises(ProgramError, match="placed nothing in host memory"):
+            analysis(Program(lambda w: w + 1, (self.spec(host),)))
+
     def test_arrays_of_this_machine_are_device_arguments(self):
         held = analysis(Program(lambda a: a + 1, (jnp.ones((1024, 1024)),)))
         assert held.argument_size_in_bytes == self.bytes
@@ -206,7 +219,7 @@ class TestPlacement:
 
     def test_the_mesh_must_have_the_target_s_size(self):
         a = self.spec(NamedSharding(AbstractMesh((8,), ("x",)), P("x")))
-        with pytest.raises(ProgramError, match=r"of 8 devices.*Use .*h200x8"):
+        with pytest.raises(ProgramError, match=r"of 8 devices.*like 'h200x8'"):
             analysis(Program(lambda a: a + 1, (a,)), "h200x2")
 
     def test_two_meshes_are_refused(self):
@@ -254,6 +267,16 @@ class TestRefusals:
             "xla_gpu_deterministic_ops needs a GPU",
             xla_gpu_deterministic_ops=True,
         )
+
+    @pytest.mark.parametrize("says", ["Failed to get configs", "No supported config"])
+    def test_deterministic_ops_in_the_environment(self, monkeypatch, says):
+        """XLA reads XLA_FLAGS once, so its answer is played back here."""
+
+        def refuse(*args, **kwargs):
+            raise RuntimeError(f"INTERNAL: {says} found for HLO: %gemm")
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+        self.refused(lambda a: a @ a, "XLA_FLAGS sets xla_gpu_deterministic_ops")
 
     def test_a_mesh_of_this_machine_inside(self):
         here = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))

@@ -388,17 +388,18 @@ def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _collectives(module: hlo.Module) -> dict[str, dict[str, int]]:
+    """Collectives by opcode: how many, and the bytes they return, loops once."""
     found: dict[str, dict[str, int]] = {}
-    for instruction in module.instructions.values():
-        if kinds.is_collective(instruction) and not instruction.opcode.endswith("done"):
-            name = instruction.opcode.removesuffix("-start")
-            seen = found.setdefault(name, {"count": 0, "bytes": 0})
-            seen["count"] += 1
-            seen["bytes"] += sum(
-                b.bytes
-                for b in module.buffers.values()
-                if b.instruction == instruction.id
-            )
+    moving = {
+        i.id: i.opcode.removesuffix("-start")
+        for i in module.instructions.values()
+        if kinds.is_collective(i) and not i.opcode.endswith("-done")
+    }
+    for opcode in moving.values():
+        found.setdefault(opcode, {"count": 0, "bytes": 0})["count"] += 1
+    for buffer in module.buffers.values():
+        if buffer.instruction in moving:
+            found[moving[buffer.instruction]]["bytes"] += buffer.bytes
     return found
 
 

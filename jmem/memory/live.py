@@ -117,7 +117,7 @@ def live(
     jax.block_until_ready(result)
     after = device.memory_stats()
     return LiveReport(
-        name=getattr(program.fn, "__name__", type(program.fn).__name__),
+        name=program.name,
         device=device.device_kind,
         base_bytes=before["bytes_in_use"],
         peak_bytes=after["peak_bytes_in_use"],

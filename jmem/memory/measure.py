@@ -11,14 +11,17 @@ context and library handles (0.3 to 1 GB), workspaces of convolutions, the alloc
 own fragmentation.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +37,6 @@ from jmem.program import (
     Lowered,
     Program,
     ProgramError,
-    argument_names,
     is_described,
     never_cached,
 )
@@ -84,7 +86,7 @@ def measure(
                 "measure: a Program brings its arguments, donation, statics and labels "
                 "with it; give nothing but the target."
             )
-        program = what
+        program = _labelled(what, what.labels or None)
     else:
         program = _program(what, args, donate, static, labels)
     if target == ATTACHED:
@@ -122,7 +124,8 @@ def _measure(
     module, analysis = _compile(lowered, options)
     ends = [analysis.total_allocation_bytes]
     if bounds:
-        plain: Any = lowered.compile(options | NO_TRITON).memory_analysis()
+        with _without_noise():
+            plain: Any = lowered.compile(options | NO_TRITON).memory_analysis()
         ends.append(plain.total_allocation_bytes)
     parts = breakdown.explain(module, program, analysis)
     held = card or live.attached(lowered.device_count)
@@ -133,7 +136,7 @@ def _measure(
         + analysis.host_temp_size_in_bytes
     )
     return MemoryReport(
-        name=getattr(program.fn, "__name__", type(program.fn).__name__),
+        name=program.name,
         target=held.name,
         attached=card is None,
         devices=held.devices,
@@ -172,7 +175,7 @@ def _compile(lowered: Lowered, options: dict[str, Any]) -> tuple[hlo.Module, Any
             # Part of the key of JAX's cache, from which a program has no plan.
             "xla_dump_large_constants": True,
         }
-        with never_cached():
+        with never_cached(), _without_noise():
             analysis = lowered.compile(options | dump).memory_analysis()
         dumped = pathlib.Path(folder).glob("*gpu_after_optimizations.hlo.pb")
         largest = max(dumped, key=lambda path: path.stat().st_size, default=None)
@@ -182,6 +185,35 @@ def _compile(lowered: Lowered, options: dict[str, Any]) -> tuple[hlo.Module, Any
                 "GPU, or XLA's dump options are overridden in XLA_FLAGS."
             )
         return hlo.read(largest.read_bytes()), analysis
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """Keeps back what XLA writes to stderr about a program too large for the card.
+
+    It calls that an error in its calculation and goes on; the verdict says it better.
+    Every other line is passed on, once the compiler is done.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not any(noise in line for noise in _NOISE):
+                    os.write(2, line)
+
+
+_NOISE = (
+    b"exceeds the base limit",
+    b"Can't reduce memory use below",
+    b"Missing deviceless CUB scratch size data",  # a flag of the report
+)
 
 
 def stablehlo_hash(text: str) -> str:
@@ -229,13 +261,18 @@ def _program(
     """A function as a program, labelled by the names of its arguments."""
     if hasattr(fn, "trace") and not (donate or static):
         donate, static = _jitted(fn, args)
-    program = Program(fn, args, donate, static)
+    return _labelled(Program(fn, args, donate, static), labels)
+
+
+def _labelled(
+    program: Program, labels: Mapping[str, Label | list[Label]] | None
+) -> Program:
+    """The program with these labels; with its arguments' own names for None."""
     if labels is None:
-        names = argument_names(fn, len(args))
         labels = {}
-        for position, (name, value) in enumerate(zip(names, args)):
+        for position, name in enumerate(program.argument_names()):
             if position not in program.static:
-                labels |= _own_labels(position, name, value)
+                labels |= _own_labels(position, name, program.args[position])
     return dataclasses.replace(program, labels=labels)
 
 

@@ -105,7 +105,7 @@ def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.P
         fontsize=12,
         fontweight="bold",
         color=INK,
-        pad=22,
+        pad=22 if any(timeline.phases) else 8,
     )
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(False)

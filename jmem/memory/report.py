@@ -109,6 +109,7 @@ class MemoryReport:
     """sha256 of the lowered text: the same program has the same, in every process."""
     options: dict[str, Any]
     compile_seconds: float
+    """Tracing, lowering and compiling; twice compiled for the interval."""
 
     @property
     def fragmentation(self) -> int:

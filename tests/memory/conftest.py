@@ -81,6 +81,33 @@ def scanned(remat: bool) -> Program:
     return Program(step, (params, spec(TOKENS, WIDTH)), donate=(0,), labels=labels)
 
 
+def handwritten() -> Program:
+    """Forward and backward scans written by hand over `jax.vjp`: no `jax.grad`."""
+
+    def block(x, w):
+        with jax.named_scope("block"):
+            return x + jnp.tanh(x @ w) @ w.T
+
+    def step(params, x):
+        def forward(x, w):
+            return block(x, w), x
+
+        x, saved = jax.lax.scan(forward, x, params)
+
+        def backward(dx, xs):
+            x, w = xs
+            _, pull = jax.vjp(block, x, w)
+            dx, dw = pull(dx)
+            return dx, dw
+
+        _, grads = jax.lax.scan(backward, x, (saved, params), reverse=True)
+        return params - 0.1 * grads
+
+    params = spec(LAYERS, WIDTH, 4 * WIDTH)
+    labels = {"weights": (0, ""), "batch": (1, "")}
+    return Program(step, (params, spec(TOKENS, WIDTH)), donate=(0,), labels=labels)
+
+
 def offloaded() -> Program:
     """Gradients of a scan whose carries go to the host: 75,500,340 bytes + 64 MiB."""
     policy = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -188,6 +215,7 @@ PROGRAMS = {
     "mlp": (mlp, "h200"),
     "scanned": (lambda: scanned(remat=False), "h200"),
     "remat": (lambda: scanned(remat=True), "h200"),
+    "handwritten": (handwritten, "h200"),
     "offloaded": (offloaded, "h200"),
     "carried": (lambda: decode(carried=True), "h200"),
     "rebuilt": (lambda: decode(carried=False), "h200"),

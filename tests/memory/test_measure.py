@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jmem.memory import kinds
-from jmem.memory.measure import measure, stablehlo_hash
+from jmem.memory.measure import _without_noise, measure, stablehlo_hash
 from jmem.program import Program, ProgramError
 from jmem.targets import TARGETS, NoCompilerError, resolve
 
@@ -166,6 +166,13 @@ class TestScan:
         assert kinds.RECOMPUTATION not in plain.timeline.by_kind
         assert report.device_bytes < plain.device_bytes - 0.7 * self.hidden
 
+    def test_a_backward_pass_by_hand_is_told_apart_alike(self, report_of):
+        """Nothing there is named after saving or recomputing: only where it lives."""
+        report = report_of("handwritten")
+        assert report.by_kind[kinds.SAVED] >= self.carry
+        assert max(report.timeline.by_kind[kinds.RECOMPUTATION]) >= self.hidden // 8
+        assert report.by_kind[kinds.GRADIENTS] >= 8 * 256 * 1024 * 4
+
     def test_gradient_stacks_are_gradients(self, report_of):
         for name in ("scanned", "remat"):
             weights = 2 * 8 * 256 * 1024 * 4
@@ -285,6 +292,11 @@ class TestFunctions:
         with pytest.raises(TypeError, match="give nothing but the target"):
             measure(program, x)
 
+    def test_a_program_without_labels_has_its_arguments_names(self):
+        program = Program(lambda params, x: params + x, (x, x), donate=(0,))
+        report = measure(program, bounds=False)
+        assert report.by_label == {"params": 4 * MiB, "x": 4 * MiB}
+
     def test_labels_of_one_s_own(self):
         report = measure(
             *(lambda a, b: a + b, x, x),
@@ -319,6 +331,14 @@ class TestTargets:
         assert reports[0].fits()
         assert not reports[1].fits()
 
+    def test_a_program_too_large_compiles_in_silence(self, capfd):
+        """XLA cries of an error in its calculation; whether it fits is our verdict."""
+        huge = jax.ShapeDtypeStruct((2**34,), jnp.float32)
+        report = measure(lambda x: x * 2, huge, target="l4", bounds=False)
+        assert report.device_bytes == 2 * 4 * 2**34
+        assert not report.fits()
+        assert capfd.readouterr().err == ""
+
     @pytest.mark.parametrize("name", TARGETS)
     def test_every_card_compiles(self, name):
         report = measure(lambda x: x + 1, x, target=name, bounds=False)
@@ -352,6 +372,12 @@ class TestRefusals:
     def test_an_argument_without_a_shape(self):
         with pytest.raises(TypeError, match=r"argument 1 is a str.*static=\(1,\)"):
             measure(lambda x, mode: x, x, "train")
+
+
+def test_what_else_is_written_to_stderr_is_passed_on(capfd):
+    with _without_noise():
+        os.write(2, b"W0000 Can't reduce memory use below 3 GiB\nE0000 no such file\n")
+    assert capfd.readouterr().err == "E0000 no such file\n"
 
 
 @pytest.mark.compat
