@@ -14,10 +14,12 @@ is another question, and a few hundred steps a rate long.
 """
 
 import dataclasses
+import functools
 import gc
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent import futures
 from typing import Literal, get_args
 
 import jax
@@ -35,6 +37,7 @@ from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
+from jmem.memory.report import MemoryReport
 from jmem.models import zoo
 from jmem.models.decoder import Decoder, DecoderConfig
 from jmem.nn.attention import choose
@@ -62,7 +65,7 @@ class Config:
     lora: Lora = Lora(adamw=AdamW(learning_rate=5e-4, warmup_steps=4))
     lisa: Lisa = Lisa(period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4))
     embedding: Lisa = Lisa(
-        active_layers=0, period=4, adamw=AdamW(learning_rate=1e-3, warmup_steps=4)
+        active_layers=0, period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4)
     )
     """LISA without active layers: embedding, final norm and head alone."""
     steps: int = 16
@@ -75,11 +78,15 @@ class Config:
     """Tokens whose loss is told before and after."""
     checkpoint_every: int = 0
     """Updates between checkpoints; 0 keeps the last one only."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations, in what runs here and in what is measured."""
-    remat: Literal["none", "dots", "block"] = "none"
-    """What full and LoRA keep for the backward pass: all, the matrix products, or, as
-    LISA always does, block inputs only."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations in the programs compiled for `gpu`."""
+    remat: Literal["none", "dots", "block"] = "block"
+    """What full and LoRA keep for the backward pass on `gpu`: all, matrix products, or
+    block inputs only, as LISA always does."""
+    run_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations in what is trained here."""
+    run_remat: Literal["none", "dots", "block"] = "none"
+    """As `remat`, in what is trained here."""
     seed: int = 0
     """Of the order of the batches, of adapters and of draws."""
     gpu: str = "h200"
@@ -114,11 +121,18 @@ def dimensions(config: Config) -> DecoderConfig:
     return dims
 
 
-def build(config: Config, dims: DecoderConfig, target: Target | None) -> Decoder:
-    """The model as it runs on `target` (None: on this machine)."""
+def build(config: Config, dims: DecoderConfig, target: Target) -> Decoder:
+    """The model as it is compiled for the described GPU."""
     dtype = jnp.dtype(config.dtype)
     attention = choose(target, dtype, dims.head_dim)
     return Decoder(dims, attention=attention, remat=config.remat, dtype=dtype)
+
+
+def build_here(config: Config, dims: DecoderConfig) -> Decoder:
+    """The model as it is trained on this machine."""
+    dtype = jnp.dtype(config.run_dtype)
+    attention = choose(attached(), dtype, dims.head_dim)
+    return Decoder(dims, attention=attention, remat=config.run_remat, dtype=dtype)
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -138,43 +152,59 @@ def steps(config: Config, model: Decoder) -> dict[str, Program]:
 def main(config: Config, run: Run) -> None:
     dims = dimensions(config)
     if run.measure_only:
-        measure(config, run)
+        report_memory(config, run, measure(config, run.target))
         return
-    checkpoint = jmem.checkpoints.load(config.model, config.dtype)
+    checkpoint = jmem.checkpoints.load(config.model, config.run_dtype)
     if checkpoint.tokenizer is None:
         raise ValueError(
             f"lisa: {checkpoint.path} holds no tokenizer; put the model's "
             "tokenizer.json beside its config.json."
         )
-    model = build(config, dims, attached())
+    model = build_here(config, dims)
     steps(config, model)
     training, held_out = batches(config, checkpoint)
+    pretrained = checkpoint.params()
     rows = {}
-    for method in config.methods:
-        finetuner = getattr(config, method)
-        params = checkpoint.params()
-        state = finetuner.init(model, params, jax.random.key(config.seed))
-        del params
-        folder = run.folder_of(method)
-        state = train(
-            finetuner,
-            model,
-            state,
-            training,
-            steps=config.steps,
-            folder=folder,
-            held_out=held_out,
-            checkpoint_every=config.checkpoint_every,
-            keep=1,
-            resume=run.resume,
-            trace_steps=2 if run.trace else 0,
-        )
-        del state
-        gc.collect()
-        rows[method] = metrics.read(folder / "metrics.jsonl")
+    # XLA's GPU compiler fills what the first steps leave idle of the cores.
+    with futures.ThreadPoolExecutor(1) as beside:
+        measured = beside.submit(lambda: list(measure(config, run.target)))
+        for method in config.methods:
+            folder = run.folder_of(method)
+            train(
+                getattr(config, method),
+                model,
+                start(config, method, model, pretrained),
+                training,
+                steps=config.steps,
+                folder=folder,
+                held_out=held_out,
+                evaluate_first=not rows,  # all start from the same weights
+                checkpoint_every=config.checkpoint_every,
+                keep=1,
+                resume=run.resume,
+                trace_steps=2 if run.trace else 0,
+            )
+            gc.collect()
+            rows[method] = metrics.read(folder / "metrics.jsonl")
     report_training(config, run, rows)
-    measure(config, run)
+    run.note(
+        f"Trained here: {model.dtype}, {model.attention} attention, remat "
+        f"{config.run_remat}, on {jax.devices()[0].device_kind}. Measured below is "
+        f"another program: {config.dtype}, remat {config.remat}, for {config.gpu}."
+    )
+    report_memory(config, run, measured.result())
     run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
+
+
+def start(config: Config, method: Method, model: Decoder, pretrained: dict):
+    """A method's state from a copy of the pretrained weights: training consumes it."""
+
+    @jax.jit
+    def init(params, key):
+        copied = jax.tree.map(jnp.copy, params)
+        return getattr(config, method).init(model, copied, key)
+
+    return init(pretrained, jax.random.key(config.seed))
 
 
 def attached() -> Target | None:
@@ -190,14 +220,14 @@ def attached() -> Target | None:
 
 def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, ...]]:
     """Shuffled training batches, and held-out ones in order, cut to a static length."""
-    text = {"column": config.column}
+    read = functools.partial(jmem.data.read, column=config.column)
     if not config.data:
         training, held_out = jmem.data.python_reference()
     elif config.held_out:
-        training = jmem.data.read(config.data, **text)
-        held_out = jmem.data.read(config.held_out, **text)
+        training = read(config.data)
+        held_out = read(config.held_out)
     else:
-        training = jmem.data.read(config.data, unit="paragraph", **text)
+        training = read(config.data, unit="paragraph")
         held_out = None
     ids = {
         "tokenizer": checkpoint.tokenizer,
@@ -238,12 +268,17 @@ def keep_back(config: Config, sequences: list) -> tuple[list, list]:
 
 def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> None:
     """Loss before and after, of text not trained on, and what a step took here."""
+    held = {
+        method: [row["held_out_loss"] for row in own if "held_out_loss" in row]
+        for method, own in rows.items()
+    }
+    before = next(iter(held.values()))[0]
 
     def line(method: str, own: list[dict]) -> Iterator:
-        held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
+        after = held[method][-1]
         steps = [row for row in own if "loss" in row]
         timed = sorted(row["tokens_per_second"] for row in steps)
-        yield from (method, held[0], held[-1], held[0] - held[-1])
+        yield from (method, before, after, before - after)
         yield from (steps[-1]["loss"], len(steps), timed[len(timed) // 2])
         yield from (getattr(config, method).adamw.learning_rate, config.seed)
 
@@ -266,11 +301,17 @@ def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> No
     )
 
 
-def measure(config: Config, run: Run) -> None:
-    """Memory of every method's step on the described GPU, by kind."""
-    for name, program in programs(config, run.target).items():
-        with run.console.status(f"compiling {name} for {run.target.name}"):
-            report = jmem.measure(program, target=run.target)
+def measure(config: Config, target: Target) -> Iterator[tuple[str, MemoryReport]]:
+    """Memory of every method's step on the described GPU."""
+    for name, program in programs(config, target).items():
+        yield name, jmem.measure(program, target=target)
+
+
+def report_memory(
+    config: Config, run: Run, reports: Iterable[tuple[str, MemoryReport]]
+) -> None:
+    """What fills the GPU at the peak of every method's step, and whether it fits."""
+    for name, report in reports:
         run.record(report, name)
     run.memory_table()
     run.table(
@@ -290,11 +331,6 @@ def measure(config: Config, run: Run) -> None:
             for name, report in run.memory.items()
         ],
     )
-    if config.remat != "block":
-        run.note(
-            f"remat={config.remat!r}: full and LoRA keep more than block inputs for the "
-            "backward pass, LISA does not. --remat block puts all on one footing."
-        )
     largest = max(run.memory.values(), key=lambda report: max(report.interval))
     run.note(str(largest.fits()))
     title = (

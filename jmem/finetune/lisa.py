@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jmem.finetune.adamw import AdamW, descend
@@ -176,7 +177,7 @@ def transform(
             blocks=_init_rows(inner, stacked, layers if persist else active_layers),
         )
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None):
         if params is None:
             raise ValueError("lisa.transform: update needs params; pass them as third.")
         outside, stacked = split(params)
@@ -187,6 +188,7 @@ def transform(
         held = state.outside
         if moments == "reset_all":
             held = _restart(fresh, inner.init(outside), held)
+        moved: Any
         moved, held = inner.update(outside_grads, held, outside)
         rows, optimizer = _update_rows(
             inner, persist, fresh, active, _take(grads, active), state.blocks, stacked
@@ -292,7 +294,7 @@ def _check_active(active, layers: int, active_layers: int) -> None:
             f"Lisa.step: active has shape {active.shape}; "
             f"active_layers={active_layers} needs ({active_layers},)."
         )
-    if not isinstance(active, jax.core.Tracer):
+    if not isinstance(active, Tracer):
         values = np.asarray(active)
         inside = not values.size or (values[0] >= 0 and values[-1] < layers)
         if not inside or (np.diff(values) <= 0).any():

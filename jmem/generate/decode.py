@@ -19,8 +19,7 @@ from jmem.program import Program
 from jmem.train.loss import token_positions
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def prefill(
+def prefill_step(
     model,
     params: dict,
     tokens: Int[Array, "B T"],
@@ -34,6 +33,9 @@ def prefill(
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.head(params, last, ops), cache
+
+
+prefill = jax.jit(prefill_step, static_argnames="model", donate_argnames="cache")
 
 
 def decode_step(
@@ -205,7 +207,7 @@ def prefill_program(model, *, batch_size: int, seq_len: int, slots: int) -> Prog
         return params, tokens, lengths, init_cache(model, batch_size, slots)
 
     def step(params, tokens, lengths, cache):
-        return prefill.__wrapped__(model, params, tokens, lengths, cache)
+        return prefill_step(model, params, tokens, lengths, cache)
 
     return Program(
         step,

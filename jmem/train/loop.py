@@ -79,6 +79,7 @@ def train[State](
     folder: str | os.PathLike,
     held_out: Iterable[Batch] = (),
     evaluate: Callable[[State, Batch], jax.Array] | None = None,
+    evaluate_first: bool = True,
     evaluate_every: int = 0,
     checkpoint_every: int = 0,
     keep: int = 2,
@@ -101,6 +102,7 @@ def train[State](
       folder: where metrics, checkpoints and trace go.
       held_out: batches never trained on. Their mean loss, by their weights, is written
         before the first update, every `evaluate_every` and after the last.
+      evaluate_first: False where the loss before the first update is known already.
       evaluate: (state, batch) -> mean loss; by default the next-token loss of
         `finetuner.merged(state)`.
       evaluate_every: updates between evaluations; 0 for none in between.
@@ -164,7 +166,7 @@ def train[State](
 
         if start:
             lines.note(f"resumed after update {start}")
-        elif held_out:
+        elif held_out and evaluate_first:
             log.held_out(0, held_out_loss(state))
         log.restart_clock()
         for done in range(start + 1, steps + 1):  # updates done when this one is

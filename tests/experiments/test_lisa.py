@@ -1,5 +1,10 @@
 """The LISA experiment end to end on a tiny checkpoint of one's own; refusals."""
 
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# optax and chex type every tree as a union of all that a tree can be.
+
 import dataclasses
 import json
 import pathlib
@@ -84,11 +89,14 @@ def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
     folder = run(config, tmp_path)
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "complete"
+    held_out = []
     for method in config.methods:
         rows = metrics.read(folder / method / "metrics.jsonl")
         assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-        held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
-        assert held_out[-1] < held_out[0]
+        held_out += [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    before, *after = held_out  # before once, as all start from the same weights
+    assert len(after) == len(config.methods)
+    assert max(after) < before
     active = [row["active"] for row in rows if "active" in row]
     assert active[0] == active[1]
     assert (folder / "memory.png").stat().st_size > 10_000

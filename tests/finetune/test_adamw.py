@@ -1,5 +1,10 @@
 """AdamW: schedules, clipping, and arithmetic that storage does not touch."""
 
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# optax and chex type every tree as a union of all that a tree can be.
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,10 @@
 """LISA: the official code's trajectories, and what only LISA promises."""
 
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# optax and chex type every tree as a union of all that a tree can be.
+
 import dataclasses
 import json
 import pathlib

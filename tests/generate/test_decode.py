@@ -1,5 +1,10 @@
 """Cached decoding equals recomputing everything, row by row, in two programs."""
 
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# optax and chex type every tree as a union of all that a tree can be.
+
 import dataclasses
 
 import jax

@@ -1,5 +1,10 @@
 """The decoder's contract: an independent formula, and both doors of `ops`."""
 
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# optax and chex type every tree as a union of all that a tree can be.
+
 import dataclasses
 
 import jax
