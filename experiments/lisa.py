@@ -164,7 +164,7 @@ def main(config: Config, run: Run) -> None:
     steps(config, model)
     training, held_out = batches(config, checkpoint)
     pretrained = checkpoint.params()
-    rows = {}
+    rows, before = {}, []
     # XLA's GPU compiler fills what the first steps leave idle of the cores.
     with futures.ThreadPoolExecutor(1) as beside:
         measured = beside.submit(lambda: list(measure(config, run.target)))
@@ -185,7 +185,9 @@ def main(config: Config, run: Run) -> None:
                 trace_steps=2 if run.trace else 0,
             )
             gc.collect()
-            rows[method] = metrics.read(folder / "metrics.jsonl")
+            own = metrics.read(folder / "metrics.jsonl")
+            before = before or [row for row in own if row["step"] == 0]
+            rows[method] = own if not rows else before + own
     report_training(config, run, rows)
     run.note(
         f"Trained here: {model.dtype}, {model.attention} attention, remat "
@@ -268,17 +270,12 @@ def keep_back(config: Config, sequences: list) -> tuple[list, list]:
 
 def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> None:
     """Loss before and after, of text not trained on, and what a step took here."""
-    held = {
-        method: [row["held_out_loss"] for row in own if "held_out_loss" in row]
-        for method, own in rows.items()
-    }
-    before = next(iter(held.values()))[0]
 
     def line(method: str, own: list[dict]) -> Iterator:
-        after = held[method][-1]
+        held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
         steps = [row for row in own if "loss" in row]
         timed = sorted(row["tokens_per_second"] for row in steps)
-        yield from (method, before, after, before - after)
+        yield from (method, held[0], held[-1], held[0] - held[-1])
         yield from (steps[-1]["loss"], len(steps), timed[len(timed) // 2])
         yield from (getattr(config, method).adamw.learning_rate, config.seed)
 
