@@ -1,6 +1,6 @@
 """LISA beside full fine-tuning, LoRA and embedding-only: loss on real text, and memory.
 
-    python -m experiments.lisa            SmolLM2-135M on this machine (6 minutes)
+    python -m experiments.lisa            SmolLM2-135M on this machine (7 minutes)
     python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
     python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
 
