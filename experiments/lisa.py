@@ -19,7 +19,6 @@ import gc
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from concurrent import futures
 from typing import Literal, get_args
 
 import jax
@@ -150,10 +149,10 @@ def steps(config: Config, model: Decoder) -> dict[str, Program]:
 
 
 def main(config: Config, run: Run) -> None:
-    dims = dimensions(config)
     if run.measure_only:
         report_memory(config, run, measure(config, run.target))
         return
+    dims = dimensions(config)
     checkpoint = jmem.checkpoints.load(config.model, config.run_dtype)
     if checkpoint.tokenizer is None:
         raise ValueError(
@@ -165,36 +164,33 @@ def main(config: Config, run: Run) -> None:
     training, held_out = batches(config, checkpoint)
     pretrained = checkpoint.params()
     rows, before = {}, []
-    # XLA's GPU compiler fills what the first steps leave idle of the cores.
-    with futures.ThreadPoolExecutor(1) as beside:
-        measured = beside.submit(lambda: list(measure(config, run.target)))
-        for method in config.methods:
-            folder = run.folder_of(method)
-            train(
-                getattr(config, method),
-                model,
-                start(config, method, model, pretrained),
-                training,
-                steps=config.steps,
-                folder=folder,
-                held_out=held_out,
-                evaluate_first=not rows,  # all start from the same weights
-                checkpoint_every=config.checkpoint_every,
-                keep=1,
-                resume=run.resume,
-                trace_steps=2 if run.trace else 0,
-            )
-            gc.collect()
-            own = metrics.read(folder / "metrics.jsonl")
-            before = before or [row for row in own if row["step"] == 0]
-            rows[method] = own if not rows else before + own
+    for method in config.methods:
+        folder = run.folder_of(method)
+        train(
+            getattr(config, method),
+            model,
+            start(config, method, model, pretrained),
+            training,
+            steps=config.steps,
+            folder=folder,
+            held_out=held_out,
+            evaluate_first=not rows,  # all start from the same weights
+            checkpoint_every=config.checkpoint_every,
+            keep=1,
+            resume=run.resume,
+            trace_steps=2 if run.trace else 0,
+        )
+        gc.collect()
+        own = metrics.read(folder / "metrics.jsonl")
+        before = before or [row for row in own if row["step"] == 0]
+        rows[method] = own if not rows else before + own
     report_training(config, run, rows)
     run.note(
         f"Trained here: {model.dtype}, {model.attention} attention, remat "
         f"{config.run_remat}, on {jax.devices()[0].device_kind}. Measured below is "
         f"another program: {config.dtype}, remat {config.remat}, for {config.gpu}."
     )
-    report_memory(config, run, measured.result())
+    report_memory(config, run, measure(config, run.target))
     run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
 
 
