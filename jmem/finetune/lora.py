@@ -13,6 +13,7 @@ import difflib
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from jmem.finetune.adamw import AdamW, gradient_step
 from jmem.nn.linear import dense
@@ -22,6 +23,35 @@ MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 """The seven linear maps of a Llama-like block."""
 
 
+@jax.custom_vjp
+def low_rank(
+    x: Float[Array, "*N in"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
+) -> Float[Array, "*N out"]:
+    """(x a) b, whose backward pass transposes nothing larger than [N, rank].
+
+    Differentiated by JAX, the gradient of b is (dyᵀ (x a))ᵀ, and XLA's CPU backend
+    writes dyᵀ out for every map: a sixth of a training step.
+    """
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x, a, b):
+    inner = x @ a
+    return inner @ b, (x, inner, a, b)
+
+
+def _low_rank_backward(residuals, dy):
+    x, inner, a, b = residuals
+    rows = tuple(range(dy.ndim - 1))
+    d_inner = dy @ b.T
+    d_b = jnp.tensordot(inner, dy, (rows, rows))
+    d_a = jnp.tensordot(d_inner, x, (rows, rows)).T
+    return d_inner @ a.T, d_a, d_b
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 def lora_linear(scale: float):
     """A `linear` that adds `scale * (x A) B` where a leaf holds A and B."""
 
@@ -29,7 +59,8 @@ def lora_linear(scale: float):
         y = dense(name, leaf, x)
         if "lora_a" not in leaf:
             return y
-        return y + ((x @ leaf["lora_a"]) @ leaf["lora_b"]) * jnp.asarray(scale, y.dtype)
+        delta = low_rank(x, leaf["lora_a"], leaf["lora_b"])
+        return y + delta * jnp.asarray(scale, y.dtype)
 
     return linear
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jmem.nn.attention import Implementation
+from jmem.nn.attention import Implementation, causal_attention, grouped_attention
 from jmem.nn.ops import Attend
 
 
@@ -58,9 +58,7 @@ def prefill_attend(implementation: Implementation) -> Attend:
 
     def attend(q, k, v, rope, positions, layer, cache):
         k = rope(k, positions)
-        out = jax.nn.dot_product_attention(
-            rope(q, positions), k, v, is_causal=True, implementation=implementation
-        )
+        out = causal_attention(rope(q, positions), k, v, implementation)
         start = (layer, 0, 0, 0, 0)
         keys, values = (jnp.swapaxes(x, 1, 2)[None] for x in (k, v))
         keys = jax.lax.dynamic_update_slice(cache.keys, keys, start)
@@ -72,8 +70,7 @@ def prefill_attend(implementation: Implementation) -> Attend:
 
 def decode_attend(q, k, v, rope, positions, layer, cache):
     """One new token a row attends its row's cache up to and including itself."""
-    batch, _, heads, head_dim = q.shape
-    rows, groups = jnp.arange(batch)[:, None], jnp.arange(k.shape[2])[None]
+    rows, groups = jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[2])[None]
     at = (layer, rows, groups, positions)  # [B, K]: one slot a row and head
     cache = Cache(
         cache.keys.at[at].set(rope(k, positions)[:, 0]),
@@ -81,12 +78,5 @@ def decode_attend(q, k, v, rope, positions, layer, cache):
     )
     keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
     values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-    query = rope(q, positions).reshape(batch, k.shape[2], -1, head_dim)
-    scores = jnp.einsum(
-        "bkgd,bksd->bkgs", query, keys, preferred_element_type=jnp.float32
-    )
-    seen = jnp.arange(keys.shape[2])[None] <= positions  # [B, S]
-    scores = jnp.where(seen[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgs,bksd->bkgd", weights, values)
-    return out.reshape(batch, 1, heads, head_dim), cache
+    seen = jnp.arange(keys.shape[2])[None, None] <= positions[:, None]  # [B, 1, S]
+    return grouped_attention(rope(q, positions), keys, values, seen), cache

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.nn.attention import causal, choose
+from jmem.nn.attention import causal, choose, grouped_attention
 from jmem.nn.rope import Llama3Scaling, Rope
 from jmem.targets import resolve
 
@@ -70,3 +70,14 @@ def test_rotation_depends_on_distance_only():
 def test_scaling_refuses(fields):
     with pytest.raises(ValueError, match="Llama3Scaling"):
         Llama3Scaling(**fields)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_grouped_attention_is_jax_s_own_with_heads_before_slots(kv_heads):
+    keys = jax.random.split(jax.random.key(kv_heads), 4)
+    q = jax.random.normal(keys[0], (2, 5, 6, 8))
+    k, v = (jax.random.normal(key, (2, 7, kv_heads, 8)) for key in keys[1:3])
+    seen = jax.random.bernoulli(keys[3], 0.5, (2, 5, 7)).at[..., 0].set(True)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
+    found = grouped_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
