@@ -48,15 +48,9 @@ class Sizes:
 
 def forward(model, sizes: Sizes) -> Program:
     """The loss of a batch, and nothing kept of it."""
-    from jmem.train.loss import next_token_loss
+    from jmem.finetune.program import loss_program
 
-    _, batch = full(model, sizes).args
-
-    def forward(params, batch):
-        return next_token_loss(model, params, batch)
-
-    labels = {"weights": (0, ""), "batch": (1, "")}
-    return Program(forward, (model.abstract(), batch), labels=labels)
+    return loss_program(model, batch_size=sizes.batch, seq_len=sizes.seq_len)
 
 
 def full(model, sizes: Sizes) -> Program:
@@ -88,12 +82,13 @@ CASES: dict[str, Callable[..., Program]] = {
 }
 
 
-def build(case: str, sizes: Sizes) -> Program:
-    """The program of a case, in bf16, described and not yet on any device."""
+def build(case: str, sizes: Sizes, gpu: str) -> Program:
+    """The program of a case for `gpu`, in bf16, not yet on any device."""
     from jmem.models import zoo
     from jmem.models.decoder import Decoder
+    from jmem.targets import resolve
 
-    model = Decoder(zoo.get(sizes.model), dtype="bfloat16")  # pyright: ignore[reportArgumentType]
+    model = Decoder.on(resolve(gpu), zoo.get(sizes.model), dtype="bfloat16")
     return CASES[case](model, sizes)
 
 
@@ -193,7 +188,7 @@ def answer(request: str) -> int:
 
     stage, case, sizes, gpu = json.loads(request)
     ask = STAGES[stage]
-    program = build(case, Sizes(**sizes)) if case else None
+    program = build(case, Sizes(**sizes), gpu) if case else None
     try:
         print(json.dumps(ask(program, gpu)))
     except NoGPUError as error:

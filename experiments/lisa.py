@@ -1,6 +1,6 @@
 """LISA beside full fine-tuning, LoRA and embedding-only: loss on real text, and memory.
 
-    python -m experiments.lisa            SmolLM2-135M on this machine (7 minutes)
+    python -m experiments.lisa            SmolLM2-135M on this machine (6 minutes)
     python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
     python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
 
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
@@ -39,7 +40,6 @@ from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
 from jmem.models import zoo
 from jmem.models.decoder import Decoder, DecoderConfig
-from jmem.nn.attention import choose
 from jmem.program import Program
 from jmem.targets import Target
 from jmem.train import metrics
@@ -122,16 +122,13 @@ def dimensions(config: Config) -> DecoderConfig:
 
 def build(config: Config, dims: DecoderConfig, target: Target) -> Decoder:
     """The model as it is compiled for the described GPU."""
-    dtype = jnp.dtype(config.dtype)
-    attention = choose(target, dtype, dims.head_dim)
-    return Decoder(dims, attention=attention, remat=config.remat, dtype=dtype)
+    return Decoder.on(target, dims, dtype=config.dtype, remat=config.remat)
 
 
 def build_here(config: Config, dims: DecoderConfig) -> Decoder:
     """The model as it is trained on this machine."""
-    dtype = jnp.dtype(config.run_dtype)
-    attention = choose(attached(), dtype, dims.head_dim)
-    return Decoder(dims, attention=attention, remat=config.run_remat, dtype=dtype)
+    dtype, remat = config.run_dtype, config.run_remat
+    return Decoder.on(attached(), dims, dtype=dtype, remat=remat)
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -187,8 +184,9 @@ def main(config: Config, run: Run) -> None:
     report_training(config, run, rows)
     run.note(
         f"Trained here: {model.dtype}, {model.attention} attention, remat "
-        f"{config.run_remat}, on {jax.devices()[0].device_kind}. Measured below is "
-        f"another program: {config.dtype}, remat {config.remat}, for {config.gpu}."
+        f"{config.run_remat}, on {jax.devices()[0].device_kind}; memory here is XLA's "
+        f"plan of that step. Measured below is another program: {config.dtype}, remat "
+        f"{config.remat}, for {config.gpu}."
     )
     report_memory(config, run, measure(config, run.target))
     run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
@@ -274,6 +272,8 @@ def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> No
         yield from (method, held[0], held[-1], held[0] - held[-1])
         yield from (steps[-1]["loss"], len(steps), timed[len(timed) // 2])
         yield from (getattr(config, method).adamw.learning_rate, config.seed)
+        plan = json.loads((run.folder_of(method) / "plan.json").read_text())
+        yield plan["bytes"]
 
     run.table(
         "Held-out loss",
@@ -284,6 +284,7 @@ def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> No
             Column("tokens", rate),
             "learning rate",
             "seed",
+            Column("memory here", gib),
         ],
         [tuple(line(method, own)) for method, own in rows.items()],
     )

@@ -16,25 +16,19 @@ Expect  LLaMA-2-7B, batch 1, 1,024 tokens on an H200: full 75.7 GiB, lora (rank 
 import dataclasses
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
 import jmem
 from experiments.harness import cli
 from experiments.harness.report import GiB
 from experiments.harness.run import Run
-from jmem.data.batch import Batch
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
-from jmem.finetune.program import step_program
+from jmem.finetune.program import loss_program, step_program
 from jmem.generate.decode import decode_program
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
-from jmem.nn.attention import choose
 from jmem.program import Program
 from jmem.targets import Target
-from jmem.train.loss import next_token_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,25 +72,9 @@ class Config:
 
 
 def build(config: Config, target: Target) -> Decoder:
-    """The model as it runs on `target`: attention is chosen for that GPU."""
-    dims, dtype = zoo.get(config.model), jnp.dtype(config.dtype)
-    attention = choose(target, dtype, dims.head_dim)
-    return Decoder(dims, attention=attention, remat=config.remat, dtype=dtype)
-
-
-def forward_program(model: Decoder, *, batch_size: int, seq_len: int) -> Program:
-    """The loss of one batch, as evaluation computes it: no gradient follows."""
-
-    def forward(params, batch):
-        return next_token_loss(model, params, batch)
-
-    def make(key):
-        tokens = jnp.zeros((batch_size, seq_len), jnp.int32)
-        return model.init(key), Batch(tokens, tokens, jnp.ones(tokens.shape))
-
-    args = jax.eval_shape(make, jax.random.key(0))
-    labels = {"weights": (0, ""), "batch": (1, "")}
-    return Program(forward, args, labels=labels, make=make)
+    """The model as it runs on `target`."""
+    dims = zoo.get(config.model)
+    return Decoder.on(target, dims, dtype=config.dtype, remat=config.remat)
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -109,7 +87,7 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
             program = step_program(finetuner, model, seq_len=config.seq_len, **sizes)
             return {f"train-{config.method}": program}
         case "forward":
-            return {"forward": forward_program(model, seq_len=config.seq_len, **sizes)}
+            return {"forward": loss_program(model, seq_len=config.seq_len, **sizes)}
         case "decode":
             return {"decode": decode_program(model, slots=config.seq_len, **sizes)}
 

@@ -21,19 +21,10 @@ def strict_dtypes():
 
 @pytest.fixture
 def tiny_config():
-    """A decoder of every feature but biases and scaling: GQA, untied, five layers."""
-    from jmem.models.decoder import DecoderConfig
+    """`tests.tiny.TINY`, for tests that change it."""
+    from tiny_decoder import TINY
 
-    return DecoderConfig(
-        vocab_size=48,
-        layers=5,
-        hidden=16,
-        heads=4,
-        kv_heads=2,
-        head_dim=4,
-        intermediate=24,
-        max_positions=64,
-    )
+    return TINY
 
 
 @pytest.fixture
@@ -44,10 +35,20 @@ def tiny(tiny_config):
     return Decoder(tiny_config)
 
 
+@pytest.fixture(scope="session")
+def initial_params():
+    """Random parameters of `tiny`, compiled once: that takes seconds."""
+    from tiny_decoder import TINY
+
+    from jmem.models.decoder import Decoder
+
+    return jax.jit(Decoder(TINY).init)(jax.random.key(0))
+
+
 @pytest.fixture
-def tiny_params(tiny):
-    """Random parameters of `tiny`; compiled as one program, which is far quicker."""
-    return jax.jit(tiny.init)(jax.random.key(0))
+def tiny_params(initial_params):
+    """A copy of the initial parameters of `tiny`, to be donated if a test likes."""
+    return jax.tree.map(jax.numpy.copy, initial_params)
 
 
 @pytest.fixture

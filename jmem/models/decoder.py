@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jmem.nn.attention import Attention, Implementation, causal
+from jmem.nn.attention import Attention, Implementation, causal, choose
 from jmem.nn.linear import dense
 from jmem.nn.mlp import GatedMLP
 from jmem.nn.norm import RMSNorm, rms_norm
 from jmem.nn.ops import Ops
 from jmem.nn.rope import Llama3Scaling, Rope
 from jmem.nn.stack import Remat, init_stack
+from jmem.targets import Target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,19 @@ class Decoder:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+    @classmethod
+    def on(
+        cls,
+        target: Target | None,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike,
+        remat: Remat = "block",
+    ) -> "Decoder":
+        """The decoder with the fastest exact attention of `target` (None: the CPU)."""
+        attention = choose(target, dtype, config.head_dim)
+        return cls(config, attention=attention, remat=remat, dtype=dtype)
 
     @functools.cached_property
     def stacked_block(self) -> Block:

@@ -8,12 +8,14 @@ resumed run sees what an uninterrupted one would have seen. Metrics are fetched 
 step late: the device never waits for a row to be written.
 
     folder/metrics.jsonl     a row a step, a row an evaluation
+    folder/plan.json         the memory XLA planned for a step, on the device it ran on
     folder/checkpoints/<n>/  the state after n updates (`jmem.train.checkpoint`)
     folder/trace/            XLA profiler trace of some steps, for xprof or Perfetto
 """
 
 import collections
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -156,7 +158,12 @@ def train[State](
 
         lines = progresses.choose(folder.name, steps, start=start, silent=not progress)
         stack.callback(lines.close)
-        lines.note(f"compiled in {compiling:.1f} s")
+        plan = _plan(step)
+        (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        lines.note(
+            f"compiled in {compiling:.1f} s; XLA plans {plan['bytes'] / 2**30:.2f} GiB "
+            "for a step here"
+        )
         file = MetricsFile(folder, step=start)
         stack.callback(file.close)
         log = _Log(file, lines, checkpoints)
@@ -207,7 +214,7 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _compile_step(finetuner, model, like, batch) -> Callable:
+def _compile_step(finetuner, model, like, batch) -> jax.stages.Compiled:
     """`finetuner.step` for this model, state donated: an executable, not a jit."""
 
     def train_step(state, batch):
@@ -228,6 +235,19 @@ def _compile_step(finetuner, model, like, batch) -> Callable:
             f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
         )
     return lowered.compile()
+
+
+def _plan(step: jax.stages.Compiled) -> dict[str, Any]:
+    """Bytes of XLA's buffer assignment for the step that runs."""
+    analysis: Any = step.memory_analysis()
+    return {
+        "bytes": analysis.total_allocation_bytes,
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temp_bytes": analysis.temp_size_in_bytes,
+        "host_bytes": analysis.host_argument_size_in_bytes
+        + analysis.host_temp_size_in_bytes,
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def _compile_evaluation(finetuner, model, like, held_out, evaluate) -> Callable:

@@ -6,6 +6,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
+from tiny_decoder import TINY
 
 from jmem.checkpoints.files import CheckpointError
 from jmem.checkpoints.gguf import read_file
@@ -87,7 +88,7 @@ class TestValues:
 
 
 def test_metadata_and_tensors_are_what_the_package_reads(tmp_path):
-    config = tiny.TINY
+    config = TINY
     more = {
         "general.name": "tiny – ὀλίγος",
         "an.array": [1, 2, 3],

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny_decoder import TINY
 
 from jmem.checkpoints.files import CheckpointError
 from jmem.checkpoints.huggingface import parse_config, parse_eos, render_config
@@ -143,8 +144,8 @@ def test_the_newer_spelling_of_rotary_scaling():
 
 def test_a_window_that_limits_nothing_is_full_attention():
     more = {"model_type": "mistral", "architectures": None}
-    raw = tiny.hf_config(tiny.TINY, **more, sliding_window=128)
-    assert parse_config(raw, "") == tiny.TINY
+    raw = tiny.hf_config(TINY, **more, sliding_window=128)
+    assert parse_config(raw, "") == TINY
 
 
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -222,7 +223,7 @@ REFUSED = {
 @pytest.mark.parametrize("more, message", REFUSED.values(), ids=REFUSED)
 def test_what_the_decoder_does_not_compute_is_refused_by_name(more, message):
     with pytest.raises(CheckpointError, match=message) as error:
-        parse_config(tiny.hf_config(tiny.TINY) | more, "there/config.json")
+        parse_config(tiny.hf_config(TINY) | more, "there/config.json")
     assert str(error.value).startswith("there/config.json: ")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tiny_decoder import TINY, random_params
 
 from jmem.checkpoints import llamacpp
 from jmem.checkpoints.files import CheckpointError
@@ -13,9 +14,9 @@ from jmem.nn.rope import Llama3Scaling
 from . import tiny
 
 
-def opened(tmp_path, config=tiny.TINY, **more):
+def opened(tmp_path, config=TINY, **more):
     path = tmp_path / "a.gguf"
-    return read_file(tiny.write_gguf(path, config, tiny.random_params(config), **more))
+    return read_file(tiny.write_gguf(path, config, random_params(config), **more))
 
 
 @pytest.mark.parametrize("name", tiny.VARIANTS)
@@ -27,7 +28,7 @@ def test_every_variant_is_recognised(tmp_path, name):
 def test_defaults_of_older_files(tmp_path):
     keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     absent = {f"llama.{key}": None for key in (*keys, "attention.head_count_kv")}
-    config = dataclasses.replace(tiny.TINY, kv_heads=4)
+    config = dataclasses.replace(TINY, kv_heads=4)
     assert llamacpp.parse_config(opened(tmp_path, config, metadata=absent)) == config
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
 from jmem.checkpoints import files, layout
@@ -31,8 +32,8 @@ def assert_same(found, expected):
     chex.assert_trees_all_equal(found, expected)
 
 
-def folder_of(path, config=tiny.TINY, params=None, **more):
-    params = tiny.random_params(config) if params is None else params
+def folder_of(path, config=TINY, params=None, **more):
+    params = random_params(config) if params is None else params
     tensors = tiny.torch_tensors(params, "huggingface")
     return tiny.write_folder(path, config, tensors, **more)
 
@@ -42,7 +43,7 @@ class TestImport:
 
     @VARIANTS
     def test_a_folder_gives_the_decoders_tree(self, tmp_path, config):
-        params = tiny.random_params(config)
+        params = random_params(config)
         checkpoint = checkpoints.load(folder_of(tmp_path / "m", config, params))
         assert checkpoint.config == config
         assert checkpoint.eos_ids == (2,)
@@ -68,7 +69,7 @@ class TestImport:
 
     @VARIANTS
     def test_gguf_gives_the_decoders_tree(self, tmp_path, config):
-        params = tiny.random_params(config)
+        params = random_params(config)
         path = tiny.write_gguf(tmp_path / "m.gguf", config, params)
         checkpoint = checkpoints.load(path)
         assert checkpoint.config == config
@@ -79,9 +80,9 @@ class TestImport:
         import gguf
 
         kind = gguf.GGMLQuantizationType[name]
-        params = tiny.random_params(tiny.TINY)
+        params = random_params(TINY)
         path = tiny.write_gguf(
-            tmp_path / "m.gguf", tiny.TINY, params, quantise=lambda _: kind
+            tmp_path / "m.gguf", TINY, params, quantise=lambda _: kind
         )
 
         # Rows are quantised on their own, so their order does not matter here.
@@ -100,9 +101,7 @@ class TestImport:
 
     def test_configuration_and_tokenizer_cost_no_weights(self, tmp_path, monkeypatch):
         folder = folder_of(tmp_path / "m", tokenizer=tiny.tiny_tokenizer(), shards=2)
-        gguf = tiny.write_gguf(
-            tmp_path / "m.gguf", tiny.TINY, tiny.random_params(tiny.TINY)
-        )
+        gguf = tiny.write_gguf(tmp_path / "m.gguf", TINY, random_params(TINY))
 
         def refuse(*_):
             raise AssertionError("weights were read")
@@ -110,14 +109,14 @@ class TestImport:
         monkeypatch.setattr("jmem.checkpoints.safetensors.read_span", refuse)
         monkeypatch.setattr("jmem.checkpoints.gguf.read_span", refuse)
         for path in (folder, gguf):
-            checkpoint = checkpoints.load(path, expect=tiny.TINY)
-            assert checkpoint.config == tiny.TINY
+            checkpoint = checkpoints.load(path, expect=TINY)
+            assert checkpoint.config == TINY
             with pytest.raises(AssertionError, match=r"weights were read"):
                 checkpoint.params()
 
     def test_tables_and_copies_that_are_no_parameters_are_left_out(self, tmp_path):
         config = tiny.VARIANTS["tied"]
-        params = tiny.random_params(config)
+        params = random_params(config)
         tensors = tiny.torch_tensors(params, "huggingface")
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, "f")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -129,7 +128,7 @@ class TestDtype:
     @pytest.mark.parametrize("stored", [np.float32, BFLOAT16, np.float16], ids=str)
     @pytest.mark.parametrize("asked", [None, "float32", "bfloat16", "float16"])
     def test_as_stored_or_as_asked(self, tmp_path, stored, asked):
-        params = tiny.random_params(tiny.TINY, stored)
+        params = random_params(TINY, stored)
         folder = folder_of(tmp_path / "m", params=params)
         checkpoint = checkpoints.load(folder, dtype=asked)
         dtype = jnp.dtype(asked or stored)
@@ -138,7 +137,7 @@ class TestDtype:
         assert_same(checkpoint.params(), expected)
 
     def test_several_stored_dtypes_give_float32(self, tmp_path):
-        params = tiny.random_params(tiny.TINY, BFLOAT16)
+        params = random_params(TINY, BFLOAT16)
         params["final_norm"]["scale"] = params["final_norm"]["scale"].astype("f")
         checkpoint = checkpoints.load(folder_of(tmp_path / "m", params=params))
         assert checkpoint.dtype == np.float32
@@ -146,7 +145,7 @@ class TestDtype:
         assert_same(checkpoint.params(), expected)
 
     def test_values_beyond_the_asked_dtype_are_an_error(self, tmp_path):
-        params = tiny.random_params(tiny.TINY)
+        params = random_params(TINY)
         params["blocks"]["mlp"]["up"]["kernel"][1, 2, 3] = 1e6
         folder = folder_of(tmp_path / "m", params=params)
         message = r"'model.layers.1.mlp.up_proj.weight' holds values beyond 65504"
@@ -162,9 +161,9 @@ class TestDtype:
             checkpoints.load(tmp_path, dtype=dtype)
 
     def test_integers_are_no_weights(self, tmp_path):
-        tensors = tiny.torch_tensors(tiny.random_params(tiny.TINY), "huggingface")
+        tensors = tiny.torch_tensors(random_params(TINY), "huggingface")
         tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.int8)
-        folder = tiny.write_folder(tmp_path / "m", tiny.TINY, tensors)
+        folder = tiny.write_folder(tmp_path / "m", TINY, tensors)
         with pytest.raises(
             CheckpointError, match=r"lm_head.weight' has dtype int8; wei"
         ):
@@ -184,7 +183,7 @@ class TestAnotherModel:
     def test_layers_that_are_missing_or_too_many(self, tmp_path):
         folder = folder_of(tmp_path / "m", num_hidden_layers=2**31 - 1)
         message = (
-            r"'model.layers.3.*' is missing; its configuration needs it with shape"
+            r"'model.layers.5.*' is missing; its configuration needs it with shape"
         )
         with pytest.raises(CheckpointError, match=message):
             checkpoints.load(folder)
@@ -193,9 +192,9 @@ class TestAnotherModel:
             checkpoints.load(folder)
 
     def test_tensors_that_the_decoder_has_no_place_for(self, tmp_path):
-        tensors = tiny.torch_tensors(tiny.random_params(tiny.TINY), "huggingface")
+        tensors = tiny.torch_tensors(random_params(TINY), "huggingface")
         tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
-        folder = tiny.write_folder(tmp_path / "m", tiny.TINY, tensors)
+        folder = tiny.write_folder(tmp_path / "m", TINY, tensors)
         with pytest.raises(
             CheckpointError, match=r"q_norm.weight' of shape \(8,\) has n"
         ):
@@ -203,13 +202,11 @@ class TestAnotherModel:
 
     def test_the_expected_model_is_compared_tensor_by_tensor(self, tmp_path):
         folder = folder_of(tmp_path / "m")
-        gguf = tiny.write_gguf(
-            tmp_path / "m.gguf", tiny.TINY, tiny.random_params(tiny.TINY)
-        )
-        wider = dataclasses.replace(tiny.TINY, vocab_size=50)
+        gguf = tiny.write_gguf(tmp_path / "m.gguf", TINY, random_params(TINY))
+        wider = dataclasses.replace(TINY, vocab_size=50)
         for path, name in ((folder, "model.embed_tokens"), (gguf, "token_embd")):
             message = (
-                rf"tensor '{name}.weight' has shape \(40, 32\), but the expected model "
+                rf"tensor '{name}.weight' has shape \(48, 32\), but the expected model "
                 r"needs \(50, 32\)"
             )
             with pytest.raises(CheckpointError, match=message):
@@ -225,18 +222,18 @@ class TestAnotherModel:
         changes = {field: value}
         if field == "heads":  # as many channels, cut otherwise
             changes |= {"kv_heads": 4, "head_dim": 4}
-        expect = dataclasses.replace(tiny.TINY, **changes)
+        expect = dataclasses.replace(TINY, **changes)
         with pytest.raises(CheckpointError, match=f"has {field}=.*expected model has"):
             checkpoints.load(folder_of(tmp_path / "m"), expect=expect)
 
     def test_the_expected_model_may_be_used_for_other_lengths(self, tmp_path):
-        expect = dataclasses.replace(tiny.TINY, max_positions=7)
+        expect = dataclasses.replace(TINY, max_positions=7)
         checkpoint = checkpoints.load(folder_of(tmp_path / "m"), expect=expect)
-        assert checkpoint.config.max_positions == tiny.TINY.max_positions
+        assert checkpoint.config.max_positions == TINY.max_positions
 
     def test_a_tokenizer_that_is_not_the_models(self, tmp_path):
-        folder = folder_of(tmp_path / "m", tokenizer=tiny.tiny_tokenizer(41))
-        message = "tokenizer.json: the tokenizer has 41 tokens.*vocabulary is 0 to 39"
+        folder = folder_of(tmp_path / "m", tokenizer=tiny.tiny_tokenizer(49))
+        message = "tokenizer.json: the tokenizer has 49 tokens.*vocabulary is 0 to 47"
         with pytest.raises(CheckpointError, match=message):
             checkpoints.load(folder)
 
@@ -271,7 +268,7 @@ class TestExport:
     @VARIANTS
     @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=str)
     def test_round_trip_is_bit_equal(self, tmp_path, config, dtype):
-        params = jax.tree.map(jnp.asarray, tiny.random_params(config, dtype))
+        params = jax.tree.map(jnp.asarray, random_params(config, dtype))
         checkpoints.save(
             params, config, tmp_path / "out", tiny.tiny_tokenizer(), eos_ids=(2, 3)
         )
@@ -285,8 +282,8 @@ class TestExport:
     def test_names_and_layout_are_hugging_faces(self, tmp_path):
         from safetensors.numpy import load_file
 
-        params = tiny.random_params(tiny.TINY)
-        checkpoints.save(params, tiny.TINY, tmp_path / "out")
+        params = random_params(TINY)
+        checkpoints.save(params, TINY, tmp_path / "out")
         assert sorted(os.listdir(tmp_path / "out")) == [
             "config.json",
             "model.safetensors",
@@ -301,51 +298,51 @@ class TestExport:
         assert raw["torch_dtype"] == "float32"
 
     def test_trees_that_are_not_the_configurations(self, tmp_path):
-        params = tiny.random_params(tiny.TINY)
+        params = random_params(TINY)
         q = params["blocks"]["attention"]["q"]
-        q["lora_a"] = np.zeros((3, 32, 4), np.float32)
+        q["lora_a"] = np.zeros((5, 32, 4), np.float32)
         with pytest.raises(
             CheckpointError, match=r"attention/q/lora_a' has no place.*Mer"
         ):
-            checkpoints.save(params, tiny.TINY, tmp_path / "out")
+            checkpoints.save(params, TINY, tmp_path / "out")
         del q["lora_a"]
         q["kernel"] = q["kernel"][:2]
-        message = r"attention/q/kernel' has shape \(2, 32, 32\), .* \(3, 32, 32\)"
+        message = r"attention/q/kernel' has shape \(2, 32, 32\), .* \(5, 32, 32\)"
         with pytest.raises(CheckpointError, match=message):
-            checkpoints.save(params, tiny.TINY, tmp_path / "out")
+            checkpoints.save(params, TINY, tmp_path / "out")
         del params["blocks"]["attention"]["q"]
         with pytest.raises(CheckpointError, match=r"attention/q/kernel' is missing"):
-            checkpoints.save(params, tiny.TINY, tmp_path / "out")
-        params = tiny.random_params(tiny.TINY, np.float64)
+            checkpoints.save(params, TINY, tmp_path / "out")
+        params = random_params(TINY, np.float64)
         with pytest.raises(CheckpointError, match=r"embedding' has dtype float64"):
-            checkpoints.save(params, tiny.TINY, tmp_path / "out")
+            checkpoints.save(params, TINY, tmp_path / "out")
         assert os.listdir(tmp_path) == []
 
     def test_nothing_is_overwritten(self, tmp_path):
-        params = tiny.random_params(tiny.TINY)
+        params = random_params(TINY)
         (tmp_path / "out").mkdir()
-        checkpoints.save(params, tiny.TINY, tmp_path / "out")  # empty: fine
+        checkpoints.save(params, TINY, tmp_path / "out")  # empty: fine
         before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
         with pytest.raises(CheckpointError, match=r"exists and is not an empty folder"):
-            checkpoints.save(params, tiny.TINY, tmp_path / "out")
+            checkpoints.save(params, TINY, tmp_path / "out")
         assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
 
     def test_a_failure_leaves_no_folder(self, tmp_path, monkeypatch):
-        params = tiny.random_params(tiny.TINY)
+        params = random_params(TINY)
         usage = shutil.disk_usage(tmp_path)._replace(free=1000)
         with monkeypatch.context() as patch:
             patch.setattr(files.shutil, "disk_usage", lambda _: usage)
             with pytest.raises(CheckpointError, match=r"needs .* bytes.*1000 free"):
-                checkpoints.save(params, tiny.TINY, tmp_path / "out")
+                checkpoints.save(params, TINY, tmp_path / "out")
         with pytest.raises(CheckpointError, match=r"cannot be written"):
-            checkpoints.save(params, tiny.TINY, tmp_path / "no" / "such" / "out")
+            checkpoints.save(params, TINY, tmp_path / "no" / "such" / "out")
 
         def fail(*_):
             raise RuntimeError("the device is gone")
 
         monkeypatch.setattr(layout, "_fetch", fail)
         with pytest.raises(RuntimeError, match=r"the device is gone"):
-            checkpoints.save(params, tiny.TINY, tmp_path / "out")
+            checkpoints.save(params, TINY, tmp_path / "out")
         assert os.listdir(tmp_path) == []
 
 

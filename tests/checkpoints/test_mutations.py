@@ -9,6 +9,7 @@ import struct
 import chex
 import numpy as np
 import pytest
+from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
 from jmem.checkpoints.files import CheckpointError
@@ -47,19 +48,19 @@ def originals(tmp_path_factory) -> dict[str, dict[str, bytes]]:
 
     root = tmp_path_factory.mktemp("originals")
     config = tiny.VARIANTS["scaled"]
-    tensors = tiny.torch_tensors(tiny.random_params(config), "huggingface")
+    tensors = tiny.torch_tensors(random_params(config), "huggingface")
     more = {"tokenizer": tiny.tiny_tokenizer()}
     tiny.write_folder(root / "single", config, tensors, **more)
     tiny.write_folder(root / "sharded", config, tensors, shards=2, **more)
     for name in ("gguf", "quantised gguf"):
         (root / name).mkdir()
-    tiny.write_gguf(root / "gguf" / "m.gguf", config, tiny.random_params(config))
+    tiny.write_gguf(root / "gguf" / "m.gguf", config, random_params(config))
     words = sentencepiece_metadata()
-    config = tiny.DecoderConfig(**{**vars(tiny.TINY), "vocab_size": 319})
+    config = tiny.DecoderConfig(**{**vars(TINY), "vocab_size": 319})
     tiny.write_gguf(
         root / "quantised gguf" / "m.gguf",
         config,
-        tiny.random_params(config),
+        random_params(config),
         quantise=lambda _: gguf.GGMLQuantizationType.Q4_1,
         metadata=words,
     )

@@ -206,9 +206,9 @@ class TestMisfits:
     def test_an_unknown_kind_asks_for_tokenizer_json(self, byte_level, tmp_path):
         metadata = byte_level | {"tokenizer.ggml.pre": "dbrx"}
         with pytest.raises(CheckpointError, match=r"pre 'dbrx'.*tokenizer.json beside"):
-            from_gguf(metadata, 40, tmp_path / "a.gguf")
+            from_gguf(metadata, 48, tmp_path / "a.gguf")
         tiny.tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
-        tokenizer = built(metadata, 40, tmp_path / "a.gguf")
+        tokenizer = built(metadata, 48, tmp_path / "a.gguf")
         assert tokenizer.encode("two").ids == [2]
 
 
@@ -218,7 +218,7 @@ class TestJson:
         tokenizer.enable_truncation(2)
         tokenizer.enable_padding(length=5)
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        ids = from_json(tmp_path / "tokenizer.json", 40).encode("one two three .").ids
+        ids = from_json(tmp_path / "tokenizer.json", 48).encode("one two three .").ids
         assert ids == [1, 2, 3, 4]
 
     @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ class TestJson:
     def test_what_is_no_tokenizer(self, tmp_path, raw, capfd):
         (tmp_path / "tokenizer.json").write_bytes(raw)
         with pytest.raises(CheckpointError, match=r"tokenizer.json: not a tokenizer"):
-            from_json(tmp_path / "tokenizer.json", 40)
+            from_json(tmp_path / "tokenizer.json", 48)
 
     def test_ids_that_only_a_template_adds_are_checked_too(self, tmp_path):
         tokenizer = tiny.tiny_tokenizer()
@@ -244,4 +244,4 @@ class TestJson:
         )
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(CheckpointError, match=r"ids up to 99"):
-            from_json(tmp_path / "tokenizer.json", 40)
+            from_json(tmp_path / "tokenizer.json", 48)

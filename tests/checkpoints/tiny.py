@@ -4,24 +4,13 @@ import dataclasses
 import json
 import struct
 
-import jax
 import ml_dtypes
 import numpy as np
-from jax.typing import DTypeLike
+from tiny_decoder import TINY
 
-from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.models.decoder import DecoderConfig
 from jmem.nn.rope import Llama3Scaling
 
-TINY = DecoderConfig(
-    vocab_size=40,
-    layers=3,
-    hidden=32,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    intermediate=64,
-    max_positions=128,
-)
 VARIANTS = {
     "untied": TINY,
     "tied": dataclasses.replace(TINY, tied=True),
@@ -44,15 +33,6 @@ GGUF_LINEAR = {
     "mlp": {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
 }
 GGUF_NORMS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}
-
-
-def random_params(config: DecoderConfig, dtype: DTypeLike = np.float32, seed=0) -> dict:
-    """The decoder's tree as NumPy arrays, no two values alike."""
-    random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: random.standard_normal(leaf.shape).astype(np.dtype(dtype)),
-        Decoder(config).abstract(),
-    )
 
 
 def torch_tensors(params: dict, naming: str) -> dict[str, np.ndarray]:
@@ -147,7 +127,7 @@ def safetensors_bytes(tensors: dict[str, np.ndarray]) -> bytes:
     return b"".join([struct.pack("<Q", len(text)), text, *data])
 
 
-def tiny_tokenizer(size: int = 40):
+def tiny_tokenizer(size: int = TINY.vocab_size):
     """A word-level tokenizer of `size` tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -21,7 +21,7 @@ RECORD = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_is_a_described_program(case):
-    program = build(case, SIZES)
+    program = build(case, SIZES, "h200")
     assert "weights" in program.labels
     leaves = [leaf for *_, leaf in program.leaves()]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)

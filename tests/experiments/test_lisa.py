@@ -9,8 +9,8 @@ import dataclasses
 import json
 import pathlib
 
-import jax
 import pytest
+from tiny_decoder import TINY, random_params
 
 import jmem.checkpoints
 from experiments import lisa
@@ -19,7 +19,6 @@ from experiments.harness.run import Run
 from jmem.data.text import read
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
-from jmem.models.decoder import Decoder, DecoderConfig
 from jmem.targets import resolve
 from jmem.train import metrics
 
@@ -37,18 +36,9 @@ def checkpoint(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
-    config = DecoderConfig(
-        vocab_size=264,
-        layers=3,
-        hidden=32,
-        heads=4,
-        kv_heads=2,
-        head_dim=8,
-        intermediate=48,
-        max_positions=128,
-    )
+    config = dataclasses.replace(TINY, vocab_size=264)
     folder = tmp_path_factory.mktemp("own") / "model"
-    params = jax.jit(Decoder(config).init)(jax.random.key(0))
+    params = random_params(config, scale=0.02)
     jmem.checkpoints.save(params, config, folder, tokenizer)
     return folder
 
@@ -93,6 +83,8 @@ def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
     for method in config.methods:
         rows = metrics.read(folder / method / "metrics.jsonl")
         assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+        plan = json.loads((folder / method / "plan.json").read_text())
+        assert plan["bytes"] > 4 * TINY.parameters
         held_out += [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     before, *after = held_out  # before once, as all start from the same weights
     assert len(after) == len(config.methods)

@@ -5,29 +5,19 @@ import sys
 
 import jax
 import pytest
+from tiny_decoder import TINY
 
 from experiments import memory
 from experiments.harness import cli
 from jmem.memory.report import MemoryReport
 from jmem.models import zoo
-from jmem.models.decoder import DecoderConfig
 from jmem.targets import resolve
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """A model small enough to compile in a moment, by the name "tiny"."""
-    dims = DecoderConfig(
-        vocab_size=512,
-        layers=3,
-        hidden=64,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=128,
-        max_positions=256,
-    )
-    monkeypatch.setitem(zoo.MODELS, "tiny", dims)
+    monkeypatch.setitem(zoo.MODELS, "tiny", TINY)
 
 
 CASES = [("train", "full"), ("train", "lora"), ("train", "lisa")]

@@ -35,25 +35,27 @@ FINETUNERS = {
 
 @pytest.mark.parametrize("finetuner", FINETUNERS.values(), ids=list(FINETUNERS))
 class TestEveryFinetuner:
-    def start(self, finetuner, model):
-        @jax.jit
-        def init(key):
-            return finetuner.init(model, model.init(key), jax.random.key(1))
-
-        state = init(jax.random.key(0))
-        return state, jax.jit(
-            lambda state, batch: finetuner.step(model, state, batch), donate_argnums=0
+    @pytest.fixture
+    def start(self, finetuner, tiny, initial_params):
+        """A new state from copied parameters, and its jitted step, which takes it."""
+        step = jax.jit(
+            lambda state, batch: finetuner.step(tiny, state, batch), donate_argnums=0
         )
 
-    def test_a_new_state_is_the_model_it_came_from(self, finetuner, tiny, tiny_params):
-        state, _ = self.start(finetuner, tiny)
+        @jax.jit
+        def init(params):
+            params = jax.tree.map(jnp.copy, params)
+            return finetuner.init(tiny, params, jax.random.key(1))
+
+        return lambda: (init(initial_params), step)
+
+    def test_a_new_state_is_the_model_it_came_from(self, finetuner, start, tiny_params):
+        state, _ = start()
         chex.assert_trees_all_equal(finetuner.merged(state), tiny_params)
         assert state["step"] == 0
 
-    def test_learns_a_batch_by_heart_in_one_program(
-        self, finetuner, tiny, random_batch
-    ):
-        state, step = self.start(finetuner, tiny)
+    def test_learns_a_batch_by_heart_in_one_program(self, start, tiny, random_batch):
+        state, step = start()
         batch, losses = random_batch(tiny), []
         for _ in range(20):
             state, metrics = step(state, batch)
@@ -63,9 +65,9 @@ class TestEveryFinetuner:
         assert step._cache_size() == 1
 
     def test_merged_weights_have_the_loss_of_the_state(
-        self, finetuner, tiny, random_batch
+        self, finetuner, start, tiny, random_batch
     ):
-        state, step = self.start(finetuner, tiny)
+        state, step = start()
         for seed in range(3):
             state, _ = step(state, random_batch(tiny, seed))
         batch = random_batch(tiny, 9)
@@ -74,8 +76,8 @@ class TestEveryFinetuner:
         )
         np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
 
-    def test_metrics_are_what_the_loop_logs(self, finetuner, tiny, random_batch):
-        state, step = self.start(finetuner, tiny)
+    def test_metrics_are_what_the_loop_logs(self, start, tiny, random_batch):
+        state, step = start()
         _, metrics = step(state, random_batch(tiny))
         assert {"loss", "lr", "grad_norm"} <= metrics.keys()
         np.testing.assert_allclose(metrics["lr"], 3e-3)
@@ -110,9 +112,9 @@ class TestEveryFinetuner:
         assert moments
         assert {str(leaf.dtype) for leaf in moments} == {"float32"}
 
-    def test_is_deterministic(self, finetuner, tiny, random_batch):
+    def test_is_deterministic(self, start, tiny, random_batch):
         def final():
-            state, step = self.start(finetuner, tiny)
+            state, step = start()
             for seed in range(4):
                 state, _ = step(state, random_batch(tiny, seed))
             return state

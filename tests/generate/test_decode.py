@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoder import random_params
 
 from jmem.generate import decode
 from jmem.generate.cache import cache_bytes, init_cache
@@ -29,9 +30,8 @@ def model(tiny_config):
 
 @pytest.fixture
 def params(model):
-    drawn = jax.jit(model.init)(jax.random.key(3))
     # Larger weights than at birth, so that the likeliest token is not always the same.
-    return jax.tree.map(lambda p: p * 10 if p.ndim == 3 else p, drawn)
+    return jax.tree.map(jnp.asarray, random_params(model.config, scale=0.3))
 
 
 def recomputed(model, params, prompt, steps):
@@ -80,7 +80,7 @@ def test_a_low_temperature_is_greedy(model, params):
         params,
         PROMPTS,
         max_new_tokens=8,
-        temperature=1e-4,
+        temperature=1e-6,
         key=jax.random.key(0),
     )
     assert cold == generate(model, params, PROMPTS, max_new_tokens=8)
@@ -117,7 +117,7 @@ REFUSED = {
     "no prompts": ([], {}, "at least one prompt"),
     "empty prompt": ([[1], []], {}, "at least one token|each at least one"),
     "foreign token": ([[48]], {}, r"prompts\[0\].*\[0, 48\)"),
-    "too long": ([[1] * 60], {}, "max_positions=64"),
+    "too long": ([[1] * 124], {}, "max_positions=128"),
     "no key": ([[1]], {"temperature": 1.0}, "needs key"),
     "negative temperature": ([[1]], {"temperature": -1.0}, "must not be negative"),
     "no tokens": ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),

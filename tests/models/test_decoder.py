@@ -7,10 +7,12 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoder import random_params
 
 from jmem.finetune.lora import Lora, attach, lora_linear
 from jmem.generate.cache import cache_bytes
@@ -93,17 +95,6 @@ def reference_logits(config, params, tokens):
     return np.stack(logits)
 
 
-def randomised(params, key=7):
-    """Every leaf drawn at random, so that no norm is one and no bias zero."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(key), len(leaves))
-    drawn = [
-        leaf + 0.3 * jax.random.normal(k, leaf.shape, leaf.dtype)
-        for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, drawn)
-
-
 VARIANTS = {
     "llama2": {},
     "multi-head": {"kv_heads": 4},
@@ -120,7 +111,7 @@ VARIANTS = {
 def test_logits_match_the_equations(tiny_config, changes, strict_dtypes):
     config = dataclasses.replace(tiny_config, **changes)
     model = Decoder(config)
-    params = jax.jit(lambda key: randomised(model.init(key)))(jax.random.key(0))
+    params = jax.tree.map(jnp.asarray, random_params(config, scale=0.3))
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, config.vocab_size)
     expected = reference_logits(config, params, tokens)
     # float32 through five blocks: rounding grows with the logits' size.
@@ -131,8 +122,8 @@ def test_logits_match_the_equations(tiny_config, changes, strict_dtypes):
 
 def test_bfloat16_stays_bfloat16_without_implicit_promotion(tiny_config):
     model = Decoder(tiny_config, dtype=jnp.bfloat16)
-    params = jax.jit(model.init)(jax.random.key(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    params = jax.tree.map(jnp.asarray, random_params(tiny_config, jnp.bfloat16))
+    chex.assert_trees_all_equal_dtypes(params, model.abstract())
 
     def attend(q, k, v, rope, positions, layer, carry):  # jax.nn's own promotes inside
         return rope(q, positions) + jnp.tile(
@@ -145,12 +136,12 @@ def test_bfloat16_stays_bfloat16_without_implicit_promotion(tiny_config):
     assert logits.dtype == jnp.bfloat16
 
 
-def test_blocks_are_stacked_from_birth_and_differ(tiny):
-    blocks = tiny.init(jax.random.key(0))["blocks"]
+def test_blocks_are_stacked_from_birth_and_differ(tiny_params):
+    blocks = tiny_params["blocks"]
     assert depth(blocks) == 5
     kernel = blocks["attention"]["q"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
-    assert row(blocks, jnp.int32(3))["mlp"]["up"]["kernel"].shape == (16, 24)
+    assert row(blocks, jnp.int32(3))["mlp"]["up"]["kernel"].shape == (32, 64)
 
 
 def test_a_70b_model_is_described_without_memory():
@@ -163,8 +154,8 @@ def test_a_70b_model_is_described_without_memory():
 class TestLinearDoor:
     """Another `linear` over leaves that the modules know nothing of."""
 
-    def test_new_adapters_change_nothing_and_receive_gradients(self, tiny):
-        params = jax.jit(tiny.init)(jax.random.key(0))
+    def test_new_adapters_change_nothing_and_receive_gradients(self, tiny, tiny_params):
+        params = tiny_params
         tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
         lora = Lora(rank=3, maps=("q", "down"))
         adapters = lora.adapters(params["blocks"], jax.random.key(1))
@@ -177,12 +168,12 @@ class TestLinearDoor:
         np.testing.assert_array_equal(logits(adapters), forward(tiny, params, tokens))
         grads = jax.jit(jax.grad(lambda a: logits(a).sum()))(adapters)
         b_gradient = grads["attention"]["q"]["lora_b"]
-        assert b_gradient.shape == (5, 3, 16)
+        assert b_gradient.shape == (5, 3, 32)
         assert (jnp.abs(b_gradient).max(axis=(1, 2)) > 0).all()  # every layer's
 
-    def test_a_leaf_may_lose_its_kernel(self, tiny):
+    def test_a_leaf_may_lose_its_kernel(self, tiny, tiny_params):
         """Packed weights: `linear` alone knows what a leaf holds."""
-        params = jax.jit(tiny.init)(jax.random.key(0))
+        params = tiny_params
         tokens = jnp.arange(6, dtype=jnp.int32)[None]
         halves = jax.tree.map(lambda k: k / 2, params["blocks"]["mlp"]["up"]["kernel"])
         mlp = params["blocks"]["mlp"] | {"up": {"half": halves}}
