@@ -279,10 +279,10 @@ def report_training(config: Config, run: Run, rows: dict[str, list[dict]]) -> No
         "Held-out loss",
         [
             "method",
-            *(Column(n, loss) for n in ("before", "after", "gain", "last train loss")),
+            *(Column(n, loss) for n in ("before", "after", "gain", "train loss")),
             "steps",
             Column("tokens", rate),
-            "learning rate",
+            "rate",
             "seed",
             Column("memory here", gib),
         ],
