@@ -190,10 +190,11 @@ class TestResume:
 
     def test_ctrl_c_leaves_a_run_that_resumes(self, tmp_path, capsys):
         whole = tiny.run(tmp_path / "whole")
+        handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(loop.Interrupted, match="after update 6 of 12"):
             tiny.run(tmp_path / "stopped", data=Interrupting(at=5), progress=True)
         assert "stopping after this step" in capsys.readouterr().out
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is handler
         resumed = tiny.run(tmp_path / "stopped", resume=True)
         chex.assert_trees_all_equal(whole, resumed)
 
