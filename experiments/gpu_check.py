@@ -99,7 +99,7 @@ def predicted(program: Program, gpu: str) -> dict:
     """What is known without a GPU."""
     from jmem.memory.measure import measure
 
-    report = measure(program, target=gpu)
+    report = measure(program, target=gpu, cache=False)
     return {"interval": report.interval, "ahead_bytes": report.device_bytes}
 
 

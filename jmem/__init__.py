@@ -16,11 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmem.memory.live import live
     from jmem.memory.measure import measure
+    from jmem.program import Program
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "live", "measure"]
+__all__ = ["Program", "__version__", "live", "measure"]
 
-_CALLS = {"measure": "jmem.memory.measure", "live": "jmem.memory.live"}
+_CALLS = {
+    "Program": "jmem.program",
+    "live": "jmem.memory.live",
+    "measure": "jmem.memory.measure",
+}
 _MODULES = {
     *("checkpoints", "data", "finetune", "generate", "kernels", "memory", "methods"),
     *("models", "nn", "program", "targets", "train"),

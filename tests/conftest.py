@@ -5,6 +5,7 @@ import os
 # Before JAX starts: tests compile for described GPUs and compute on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ["JMEM_CACHE_DIR"] = ""  # every test measures
 
 import jax
 import pytest

@@ -126,7 +126,7 @@ def _report(slug, preset, flags, target, program, bounds) -> Any:
     from jmem.memory.measure import measure
 
     built = _program(slug, preset, flags, target, program)
-    return measure(built, target=target, bounds=bounds)
+    return measure(built, target=target, bounds=bounds, cache=False)
 
 
 def _program(slug, preset, flags, target, name) -> Any:

@@ -1,4 +1,30 @@
-"""GPU memory of any JAX function: measured, explained, and checked live.
+"""GPU memory of any JAX function: measured, explained, compared, and checked live.
 
-`jmem.measure` and `jmem.live` are the calls; the modules here are their parts.
+`jmem.measure` and `jmem.live` are the main calls. Here are the smaller ones:
+
+    jmem.memory.assert_fits(step, params, batch, target="rtx4090")     for tests and CI
+    print(jmem.memory.diff(before, after))                             of two reports
+
+and `python -m jmem.memory module:program --gpu rtx4090` asks from a shell.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jmem.memory.difference import diff
+    from jmem.memory.guard import assert_fits
+
+__all__ = ["assert_fits", "diff"]
+
+_CALLS = {"assert_fits": "jmem.memory.guard", "diff": "jmem.memory.difference"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLS:
+        return getattr(importlib.import_module(_CALLS[name]), name)
+    raise AttributeError(f"module 'jmem.memory' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CALLS})

@@ -1,28 +1,104 @@
-"""Waste that a report can name: memory a small change to the program would free."""
+"""What one change to a program would save, in bytes: computed, not guessed.
 
+Each rule knows one kind of waste, finds its buffers, and says what would be left of
+them. The saving is the difference of two peaks: XLA's plan as it is, and the same plan
+replayed with those buffers shrunk. So a saving stops where another instant becomes the
+worst, and two pieces of advice need not add up.
+"""
+
+import dataclasses
+import itertools
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 
 from jmem.memory import kinds
-from jmem.memory.breakdown import Row
+from jmem.memory.breakdown import Breakdown, Row
 from jmem.program import Program
 
 WORTH = 0.01
 """Share of the peak below which a saving is not mentioned."""
 LEAST = 2**20
 """Bytes below which it is not."""
+CHUNK = 256
+"""Tokens whose logits a chunked loss holds at a time, as `jmem.train.loss` does."""
 STATE = {kinds.PARAMETERS, kinds.OPTIMIZER, kinds.KV_CACHE}
 
 
-def advise(program: Program, rows: Sequence[Row]) -> tuple[str, ...]:
-    """What would free memory, and how many bytes of it; nothing below 1 % of all."""
-    floor = max(LEAST, WORTH * sum(row.total_bytes for row in rows))
-    found = (_not_donated(program, rows), _rebuilt(program, rows))
-    return tuple(text for saved, text in found if saved >= floor)
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """One change, and the device bytes it would take off the peak."""
+
+    rule: str
+    """What is wasteful, in two or three words."""
+    saves_bytes: int
+    text: str
+    """What was found, where, and what to do."""
 
 
-def _not_donated(program: Program, rows: Sequence[Row]) -> tuple[int, str]:
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """A compiled program as the rules see it."""
+
+    program: Program
+    parts: Breakdown
+    device_bytes: int
+    compiler_bytes: int
+    """Device memory XLA was told of."""
+
+    def saving(self, remaining: Callable[[Row], int]) -> int:
+        """How far the peak falls if a buffer had `remaining(row)` bytes."""
+        return self._peak(lambda row: row.bytes) - self._peak(remaining)
+
+    def _peak(self, held: Callable[[Row], int]) -> int:
+        instants = len(self.parts.timeline)
+        change = [0] * (instants + 1)
+        for row in self.parts.lives:
+            change[row.born or 0] += held(row)
+            change[instants if row.dies is None else row.dies] -= held(row)
+        return max(itertools.accumulate(change[:instants]))
+
+    @property
+    def temporaries(self) -> Iterator[Row]:
+        """Every buffer that lives for a part of the program only."""
+        return (row for row in self.parts.lives if row.born is not None)
+
+    def share(self, kind: str) -> float:
+        """Of the device bytes at the peak, what a kind takes."""
+        return self.parts.by_kind.get(kind, 0) / max(self.device_bytes, 1)
+
+    def leaves(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Kind, path and dimensions of every array argument."""
+        labels = self.program.leaf_labels()
+        for label, (_, path, leaf) in zip(labels, self.program.leaves()):
+            yield kinds.of_label(label), path, tuple(getattr(leaf, "shape", ()))
+
+
+def advise(evidence: Evidence) -> tuple[Advice, ...]:
+    """Every piece of advice that would save 1 % of the peak, the largest first."""
+    floor = max(LEAST, WORTH * evidence.device_bytes)
+    found = (
+        Advice(name, saved, text)
+        for name, rule in _RULES.items()
+        for saved, text in [rule(evidence)]
+        if saved >= floor
+    )
+    return tuple(sorted(found, key=lambda advice: -advice.saves_bytes))
+
+
+def dimensions(shape: str) -> tuple[int, ...]:
+    """Of a row's shape.
+
+    >>> dimensions("bf16[4,1024]"), dimensions("f32[]")
+    ((4, 1024), ())
+    """
+    inside = shape[shape.index("[") + 1 : shape.index("]")] if "[" in shape else ""
+    return tuple(int(n) for n in re.findall(r"\d+", inside))
+
+
+def _not_donated(evidence: Evidence) -> tuple[int, str]:
     """Results that could take over the memory of state of their shape."""
+    program, rows = evidence.program, evidence.parts.rows
     names = program.argument_names()
     kept = {names[n]: n for n in range(len(program.args)) if n not in program.donate}
     results = Counter()
@@ -42,25 +118,199 @@ def _not_donated(program: Program, rows: Sequence[Row]) -> tuple[int, str]:
     positions = tuple(sorted(kept[name] for name in saved))
     which = " and ".join(repr(names[n]) for n in positions)
     return saved.total(), (
-        f"{saved.total():,} bytes of results have the shapes of {which}, not donated. "
-        f"With donate={positions} they would take over that memory."
+        f"results have the shapes of {which}, not donated; "
+        f"donate={positions} lets them take over that memory."
     )
 
 
-def _rebuilt(program: Program, rows: Sequence[Row]) -> tuple[int, str]:
+def _rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
     """A donated cache that a loop builds anew beside the old one."""
+    program = evidence.program
     names = {program.argument_names()[n] for n in program.donate}
-    cache = [row for row in rows if row.kind == kinds.KV_CACHE]
+    cache = [row for row in evidence.parts.lives if row.kind == kinds.KV_CACHE]
     held = [r for r in cache if r.born is None and r.name.split("/")[0] in names]
     shapes = {row.shape for row in held}
-    copies = [row for row in cache if row.born and row.shape in shapes]
+    copies = [row for row in cache if row.born is not None and row.shape in shapes]
     if not copies:
         return 0, ""
-    saved = sum(row.total_bytes for row in copies)
     name = held[0].name.split("/")[0]
-    source = next((row.source for row in copies if row.source), "")
-    where = f" at {'/'.join(source.split('/')[-2:])}" if source else ""
-    return saved, (
-        f"{name!r} is donated, but {saved:,} bytes of it are built anew{where}. "
-        "Carry it through the scan and update it in place, instead of scanning over it."
+    return evidence.saving(_all_but(copies)), (
+        f"{name!r} is donated, but built anew{_where(copies)}; carry it through the "
+        "scan and update it in place, instead of scanning over it."
     )
+
+
+def _widened(evidence: Evidence) -> tuple[int, str]:
+    """16-bit values held as float32, but for sums of gradients, which need it."""
+    wide = [
+        row
+        for row in evidence.temporaries
+        if row.cast_from and row.kind not in (kinds.GRADIENTS, kinds.OPTIMIZER)
+    ]
+    if not wide:
+        return 0, ""
+    halves = {row: row.bytes // 2 for row in wide}
+    return evidence.saving(lambda row: halves.get(row, row.bytes)), (
+        f"values computed in {max(wide, key=_size).cast_from} are held as float32"
+        f"{_where(wide)}; keep them narrow, and widen inside the operation that needs "
+        "it."
+    )
+
+
+def _scores(evidence: Evidence) -> tuple[int, str]:
+    """Values with two sequence lengths: materialised attention scores."""
+    lengths = {n for kind, _, s in evidence.leaves() if kind == kinds.BATCH for n in s}
+    lengths = {n for n in lengths if n >= 128}
+    scores = [
+        row
+        for row in evidence.temporaries
+        if any(dimensions(row.shape).count(n) > 1 for n in lengths)
+        and not _is_parameter(evidence, row)
+    ]
+    if not scores:
+        return 0, ""
+    return evidence.saving(_all_but(scores)), (
+        f"attention scores {max(scores, key=_size).shape} are "
+        f"materialised{_where(scores)}; use flash attention (cuDNN for 16-bit inputs), "
+        "or attend in chunks."
+    )
+
+
+def _logits(evidence: Evidence) -> tuple[int, str]:
+    """Values with the vocabulary as a dimension, for more tokens than a chunk."""
+    vocabularies = {
+        max(shape)
+        for kind, path, shape in evidence.leaves()
+        if kind == kinds.PARAMETERS and shape and _TABLE.search(path)
+    }
+    tokens: dict[Row, int] = {}
+    for row in evidence.temporaries:
+        shape = dimensions(row.shape)
+        for size in vocabularies & set(shape):
+            others = list(shape)
+            others.remove(size)
+            count = 1
+            for n in others:
+                count *= n
+            if count > CHUNK and not _is_parameter(evidence, row):
+                tokens[row] = count
+    if not tokens:
+        return 0, ""
+
+    def remaining(row: Row) -> int:
+        return row.bytes * CHUNK // tokens[row] if row in tokens else row.bytes
+
+    return evidence.saving(remaining), (
+        f"logits of {max(tokens.values()):,} tokens exist at once"
+        f"{_where(list(tokens))}; a loss over chunks of {CHUNK} tokens "
+        "(jmem.train.loss.head_loss) never makes them all."
+    )
+
+
+_TABLE = re.compile(r"embed|wte|lm_head|head|vocab", re.IGNORECASE)
+
+
+def _saved(evidence: Evidence) -> tuple[int, str]:
+    """Activations kept for the backward pass, where they are most of the peak."""
+    if evidence.share(kinds.SAVED) <= 0.5:
+        return 0, ""
+    saved = [row for row in evidence.parts.lives if row.kind == kinds.SAVED]
+    return evidence.saving(_all_but(saved)), (
+        f"activations saved for the backward pass are "
+        f"{evidence.share(kinds.SAVED):.0%} of the peak{_where(saved)}; "
+        "jax.checkpoint around a block keeps its input only. At most this much is "
+        "saved: measure it with remat 'dots' and 'block'."
+    )
+
+
+def _fragmentation(evidence: Evidence) -> tuple[int, str]:
+    """Holes in the temporary block."""
+    if evidence.share(kinds.FRAGMENTATION) <= 0.05:
+        return 0, ""
+    return evidence.parts.by_kind[kinds.FRAGMENTATION], (
+        "holes and alignment in XLA's block of temporaries; buffers of like size and "
+        "life (equal chunks, a scan instead of a loop in Python) pack better."
+    )
+
+
+def _constants(evidence: Evidence) -> tuple[int, str]:
+    """Arrays compiled in."""
+    return evidence.parts.constant_bytes, (
+        "constants are compiled in; pass large arrays as arguments instead of closing "
+        "over them, and programs share them."
+    )
+
+
+def _optimizer(evidence: Evidence) -> tuple[int, str]:
+    """Moments that take more than twice what the weights do."""
+    held = evidence.parts.by_kind
+    if held.get(kinds.OPTIMIZER, 0) <= 2 * held.get(kinds.PARAMETERS, 0):
+        return 0, ""
+    moments = {
+        row: row.bytes // 4 + row.bytes // 256
+        for row in evidence.parts.lives
+        if row.kind == kinds.OPTIMIZER and row.born is None and "f32" in row.shape
+    }
+    return evidence.saving(lambda row: moments.get(row, row.bytes)), (
+        "optimizer state is more than twice the weights; 8-bit moments with a scale "
+        "for 64 values save this much, moments in host memory more."
+    )
+
+
+def _arguments(evidence: Evidence) -> tuple[int, str]:
+    """Arguments that leave XLA nothing to work with."""
+    fixed = sum(row.bytes for row in evidence.parts.lives if row.born is None)
+    beyond = fixed - round(0.8 * evidence.compiler_bytes)
+    return max(beyond, 0), (
+        "arguments and results alone exceed what XLA plans with, 0.8 of the card; "
+        "rematerialisation cannot help, they must shrink, move to the host or be "
+        "divided over more GPUs."
+    )
+
+
+def _workspace(evidence: Evidence) -> tuple[int, str]:
+    """Scratch of split matmuls, which another card's tiling may not need."""
+    if evidence.share(kinds.WORKSPACE) <= 0.03:
+        return 0, ""
+    scratch = [row for row in evidence.temporaries if row.kind == kinds.WORKSPACE]
+    return evidence.saving(_all_but(scratch)), (
+        "scratch of library calls and of matmuls split over their contraction; the "
+        "card's autotuner may choose others, so confirm on the device."
+    )
+
+
+_RULES: dict[str, Callable[[Evidence], tuple[int, str]]] = {
+    "not donated": _not_donated,
+    "rebuilt cache": _rebuilt_cache,
+    "widened values": _widened,
+    "attention scores": _scores,
+    "logits": _logits,
+    "saved activations": _saved,
+    "fragmentation": _fragmentation,
+    "constants": _constants,
+    "optimizer state": _optimizer,
+    "arguments": _arguments,
+    "split scratch": _workspace,
+}
+
+
+def _all_but(gone: list[Row]) -> Callable[[Row], int]:
+    rows = set(gone)
+    return lambda row: 0 if row in rows else row.bytes
+
+
+def _is_parameter(evidence: Evidence, row: Row) -> bool:
+    """Whether a value has a parameter's dimensions: its gradient, copy or update."""
+    shape = sorted(dimensions(row.shape))
+    state = (s for kind, _, s in evidence.leaves() if kind in STATE)
+    return any(sorted(dims) == shape for dims in state)
+
+
+def _size(row: Row) -> int:
+    return row.bytes
+
+
+def _where(rows: list[Row]) -> str:
+    """The line that made the largest, as " at folder/file:line"."""
+    source = next((r.source for r in sorted(rows, key=_size)[::-1] if r.source), "")
+    return f" at {'/'.join(source.split('/')[-2:])}" if source else ""

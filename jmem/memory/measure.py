@@ -31,7 +31,8 @@ import numpy as np
 
 from jmem import targets
 from jmem.memory import breakdown, hlo, kinds, live
-from jmem.memory.advice import advise
+from jmem.memory import cache as cached
+from jmem.memory.advice import Evidence, advise
 from jmem.memory.report import MemoryReport
 from jmem.program import (
     Label,
@@ -57,6 +58,8 @@ def measure(
     labels: Mapping[str, Label | list[Label]] | None = None,
     bounds: bool = True,
     options: Mapping[str, Any] | None = None,
+    cache: bool = True,
+    isolate: bool = False,
 ) -> MemoryReport:
     """The memory of a program on a target, explained buffer by buffer.
 
@@ -74,6 +77,10 @@ def measure(
         are understood, also one level inside an argument such as `state`.
       bounds: compile a second time without Triton matmuls, for the interval.
       options: XLA compile options; none is the best prediction.
+      cache: take the report of the same program, versions, target and options from
+        `jmem.memory.cache`, and keep a new one there. Not for an attached GPU.
+      isolate: compile in a worker process, which a compiler that aborts takes with it
+        instead of this one. The function must be importable by name.
 
     Raises:
       NoCompilerError: XLA's GPU compiler cannot be reached from here, and the function
@@ -90,18 +97,20 @@ def measure(
         program = _labelled(what, what.labels or None)
     else:
         program = _program(what, args, donate, static, labels)
+    from jmem.memory import worker
+
     if target == ATTACHED:
-        return _measure(program, None, bounds=False, options=options)
+        return _measure(program, None, bounds=False, options=options, cache=False)
     card = targets.resolve(target)
+    if isolate:
+        return worker.measure(program, card, bounds, options, cache=cache)
     try:
         card.compile_only_devices()
     except NoCompilerError as error:
         if not error.late:
             raise
-        from jmem.memory import worker
-
-        return worker.measure(program, card, bounds, options, error)
-    return _measure(program, card, bounds=bounds, options=options)
+        return worker.measure(program, card, bounds, options, error, cache)
+    return _measure(program, card, bounds=bounds, options=options, cache=cache)
 
 
 def _measure(
@@ -110,6 +119,7 @@ def _measure(
     *,
     bounds: bool,
     options: Mapping[str, Any] | None,
+    cache: bool,
 ) -> MemoryReport:
     started = time.monotonic()
     if card is None:
@@ -122,6 +132,9 @@ def _measure(
             "time.\nTake the callback out; it holds no device memory."
         )
     options = dict(options or {})
+    key = cached.key(program, lowered, card, options, bounds) if card and cache else ""
+    if key and (kept := cached.load(key)):
+        return kept
     # XLA compiles on little more than one core: the second runs beside the first.
     with never_cached(), _without_noise(), futures.ThreadPoolExecutor(1) as beside:
         plain = beside.submit(lowered.compile, options | NO_TRITON) if bounds else None
@@ -138,7 +151,7 @@ def _measure(
         - analysis.host_alias_size_in_bytes
         + analysis.host_temp_size_in_bytes
     )
-    return MemoryReport(
+    report = MemoryReport(
         name=program.name,
         target=held.name,
         attached=card is None,
@@ -160,13 +173,22 @@ def _measure(
         peak_instant=parts.peak,
         timeline=parts.timeline,
         collectives=parts.collectives,
-        flags=(*_flags(parts, card), *advise(program, parts.rows)),
+        flags=_flags(parts, card),
+        advice=advise(
+            Evidence(
+                program, parts, analysis.total_allocation_bytes, held.compiler_bytes
+            )
+        ),
         calls=parts.calls,
         versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
         stablehlo_hash=stablehlo_hash(text),
         options=options,
         compile_seconds=round(time.monotonic() - started, 3),
+        cached=False,
     )
+    if key:
+        cached.store(key, report)
+    return report
 
 
 def _compile(lowered: Lowered, options: dict[str, Any]) -> tuple[hlo.Module, Any]:
@@ -244,11 +266,6 @@ def _flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, ...]:
     if card and parts.sorts:
         flags.append(
             "XLA's own sort stands in for CUB's, whose scratch is known on a GPU only."
-        )
-    if parts.constant_bytes > 2**20:
-        flags.append(
-            f"{parts.constant_bytes:,} bytes of constants are compiled in. Pass large "
-            "arrays as arguments instead of closing over them."
         )
     return tuple(flags)
 

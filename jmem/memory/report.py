@@ -4,20 +4,23 @@ A `MemoryReport` holds plain numbers and words only, so it outlives the process 
 measured it: `to_json` and `from_json` lose nothing.
 """
 
+import collections
 import dataclasses
 import json
 import math
 import pathlib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from jmem.memory import kinds
+from jmem.memory.advice import Advice
 from jmem.memory.breakdown import Instant, Row
 from jmem.memory.timeline import Timeline
 
 GiB = 2**30
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON; a report of another one is refused."""
 DEFAULT_FRACTION = 0.75
 """Of a card's memory, what JAX takes at start unless told otherwise."""
@@ -46,10 +49,10 @@ class Verdict:
         room = self.usable_bytes - self.reserve_bytes - self.needed_bytes
         head = "fits" if self.fits else "does not fit"
         lines = [
-            f"{head} {self.target}: {_gib(abs(room))} "
+            f"{head} {self.target}: {in_gib(abs(room))} "
             f"{'to spare' if room >= 0 else 'too much'}",
-            f"  needs {_gib(self.needed_bytes)}, usable {_gib(self.usable_bytes)}, "
-            f"of which {_gib(self.reserve_bytes)} kept in reserve",
+            f"  needs {in_gib(self.needed_bytes)}, usable {in_gib(self.usable_bytes)}, "
+            f"of which {in_gib(self.reserve_bytes)} kept in reserve",
         ]
         if self.memory_fraction:
             lines.append(
@@ -104,12 +107,16 @@ class MemoryReport:
     """Library and kernel calls by their target: cuBLAS, cuDNN, Triton, Mosaic GPU."""
     flags: tuple[str, ...]
     """What the numbers leave out or a reader should know."""
+    advice: tuple[Advice, ...]
+    """Changes to the program, and what each would take off the peak; largest first."""
     versions: dict[str, str]
     stablehlo_hash: str
     """sha256 of the lowered text: the same program has the same, in every process."""
     options: dict[str, Any]
     compile_seconds: float
     """Tracing, lowering and compiling; twice compiled for the interval."""
+    cached: bool
+    """Taken from the cache; `compile_seconds` are those of the first time."""
 
     @property
     def fragmentation(self) -> int:
@@ -119,6 +126,27 @@ class MemoryReport:
     def top(self, n: int = 10) -> tuple[Row, ...]:
         """The `n` largest rows at the peak; like buffers share a row."""
         return self.rows[:n]
+
+    def by_scope(self) -> dict[str, int]:
+        """Device bytes at the peak by phase and scope, the largest first.
+
+        "backward Block/mlp" is what the backward pass computes in that scope; arguments
+        go by their own names, one level deep. All but fragmentation is in the sum.
+        """
+
+        def scope(row: Row) -> str:
+            if not (row.phase or row.op):
+                return "/".join(row.name.split("/")[:2]) or row.kind
+            return f"{row.phase} {row.name}".strip() or row.kind
+
+        return _summed((scope(row), row.total_bytes) for row in self.rows)
+
+    def by_source(self) -> dict[str, int]:
+        """Device bytes at the peak by the line that made them, the largest first.
+
+        "" holds arguments, and what no line of the program made.
+        """
+        return _summed((row.source, row.total_bytes) for row in self.rows)
 
     def fits(self, reserve: int = GiB) -> Verdict:
         """Whether the upper end of the interval leaves `reserve` bytes on the card.
@@ -156,11 +184,15 @@ class MemoryReport:
                 "",
                 *self._largest(top),
                 "",
-                *(_wrapped(f"note: {flag}") for flag in self.flags),
-                *([""] if self.flags else []),
+                *(_wrapped(line) for line in self._remarks()),
+                *([""] if self.flags or self.advice else []),
                 str(self.fits(reserve)),
             ]
         )
+
+    def _remarks(self) -> list[str]:
+        saving = (f"{in_gib(a.saves_bytes)} could go: {a.text}" for a in self.advice)
+        return [*(f"note: {flag}" for flag in self.flags), *saving]
 
     def _heading(self) -> list[str]:
         how = "compiled for the attached GPU" if self.attached else "ahead of time"
@@ -170,7 +202,8 @@ class MemoryReport:
         each = " a device" if self.devices > 1 else ""
         lines = [
             f"{self.name} on {self.target}",
-            f"{how}, jax {jax}, jaxlib {jaxlib}, {self.compile_seconds:.1f} s",
+            f"{how}, jax {jax}, jaxlib {jaxlib}, "
+            + ("from the cache" if self.cached else f"{self.compile_seconds:.1f} s"),
             "",
             f"device  {_size(self.device_bytes, unit):>9} {unit}{each}"
             f"   {self.device_bytes:,} bytes",
@@ -260,6 +293,13 @@ class MemoryReport:
         return _build(cls, values, where)
 
 
+def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    sums: collections.Counter[str] = collections.Counter()
+    for key, held in pairs:
+        sums[key] += held
+    return dict(sums.most_common())
+
+
 def _build(wanted: Any, value: Any, where: str) -> Any:
     """`value`, as JSON has it, in the type `wanted`."""
     origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
@@ -301,7 +341,12 @@ def _size(size: int, unit: str) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _gib(size: int) -> str:
+def in_gib(size: int) -> str:
+    """In the largest unit that it has one of.
+
+    >>> in_gib(3 * 2**30), in_gib(1536)
+    ('3.00 GiB', '1.50 KiB')
+    """
     unit = _unit(size)
     return f"{_size(size, unit)} {unit}"
 

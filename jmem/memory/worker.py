@@ -1,8 +1,9 @@
-"""Measuring in a worker process, when this one started JAX too early.
+"""Measuring in a worker process: when this one started JAX too early, or on request.
 
 A backend that came up without JAX_SKIP_CUDA_CONSTRAINTS_CHECK on a machine without a
 driver has lost the GPU compiler for good. A fresh process has it: the worker imports
-the function by its dotted name and gets the arguments' descriptions as JSON.
+the function by its dotted name and gets the arguments' descriptions as JSON. A compiler
+that aborts takes only the worker with it.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jmem.memory.report import MemoryReport
-from jmem.program import Program
+from jmem.program import Program, ProgramError
 from jmem.targets import NoCompilerError, Target
 
 TIMEOUT_S = 1800
@@ -41,13 +43,17 @@ def measure(
     card: Target,
     bounds: bool,
     options: Mapping[str, Any] | None,
-    cause: NoCompilerError,
+    cause: NoCompilerError | None = None,
+    cache: bool = True,
 ) -> MemoryReport:
     """The report of `program` on `card`, made in a fresh process.
+
+    `cause` is why it cannot be made in this one; None when that was asked for.
 
     Raises:
       NoCompilerError: `cause`, when the function has no dotted name, an argument cannot
         be described in JSON, or there is no GPU compiler at all.
+      ProgramError: the same without a `cause`, or the worker died; its last lines.
     """
     args, out_shardings, *_ = program.placed(card)
     try:
@@ -67,9 +73,12 @@ def measure(
             "target": dataclasses.asdict(card),
             "bounds": bounds,
             "options": dict(options or {}),
+            "cache": cache,
             "settings": {name: getattr(jax.config, name) for name in _SETTINGS},
         }
     except _UnsendableError as error:
+        if cause is None:
+            raise ProgramError(f"{program.name}: isolate=True, but {error}") from error
         raise NoCompilerError(
             f"{cause}\n(A worker process is no way out: {error})", late=True
         ) from cause
@@ -87,10 +96,17 @@ def measure(
     )
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-8:])
+        if cause is None:
+            raise ProgramError(
+                f"{program.name}: the worker process {_ended(done.returncode)}; its "
+                f"last lines:\n{last}"
+            )
         raise NoCompilerError(
             f"{cause}\n(A worker process failed as well: {last})", late=True
         ) from cause
     report = MemoryReport.from_json(done.stdout.splitlines()[-1])
+    if cause is None:
+        return report
     flag = "measured in a worker process: JAX was started here before jmem."
     return dataclasses.replace(report, flags=(*report.flags, flag))
 
@@ -118,8 +134,15 @@ def main() -> None:
         target=Target(**request["target"]),
         bounds=request["bounds"],
         options=request["options"],
+        cache=request["cache"],
     )
     print(report.to_json())
+
+
+def _ended(status: int) -> str:
+    if status >= 0:
+        return f"failed with status {status}"
+    return f"was ended by {signal.Signals(-status).name}"
 
 
 # Functions ----------------------------------------------------------------------------

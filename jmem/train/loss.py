@@ -33,9 +33,10 @@ def _chunks(array: jax.Array) -> jax.Array:
 
 
 def _chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
-    logits = model.head(head_params, x, ops).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
+    with jax.named_scope("head_loss"):
+        logits = model.head(head_params, x, ops).astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -56,7 +56,7 @@ def mlp() -> Program:
 LAYERS, TOKENS, WIDTH = 8, 512, 256
 
 
-def scanned(remat: bool) -> Program:
+def scanned(remat: bool, tokens: int = TOKENS) -> Program:
     """An SGD step of a scanned stack of two-layer blocks, with or without remat."""
 
     def block(x, layer):
@@ -78,7 +78,7 @@ def scanned(remat: bool) -> Program:
         "down": spec(LAYERS, 4 * WIDTH, WIDTH),
     }
     labels = {"weights": (0, ""), "batch": (1, "")}
-    return Program(step, (params, spec(TOKENS, WIDTH)), donate=(0,), labels=labels)
+    return Program(step, (params, spec(tokens, WIDTH)), donate=(0,), labels=labels)
 
 
 def handwritten() -> Program:
@@ -134,7 +134,7 @@ def offloaded() -> Program:
 CACHE_BYTES = 2 * LAYERS * 4 * 1024 * 4 * 64 * 2
 
 
-def decode(carried: bool) -> Program:
+def decode(carried: bool, layers: int = LAYERS) -> Program:
     """One token against a donated cache, in the scan's carry or as its xs and ys."""
     batch, slots, heads, dim = 4, 1024, 4, 64
 
@@ -161,7 +161,7 @@ def decode(carried: bool) -> Program:
             )
             return (x, cache), None
 
-        xs = (jnp.arange(LAYERS), params)
+        xs = (jnp.arange(layers), params)
         (x, cache), _ = jax.lax.scan(body, (x, cache), xs)
         return x, cache
 
@@ -174,10 +174,10 @@ def decode(carried: bool) -> Program:
         return jax.lax.scan(body, x, (params, cache))
 
     params = {
-        "qkv": spec(LAYERS, heads * dim, 3 * heads * dim, dtype=bf16),
-        "out": spec(LAYERS, heads * dim, heads * dim, dtype=bf16),
+        "qkv": spec(layers, heads * dim, 3 * heads * dim, dtype=bf16),
+        "out": spec(layers, heads * dim, heads * dim, dtype=bf16),
     }
-    cache = (spec(LAYERS, batch, slots, heads, dim, dtype=bf16),) * 2
+    cache = (spec(layers, batch, slots, heads, dim, dtype=bf16),) * 2
     return Program(
         carry_step if carried else xs_step,
         (params, cache, spec(batch, heads * dim, dtype=bf16), spec(dtype=jnp.int32)),
@@ -219,6 +219,10 @@ PROGRAMS = {
     "offloaded": (offloaded, "h200"),
     "carried": (lambda: decode(carried=True), "h200"),
     "rebuilt": (lambda: decode(carried=False), "h200"),
+    "deep carried": (lambda: decode(carried=True, layers=64), "h200"),
+    "deep rebuilt": (lambda: decode(carried=False, layers=64), "h200"),
+    "long": (lambda: scanned(remat=False, tokens=8 * TOKENS), "h200"),
+    "long remat": (lambda: scanned(remat=True, tokens=8 * TOKENS), "h200"),
     "sharded": (sharded, "h200x8"),
 }
 

@@ -59,7 +59,7 @@ class TestTable:
             "2 × 16.00 MiB",
             "bf16[8,4,1024,4,64]",
             "cache/0",
-            "note: 'cache' is donated",
+            "could go: 'cache' is donated",
             "fits h200",
         ):
             assert words in text, words

@@ -13,6 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jmem.memory import worker
+from jmem.memory.measure import measure
+from jmem.program import ProgramError
 
 MODULE = """\
 from typing import NamedTuple
@@ -137,3 +139,38 @@ def test_names_that_cannot_be_imported_are_refused():
         worker._dotted(lambda: None)
     assert worker._imported(worker._dotted(textwrap.dedent)) is textwrap.dedent
     assert worker._dotted(jax.jit(textwrap.dedent)) == "textwrap:dedent"
+
+
+class TestIsolated:
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    @pytest.fixture(autouse=True)
+    def functions(self, tmp_path, monkeypatch):
+        (tmp_path / "apart.py").write_text(
+            "import os, sys\n"
+            "def double(x):\n"
+            "    return x * 2\n"
+            "def abort(x):\n"
+            "    print('the compiler says why', file=sys.stderr, flush=True)\n"
+            "    os.abort()\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        import apart  # pyright: ignore[reportMissingImports]
+
+        return apart
+
+    def test_the_report_is_the_same(self, functions):
+        apart = measure(functions.double, self.x, bounds=False, isolate=True)
+        here = measure(functions.double, self.x, bounds=False)
+        assert apart.rows == here.rows
+        assert apart.flags == here.flags == ()
+
+    def test_an_abort_is_an_exception_with_the_last_lines(self, functions):
+        with pytest.raises(ProgramError, match="SIGABRT") as raised:
+            measure(functions.abort, self.x, bounds=False, isolate=True)
+        assert "abort: the worker process" in str(raised.value)
+        assert "the compiler says why" in str(raised.value)
+
+    def test_what_cannot_be_sent_is_refused(self):
+        with pytest.raises(ProgramError, match=r"isolate=True, but .*imported by name"):
+            measure(lambda x: x, self.x, isolate=True)

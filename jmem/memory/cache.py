@@ -1,0 +1,118 @@
+"""Reports of programs that were measured before, on this machine.
+
+The key is everything the bytes follow from: the lowered program, labels, target,
+compile options, versions, and the code that reads XLA's plan. A report also names
+lines of source files, so it is kept with their digests, and not taken once one has
+changed. Failures are not kept. The folder is $JMEM_CACHE_DIR, by default ~/.cache/jmem;
+set it to "" to keep nothing. One that cannot be written is no error: the program is
+measured again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from jmem.memory.report import MemoryReport
+from jmem.program import Lowered, Program
+from jmem.targets import Target
+
+
+def folder() -> pathlib.Path | None:
+    """Where reports are kept; None keeps none."""
+    chosen = os.environ.get("JMEM_CACHE_DIR")
+    if chosen == "":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(chosen or pathlib.Path(home) / "jmem")
+
+
+def key(
+    program: Program,
+    lowered: Lowered,
+    target: Target,
+    options: Mapping[str, Any],
+    bounds: bool,
+) -> str:
+    """sha256 of what a report follows from; the same in every process."""
+    names = program.argument_names()
+    parts = {
+        "stablehlo": lowered.as_text(),
+        "name": program.name,
+        "written": _written(program.fn),
+        "leaves": [
+            (names[position], path, label)
+            for (position, path, _), label in zip(
+                program.leaves(), program.leaf_labels()
+            )
+        ],
+        "donate": program.donate,
+        "target": dataclasses.asdict(target),
+        "options": sorted(options.items()),
+        "bounds": bounds,
+        "flags": os.environ.get("XLA_FLAGS", ""),
+        "versions": (jax.__version__, jaxlib.version.__version__),
+        "reader": _reader(),
+    }
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def load(name: str) -> MemoryReport | None:
+    """The report kept under a key, or None; a damaged one counts as none."""
+    where = folder()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads((where / f"{name}.json").read_text()) if where else {}
+        if entry["sources"] == _digests(entry["sources"]):
+            report = MemoryReport.from_json(entry["report"])
+            return dataclasses.replace(report, cached=True)
+    return None
+
+
+def store(name: str, report: MemoryReport) -> None:
+    """Keeps a report under a key: whole, or not at all."""
+    where = folder()
+    if where is None:
+        return
+    with contextlib.suppress(OSError):
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=where, suffix=".partial", delete=False
+        ) as file:
+            lines = {row.source for row in report.rows} | {report.peak_instant.source}
+            files = {line.rsplit(":", 1)[0] for line in lines if line}
+            entry = {"sources": _digests(files), "report": report.to_json()}
+            file.write(json.dumps(entry))
+        os.replace(file.name, where / f"{name}.json")
+
+
+def _digests(files: Iterable[str]) -> dict[str, str]:
+    """sha256 of each file; "" of one that is not there, as <stdin>."""
+    digests = {}
+    for name in files:
+        path = pathlib.Path(name)
+        content = path.read_bytes() if path.is_file() else b""
+        digests[name] = hashlib.sha256(content).hexdigest() if content else ""
+    return digests
+
+
+def _written(fn: Any) -> tuple[str, int]:
+    """File and line of a function; two alike in one file must not share a report."""
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    return (code.co_filename, code.co_firstlineno) if code else ("", 0)
+
+
+@functools.cache
+def _reader() -> str:
+    """Digest of the code that makes reports of XLA's plans."""
+    sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -1,0 +1,99 @@
+"""A kept report is the one that measuring again would give, or it is not taken."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmem.memory import cache
+from jmem.memory.measure import measure
+
+x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("JMEM_CACHE_DIR", str(tmp_path / "kept"))
+    return tmp_path / "kept"
+
+
+def product(x, w):
+    return jnp.tanh(x @ w)
+
+
+def ask(fn=product, **more):
+    return measure(fn, x, x, bounds=False, **more)
+
+
+def test_the_second_answer_is_the_first_and_says_so(folder):
+    first, second = ask(), ask()
+    assert (first.cached, second.cached) == (False, True)
+    assert dataclasses.replace(second, cached=False) == first
+    assert "from the cache" in str(second)
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"target": "rtx4090"},
+        {"donate": (0,)},
+        {"labels": {"weights": (1, "")}},
+        {"options": {"xla_gpu_enable_triton_gemm": False}},
+        {"fn": lambda x, w: jnp.tanh(x @ w)},  # the same program on another line
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_another_question_is_measured(other):
+    ask()
+    assert not ask(**other).cached
+
+
+def test_it_can_be_told_not_to_look(folder):
+    ask()
+    assert not ask(cache=False).cached
+
+
+def test_a_damaged_entry_is_measured_again_and_replaced(folder):
+    first = ask()
+    (entry,) = folder.iterdir()
+    entry.write_text(entry.read_text()[:100])
+    assert not ask().cached
+    assert ask().device_bytes == first.device_bytes
+    assert ask().cached
+
+
+def test_failures_are_not_kept(folder):
+    with pytest.raises(ValueError, match="no_such_option"):
+        try:
+            ask(options={"no_such_option": True})
+        except Exception as error:
+            raise ValueError(str(error)) from error
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JMEM_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert not ask().cached
+    assert not ask().cached
+
+
+def test_nothing_is_kept_where_the_folder_is_empty(monkeypatch):
+    monkeypatch.setenv("JMEM_CACHE_DIR", "")
+    assert cache.folder() is None
+    assert not ask().cached
+    assert not ask().cached
+
+
+def test_a_report_is_not_taken_once_its_source_has_changed(tmp_path, monkeypatch):
+    source = tmp_path / "edited.py"
+    source.write_text("import jax.numpy as jnp\n\ndef fn(x, w):\n    return x @ w\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import edited  # pyright: ignore[reportMissingImports]
+
+    assert not ask(edited.fn).cached
+    assert ask(edited.fn).cached
+    source.write_text("# one line more\n" + source.read_text())
+    assert not ask(edited.fn).cached
