@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmem.memory.difference import diff
     from jmem.memory.guard import assert_fits
+    from jmem.memory.xprof import export_xprof
 
-__all__ = ["assert_fits", "diff"]
+__all__ = ["assert_fits", "diff", "export_xprof"]
 
-_CALLS = {"assert_fits": "jmem.memory.guard", "diff": "jmem.memory.difference"}
+_CALLS = {
+    "assert_fits": "jmem.memory.guard",
+    "diff": "jmem.memory.difference",
+    "export_xprof": "jmem.memory.xprof",
+}
 
 
 def __getattr__(name: str) -> Any:

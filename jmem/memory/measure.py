@@ -88,15 +88,7 @@ def measure(
       ProgramError: the program cannot be compiled ahead of time, with the reason.
       AccountError: the buffers do not sum to what XLA reports.
     """
-    if isinstance(what, Program):
-        if args or donate or static or labels:
-            raise TypeError(
-                "measure: a Program brings its arguments, donation, statics and labels "
-                "with it; give nothing but the target."
-            )
-        program = _labelled(what, what.labels or None)
-    else:
-        program = _program(what, args, donate, static, labels)
+    program = as_program(what, args, donate=donate, static=static, labels=labels)
     from jmem.memory import worker
 
     if target == ATTACHED:
@@ -138,7 +130,8 @@ def _measure(
     # XLA compiles on little more than one core: the second runs beside the first.
     with never_cached(), _without_noise(), futures.ThreadPoolExecutor(1) as beside:
         plain = beside.submit(lowered.compile, options | NO_TRITON) if bounds else None
-        module, analysis = _compile(lowered, options)
+        content, analysis = dumped(lowered, options)
+        module = hlo.read(content)
         ends = [analysis.total_allocation_bytes]
         if plain:
             other: Any = plain.result().memory_analysis()
@@ -191,8 +184,8 @@ def _measure(
     return report
 
 
-def _compile(lowered: Lowered, options: dict[str, Any]) -> tuple[hlo.Module, Any]:
-    """The compiled module with its buffer assignment, and XLA's own sums."""
+def dumped(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
+    """XLA's HloProto of the compiled program, plan included, and XLA's own sums."""
     with tempfile.TemporaryDirectory(prefix="jmem-") as folder:
         dump = {
             "xla_dump_to": folder,
@@ -208,7 +201,7 @@ def _compile(lowered: Lowered, options: dict[str, Any]) -> tuple[hlo.Module, Any
                 "XLA wrote no plan of the compiled program: it was not compiled for a "
                 "GPU, or XLA's dump options are overridden in XLA_FLAGS."
             )
-        return hlo.read(largest.read_bytes()), analysis
+        return largest.read_bytes(), analysis
 
 
 @contextlib.contextmanager
@@ -270,17 +263,25 @@ def _flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def _program(
-    fn: Callable,
+def as_program(
+    what: Program | Callable,
     args: tuple,
-    donate: tuple[int, ...],
-    static: tuple[int, ...],
-    labels: Mapping[str, Label | list[Label]] | None,
+    *,
+    donate: tuple[int, ...] = (),
+    static: tuple[int, ...] = (),
+    labels: Mapping[str, Label | list[Label]] | None = None,
 ) -> Program:
-    """A function as a program, labelled by the names of its arguments."""
-    if hasattr(fn, "trace") and not (donate or static):
-        donate, static = _jitted(fn, args)
-    return _labelled(Program(fn, args, donate, static), labels)
+    """A program as it is, or a function, labelled by the names of its arguments."""
+    if isinstance(what, Program):
+        if args or donate or static or labels:
+            raise TypeError(
+                "measure: a Program brings its arguments, donation, statics and labels "
+                "with it; give nothing but the target."
+            )
+        return _labelled(what, what.labels or None)
+    if hasattr(what, "trace") and not (donate or static):
+        donate, static = _jitted(what, args)
+    return _labelled(Program(what, args, donate, static), labels)
 
 
 def _labelled(
