@@ -12,11 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jmem.generate.cache import Cache, decode_attend, init_cache, prefill_attend
+from jmem.generate.sampling import Sampling
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
 from jmem.program import Program
 from jmem.train.loss import token_positions
+
+GREEDY = Sampling()
 
 
 def prefill_step(
@@ -53,19 +56,9 @@ def decode_step(
     return model.head(params, x[:, 0], ops), cache
 
 
-def sample(
-    logits: Float[Array, "B V"], temperature: float, key: jax.Array
-) -> Int[Array, " B"]:
-    """The likeliest token at temperature 0, else one drawn from softmax(logits / t)."""
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits.astype(jnp.float32) / temperature
-    return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
-
-
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "steps", "temperature", "stop_token"),
+    static_argnames=("model", "steps", "sampling", "stop_token"),
     donate_argnames="cache",
 )
 def extend(
@@ -77,7 +70,7 @@ def extend(
     key: jax.Array,
     *,
     steps: int,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     stop_token: int | None = None,
 ) -> tuple[Int[Array, "B steps"], Cache]:
     """Decodes `steps` tokens a row after prompts of `lengths`, in one program.
@@ -87,7 +80,7 @@ def extend(
 
     def step(state, index):
         logits, done, cache = state
-        token = sample(logits, temperature, jax.random.fold_in(key, index))
+        token = sampling(logits, jax.random.fold_in(key, index))
         if stop_token is not None:
             token = jnp.where(done, stop_token, token)
             done = done | (token == stop_token)
@@ -107,18 +100,22 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     key: jax.Array | None = None,
     stop_token: int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by at most `max_new_tokens` tokens.
 
     Rows may differ in length; each gets what it would get alone. A row ends with
-    `stop_token` if it produced one.
+    `stop_token` if it produced one. `temperature`, `top_k` and `top_p` are those of
+    `jmem.generate.sampling.Sampling`.
 
     Raises:
-      ValueError: no or empty prompts, a token outside the vocabulary, a negative
-        temperature, a temperature without `key`, or more positions than the model has.
+      ValueError: no or empty prompts, a token outside the vocabulary, sampling out of
+        range or without `key`, or more positions than the model has.
     """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     longest = _check(model, prompts, max_new_tokens, temperature, key)
     lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
     tokens = np.zeros((len(prompts), longest), np.int32)
@@ -134,7 +131,7 @@ def generate(
         cache,
         jax.random.key(0) if key is None else key,
         steps=max_new_tokens,
-        temperature=temperature,
+        sampling=sampling,
         stop_token=stop_token,
     )
     rows = np.asarray(answer).tolist()
@@ -159,8 +156,6 @@ def _check(model, prompts, max_new_tokens, temperature, key) -> int:
             )
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be positive.")
-    if not temperature >= 0:
-        raise ValueError(f"generate: temperature={temperature} must not be negative.")
     if temperature and key is None:
         raise ValueError(
             f"generate: temperature={temperature} draws at random and needs key; pass "

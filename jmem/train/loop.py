@@ -10,6 +10,7 @@ step late: the device never waits for a row to be written.
     folder/metrics.jsonl     a row a step, a row an evaluation
     folder/plan.json         the memory XLA planned for a step, on the device it ran on
     folder/checkpoints/<n>/  the state after n updates (`jmem.train.checkpoint`)
+    folder/best/<n>/         the one of the least held-out loss, if it is to be kept
     folder/trace/            XLA profiler trace of some steps, for xprof or Perfetto
 """
 
@@ -35,7 +36,7 @@ from jmem.train.checkpoint import Checkpoints, abstract, difference
 from jmem.train.finetuner import Finetuner
 from jmem.train.folder import prepare, require_free
 from jmem.train.loss import next_token_loss
-from jmem.train.metrics import MetricsFile
+from jmem.train.metrics import NAME, MetricsFile, read
 
 WARM_STEPS = 2
 """Steps that run before a trace begins."""
@@ -85,6 +86,8 @@ def train[State](
     evaluate_every: int = 0,
     checkpoint_every: int = 0,
     keep: int = 2,
+    keep_best: bool = False,
+    patience: int = 0,
     resume: bool = False,
     trace_steps: int = 0,
     progress: bool = True,
@@ -111,6 +114,9 @@ def train[State](
       checkpoint_every: updates between checkpoints; 0 for none in between. The last
         state is always written, and so is the one at Ctrl-C.
       keep: checkpoints that stay on the disk; one more exists while it is written.
+      keep_best: also keep, in `folder/best/`, the state of the least held-out loss.
+      patience: stop early after this many evaluations in a row that were no better
+        than the best before them; 0 never does. The state returned is the last one.
       resume: continue from the latest intact checkpoint in `folder`, and drop the rows
         after it. Where there is no checkpoint yet, start from `state`.
       trace_steps: steps to trace with the XLA profiler, after the first two.
@@ -129,9 +135,15 @@ def train[State](
         evaluate_every=(evaluate_every, 0),
         checkpoint_every=(checkpoint_every, 0),
         keep=(keep, 1),
+        patience=(patience, 0),
         trace_steps=(trace_steps, 0),
     )
     folder, held_out = prepare(folder), tuple(held_out)
+    if (patience or keep_best) and not held_out:
+        raise TrainingError(
+            f"train: patience={patience} and keep_best={keep_best} go by the held-out "
+            "loss; give held_out batches, and evaluate_every."
+        )
     state = jax.tree.map(_on_device, state)
     like = abstract(state)
     with contextlib.ExitStack() as stack:
@@ -147,9 +159,12 @@ def train[State](
                 f"train: steps={steps} and {folder} is already at update {start}. "
                 "Ask for more steps, or start in a new folder."
             )
-        if start == steps:
+        best = _Best(folder, start)
+        if start == steps or best.exhausted(patience):
             return state
-        _check_room(folder, like, checkpoints, steps - start, checkpoint_every)
+        _check_room(
+            folder, like, checkpoints, steps - start, checkpoint_every, keep_best
+        )
         began = time.perf_counter()
         first = data.batch(start)
         step = _compile_step(finetuner, model, like, first)
@@ -174,7 +189,9 @@ def train[State](
         if start:
             lines.note(f"resumed after update {start}")
         elif held_out and evaluate_first:
-            log.held_out(0, held_out_loss(state))
+            before = held_out_loss(state)
+            log.held_out(0, before)
+            best.improves(0, before)
         log.restart_clock()
         for done in range(start + 1, steps + 1):  # updates done when this one is
             batch = data.batch(done - 1)
@@ -192,11 +209,21 @@ def train[State](
                 if trace.ends(done):
                     trace.stop()
                 if evaluating:
-                    log.held_out(done, held_out_loss(state))
+                    loss = held_out_loss(state)
+                    log.held_out(done, loss)
+                    if best.improves(done, loss) and keep_best:
+                        best.save(state, data=data.digest)
+                if best.exhausted(patience):
+                    saving = True
+                    lines.note(
+                        f"no better held-out loss since update {best.step}; stopping"
+                    )
                 if saving:
                     file.sync()
                     checkpoints.save(done, state, data=data.digest)
                 log.restart_clock()
+            if best.exhausted(patience):
+                break
             if asked and done < steps:
                 raise Interrupted(
                     f"{folder.name}: stopped after update {done} of {steps}; its "
@@ -268,6 +295,35 @@ def _compile_evaluation(finetuner, model, like, held_out, evaluate) -> Callable:
         return float(np.dot(weights, np.array(losses, np.float64)) / weights.sum())
 
     return mean
+
+
+class _Best:
+    """The least held-out loss so far, and how long ago it was."""
+
+    def __init__(self, folder: pathlib.Path, start: int):
+        self.step, self._loss, self._since = 0, math.inf, 0
+        for row in read(folder) if (folder / NAME).exists() else []:
+            if "held_out_loss" in row and row["step"] <= start:
+                self.improves(row["step"], row["held_out_loss"])
+        self._folder = folder / "best"
+        if self._folder.exists():  # a better one of updates that are done again
+            for step in (kept := Checkpoints(self._folder)).steps():
+                if step != self.step:
+                    kept.remove(step)
+
+    def save(self, state: Any, *, data: str) -> None:
+        """Keeps the state of the best step, and no other."""
+        Checkpoints(self._folder, keep=1).save(self.step, state, data=data)
+
+    def improves(self, step: int, loss: float) -> bool:
+        """Takes an evaluation; whether it is the best."""
+        self._since += 1
+        if loss < self._loss:
+            self.step, self._loss, self._since = step, loss, 0
+        return self._since == 0
+
+    def exhausted(self, patience: int) -> bool:
+        return 0 < patience <= self._since
 
 
 class _Log:
@@ -388,12 +444,19 @@ def _check_unused(folder: pathlib.Path, checkpoints: Checkpoints) -> None:
         )
 
 
-def _check_room(folder, like, checkpoints: Checkpoints, steps: int, every: int) -> None:
+def _check_room(
+    folder,
+    like,
+    checkpoints: Checkpoints,
+    steps: int,
+    every: int,
+    keep_best: bool,
+) -> None:
     """Refuse a disk that is going to be full before the last checkpoint is written."""
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
     now = len(checkpoints.steps())
     saves = -(-steps // every) if every else 1
-    more = max(min(checkpoints.keep + 1, now + saves) - now, 1)
+    more = max(min(checkpoints.keep + 1, now + saves) - now, 1) + 2 * keep_best
     require_free(
         folder,
         more * each + SPARE_BYTES,

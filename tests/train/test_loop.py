@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import chex
 import jax
@@ -387,3 +389,69 @@ def test_importing_the_loop_leaves_orbax_alone():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+class Repeating(tiny.Walk):
+    """One batch again and again: learnt by heart, whatever else is forgotten."""
+
+    def batch(self, step):
+        return super().batch(0)
+
+
+HELD_OUT = tiny.Walk(seed=9).batch(0)
+REPEATED = Repeating(shape=(1, 4))
+
+
+class TestBest:
+    """Early stop and the best state, on data whose held-out loss turns around."""
+
+    settings: Mapping[str, Any] = {
+        "finetuner": tiny.Tiny(lr=0.1),
+        "data": REPEATED,
+        "steps": 40,
+        "held_out": [HELD_OUT],
+        "evaluate_every": 4,
+        "checkpoint_every": 8,
+    }
+
+    def losses(self, folder):
+        rows = metrics.read(folder)
+        return {r["step"]: r["held_out_loss"] for r in rows if "held_out_loss" in r}
+
+    def test_stops_after_evaluations_that_are_no_better(self, tmp_path):
+        tiny.run(tmp_path / "whole", **self.settings)
+        whole = self.losses(tmp_path / "whole")
+        best = min(whole, key=lambda step: whole[step])
+        assert best <= 24  # the promise is tested
+        tiny.run(tmp_path / "early", patience=2, **self.settings)
+        early = self.losses(tmp_path / "early")
+        assert max(early) < 40
+        assert early == {step: whole[step] for step in early}
+        steps = checkpoint.Checkpoints(tmp_path / "early" / "checkpoints").steps()
+        assert steps[-1] == max(early)
+
+    def test_a_stopped_run_stays_stopped(self, tmp_path):
+        settings = {**self.settings, "patience": 2}
+        first = tiny.run(tmp_path, **settings)
+        again = tiny.run(tmp_path, resume=True, **settings)
+        chex.assert_trees_all_equal(again["params"], first["params"])
+
+    def test_the_best_state_is_kept_and_can_be_read(self, tmp_path):
+        settings = {**self.settings, "keep_best": True}
+        last = tiny.run(tmp_path, **settings)
+        losses = self.losses(tmp_path)
+        like = checkpoint.abstract(last)
+        kept = checkpoint.Checkpoints(tmp_path / "best")
+        step, state = kept.restore(like, data=REPEATED.digest)
+        assert step == min(losses, key=lambda step: losses[step])
+        loss = tiny.Bigram().loss(state["params"], HELD_OUT)
+        np.testing.assert_allclose(loss, losses[step], rtol=1e-6)
+
+    def test_nothing_is_kept_unless_asked_for(self, tmp_path):
+        tiny.run(tmp_path, **self.settings)
+        assert not (tmp_path / "best").exists()
+
+    @pytest.mark.parametrize("more", [{"patience": 2}, {"keep_best": True}])
+    def test_needs_held_out_batches(self, tmp_path, more):
+        with pytest.raises(loop.TrainingError, match="give held_out batches"):
+            tiny.run(tmp_path, **more)

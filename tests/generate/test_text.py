@@ -1,0 +1,50 @@
+"""Text in, text out, and where it ends."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_decoder import TINY, random_params
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from jmem.generate.decode import generate
+from jmem.generate.text import complete
+from jmem.models.decoder import Decoder
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A decoder, weights, and a tokenizer whose tokens are words after a space."""
+    vocabulary = {f"▁w{n}": n for n in range(TINY.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    params = jax.tree.map(jnp.asarray, random_params(TINY, scale=0.3))
+    return Decoder(TINY), params, tokenizer
+
+
+def completed(parts, **more):
+    model, params, tokenizer = parts
+    prompts = ["w5 w9 w1", "w7"]
+    return complete(model, params, tokenizer, prompts, max_new_tokens=8, **more)
+
+
+def test_it_is_what_generate_gives_without_the_prompt(parts):
+    model, params, tokenizer = parts
+    found = completed(parts)
+    rows = generate(model, params, [[5, 9, 1], [7]], max_new_tokens=8)
+    assert found == [" " + tokenizer.decode(row) for row in rows]
+
+
+def test_a_stop_string_may_lie_across_tokens(parts):
+    whole, _ = completed(parts)
+    words = whole.split(" ")
+    across = f"{words[2][-1]} {words[3]}"
+    cut, _ = completed(parts, stop=["nowhere", across])
+    assert cut == whole[: whole.find(across)]
+    assert len(cut) < len(whole)
+
+
+@pytest.mark.parametrize("stop", ["ab", ["a", ""]])
+def test_refuses_what_is_no_list_of_strings(parts, stop):
+    with pytest.raises(ValueError, match="stop="):
+        completed(parts, stop=stop)
