@@ -4,12 +4,14 @@
     checkpoint.config, checkpoint.tokenizer             # no weights are read for these
     params = checkpoint.params()                        # the decoder's stacked tree
     jmem.checkpoints.save(params, checkpoint.config, "exported", checkpoint.tokenizer)
+    jmem.checkpoints.load_adapter("my-lora", checkpoint.config)  # and save_adapter
 
     files        bounded reads, strict JSON, atomic writes
     safetensors  the format: single, sharded       gguf      the format
     huggingface  config.json                       llamacpp  GGUF's metadata
     layout       names, transposes, stacking       smollm2   the packaged model
     tokenizer    tokenizer.json, or GGUF's metadata
+    peft         LoRA adapters, as PEFT's folders
 
 Everything is checked before anything is used; whatever is wrong is a `CheckpointError`
 that names file, place, value, rule and way out. No pickle is ever opened.
@@ -38,17 +40,28 @@ from jmem.checkpoints import tokenizer as tokenizer_files
 from jmem.checkpoints.files import (
     CheckpointError,
     LazyTensor,
+    must_be_free,
     parse_json,
     read_whole,
     staged,
+    write_text,
 )
+from jmem.checkpoints.peft import Adapter, load_adapter, save_adapter
 from jmem.models import zoo
 from jmem.models.decoder import DecoderConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "save"]
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "CheckpointError",
+    "load",
+    "load_adapter",
+    "save",
+    "save_adapter",
+]
 
 _CONFIG_LIMIT = 1 << 24
 """Longest config.json, in bytes."""
@@ -125,23 +138,37 @@ def save(
     tokenizer: "Tokenizer | None" = None,
     *,
     eos_ids: tuple[int, ...] = (),
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Writes a Hugging Face folder: model.safetensors, config.json, tokenizer.json.
 
     Weights keep their dtype and go out one tensor at a time. The folder appears whole
     or not at all.
 
+    Args:
+      params: the decoder's tree, JAX or NumPy arrays.
+      config: the decoder.
+      path: a folder that is absent or empty.
+      tokenizer: written beside the weights, if given.
+      eos_ids: tokens that end a text.
+      max_shard_bytes: most bytes of values in a file. More are cut into
+        model-00001-of-0000N.safetensors ..., with model.safetensors.index.json saying
+        what lies where; a tensor above the limit has a file of its own. None: one file.
+
     Raises:
       CheckpointError: `params` is not the tree of `config`, the folder exists and is
         not empty, or it cannot be written.
+      ValueError: `max_shard_bytes` is not a positive integer.
     """
     path = Path(path)
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(
+            f"save: max_shard_bytes={max_shard_bytes} holds nothing; need at least 1, "
+            "or None for one file."
+        )
     tensors = layout.disassemble(config, params)
     dtype = layout.widest(tensors)
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(
-            f"{path}: exists and is not an empty folder. Choose another, or remove it."
-        )
+    must_be_free(path)
     raw = huggingface.render_config(config, dtype, eos_ids)
     texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
     if tokenizer is not None:
@@ -150,8 +177,8 @@ def save(
     with staged(path, nbytes) as stage:
         stage.mkdir()
         for name, text in texts.items():
-            (stage / name).write_text(text, encoding="utf-8")
-        safetensors.write(stage / safetensors.SINGLE, tensors)
+            write_text(stage / name, text)
+        safetensors.write_folder(stage, tensors, max_shard_bytes)
 
 
 def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:

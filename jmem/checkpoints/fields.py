@@ -40,6 +40,18 @@ def number(
     raise unsupported(where, field, value, "a positive finite number")
 
 
+def flag(raw: Mapping[str, Any], field: str, where: str) -> bool:
+    """True or false; false if absent or null.
+
+    Raises:
+      CheckpointError: anything else.
+    """
+    value = raw.get(field)
+    if not isinstance(value, bool | None):
+        raise unsupported(where, field, value, "true or false")
+    return bool(value)
+
+
 def neutral(
     raw: Mapping[str, Any], table: Mapping[str, tuple], where: str, prefix: str = ""
 ) -> None:

@@ -7,6 +7,7 @@ while mapped kills the process with SIGBUS, a short read is an error with a name
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -36,6 +37,11 @@ class LazyTensor:
     read: Callable[[], np.ndarray]
     origin: str = ""
     """The file it lies in, for error messages."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values take."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def open_file(path: Path) -> tuple[BufferedReader, int]:
@@ -117,6 +123,27 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
             f"{where}: holds a JSON {type(value).__name__}, not an object."
         )
     return value
+
+
+def must_be_free(folder: Path) -> None:
+    """Passes if a new folder may take this place: nothing is there, or an empty one.
+
+    Raises:
+      CheckpointError: anything else is; it is not overwritten.
+    """
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder}: exists and is not an empty folder. Choose another, or "
+            "remove it."
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 and waits until it is on disk."""
+    with open(path, "x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

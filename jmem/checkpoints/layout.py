@@ -1,7 +1,7 @@
 """Where each parameter of the decoder lies in a checkpoint, and the way there and back.
 
-One table serves both namings. A checkpoint holds linear maps as torch does, [out, in],
-one tensor a layer; the decoder holds kernels [in, out] stacked on axis 0.
+A checkpoint holds one tensor a layer, linear maps as torch does, [out, in]; the decoder
+holds kernels [in, out] stacked on axis 0. `names` says which tensor is which leaf.
 
 Memory   `assemble` fills one stacked leaf at a time, in place on the device: the peak
          is the result and one tensor.
@@ -10,9 +10,7 @@ Memory   `assemble` fills one stacked leaf at a time, in place on the device: th
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,85 +18,22 @@ import ml_dtypes
 import numpy as np
 
 from jmem.checkpoints.files import CheckpointError, LazyTensor
+from jmem.checkpoints.names import Leaf, Naming, family, leaves
 from jmem.models.decoder import DecoderConfig
-
-Naming = Literal["huggingface", "gguf"]
 
 WEIGHT_DTYPES = tuple(np.dtype(d) for d in ("float32", ml_dtypes.bfloat16, "float16"))
 """What weights may be stored, returned and exported as."""
 
-_NOT_PARAMETERS = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")
+_NOT_PARAMETERS = re.compile(
+    r".*rotary_emb\.inv_freq|rope_freqs\.weight|"
+    r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+)
 """Tables that some exporters store beside the weights; they follow from the config."""
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """One leaf of the parameter tree and its names elsewhere (`{}` is the layer)."""
-
-    path: str
-    shape: tuple[int, ...]
-    """Of one layer, in the decoder's layout."""
-    huggingface: str
-    gguf: str
-
-    @property
-    def stacked(self) -> bool:
-        return self.path.startswith("blocks/")
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Of one layer, as in torch."""
-        return self.shape[::-1] if self.path.endswith("/kernel") else self.shape
-
-    def orient(self, values):
-        """From one layout to the other; a view."""
-        return values.T if self.path.endswith("/kernel") else values
-
-    def names(self, naming: Naming, layers: int) -> Iterator[str]:
-        template = getattr(self, naming)
-        return (template.format(i) for i in range(layers if self.stacked else 1))
-
-
-def leaves(config: DecoderConfig) -> tuple[Leaf, ...]:
-    """Every leaf of `Decoder(config)`'s parameters."""
-    c = config
-    queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    linear = (  # ours, Hugging Face's, GGUF's, [in, out]
-        ("attention/q", "self_attn.q_proj", "attn_q", (c.hidden, queries)),
-        ("attention/k", "self_attn.k_proj", "attn_k", (c.hidden, keys)),
-        ("attention/v", "self_attn.v_proj", "attn_v", (c.hidden, keys)),
-        ("attention/o", "self_attn.o_proj", "attn_output", (queries, c.hidden)),
-        ("mlp/gate", "mlp.gate_proj", "ffn_gate", (c.hidden, c.intermediate)),
-        ("mlp/up", "mlp.up_proj", "ffn_up", (c.hidden, c.intermediate)),
-        ("mlp/down", "mlp.down_proj", "ffn_down", (c.intermediate, c.hidden)),
-    )
-    norms = (
-        ("attention_norm", "input_layernorm", "attn_norm"),
-        ("mlp_norm", "post_attention_layernorm", "ffn_norm"),
-    )
-
-    def block(path: str, shape: tuple[int, ...], hf: str, gguf: str) -> Leaf:
-        return Leaf(
-            f"blocks/{path}", shape, f"model.layers.{{}}.{hf}", f"blk.{{}}.{gguf}"
-        )
-
-    table, width = (c.vocab_size, c.hidden), (c.hidden,)
-    rows = [
-        Leaf("embed/embedding", table, "model.embed_tokens.weight", "token_embd.weight")
-    ]
-    for ours, hf, gguf in norms:
-        rows.append(block(f"{ours}/scale", width, f"{hf}.weight", f"{gguf}.weight"))
-    for ours, hf, gguf, shape in linear:
-        rows.append(block(f"{ours}/kernel", shape, f"{hf}.weight", f"{gguf}.weight"))
-    if c.qkv_bias:
-        for ours, hf, gguf, shape in linear[:3]:
-            rows.append(block(f"{ours}/bias", shape[1:], f"{hf}.bias", f"{gguf}.bias"))
-    rows.append(
-        Leaf("final_norm/scale", width, "model.norm.weight", "output_norm.weight")
-    )
-    if not c.tied:
-        rows.append(Leaf("head/kernel", table[::-1], "lm_head.weight", "output.weight"))
-    return tuple(rows)
+def _bare(name: str) -> str:
+    """The name in a file of the model without its head."""
+    return re.sub(r"^(model|transformer)\.", "", name)
 
 
 def match(
@@ -113,9 +48,18 @@ def match(
     found: dict[str, tuple[LazyTensor, ...]] = {}
     used = set()
     origin = next(iter(tensors.values())).origin if tensors else where
-    for leaf in leaves(config):
+    table = leaves(config)
+    if naming == "gguf" and not table[0].gguf:
+        raise CheckpointError(
+            f"{origin}: {where} is a {family(config)}, whose GGUF files are not "
+            "supported. Load its Hugging Face folder."
+        )
+    first = table[0].huggingface
+    bare = first not in tensors and _bare(first) in tensors
+    for leaf in table:
         members = []
         for name in leaf.names(naming, config.layers):
+            name = _bare(name) if bare else name
             tensor = tensors.get(name)
             if tensor is None:
                 raise CheckpointError(
@@ -143,7 +87,7 @@ def match(
         if name not in used and not tied_copy and not _NOT_PARAMETERS.fullmatch(name):
             raise CheckpointError(
                 f"{tensor.origin}: tensor {name!r} of shape {tensor.shape} has no "
-                f"place in {where}. Supported are Llama-like decoders with no other "
+                f"place in {where}. Supported are decoders with no other "
                 "parameters; adapters must be merged first."
             )
     return found
@@ -171,10 +115,10 @@ def assemble(
         if leaf.stacked:
             value = jnp.zeros((len(members), *leaf.shape), dtype)
             for layer, tensor in enumerate(members):
-                row = leaf.orient(_cast(tensor, dtype))
+                row = leaf.taken_from(_cast(tensor, dtype))
                 value = _write_row(value, row, layer).block_until_ready()
         else:
-            value = jnp.array(leaf.orient(_cast(members[0], dtype)))
+            value = jnp.array(leaf.taken_from(_cast(members[0], dtype)))
         _insert(params, leaf.path, value.block_until_ready())
     return params
 
@@ -217,7 +161,7 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
         jax.tree_util.keystr(path, simple=True, separator="/"): value
         for path, value in jax.tree.leaves_with_path(params)
     }
-    tensors = []
+    stored: dict[str, list[tuple]] = {}  # several parts where a tensor is fused
     for leaf in leaves(config):
         shape = (config.layers, *leaf.shape) if leaf.stacked else leaf.shape
         value = given.pop(leaf.path, None)
@@ -233,25 +177,43 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
                 f"{_listed(WEIGHT_DTYPES)}."
             )
         for layer, name in enumerate(leaf.names("huggingface", config.layers)):
-            read = functools.partial(_fetch, leaf, value, layer)
-            dtype = np.dtype(value.dtype)
-            tensors.append(LazyTensor(name, leaf.stored_shape, dtype, read, "params"))
+            stored.setdefault(name, []).append((leaf, value, layer))
     if given:
         raise CheckpointError(
             f"save: parameter {next(iter(given))!r} has no place in config. Merge "
             "adapters first (`finetuner.merged(state)`)."
         )
-    return tensors
+    return [_joined(name, parts) for name, parts in stored.items()]
+
+
+def _joined(
+    name: str, parts: list[tuple[Leaf, jax.Array | np.ndarray, int]]
+) -> LazyTensor:
+    """The stored tensor of the leaves that share it, side by side."""
+    leaf = parts[0][0]
+    dtypes = {np.dtype(value.dtype) for _, value, _ in parts}
+    if len(dtypes) > 1:
+        paths = ", ".join(part.path for part, _, _ in parts)
+        raise CheckpointError(
+            f"save: parameters {paths} have dtypes {_listed(dtypes)}, but are stored "
+            f"in one tensor, {name!r}. Cast them to one."
+        )
+
+    def read() -> np.ndarray:
+        values = [_fetch(*part) for part in parts]
+        return values[0] if len(values) == 1 else np.concatenate(values, axis=-1)
+
+    return LazyTensor(name, leaf.stored_shape, dtypes.pop(), read, "params")
 
 
 def _fetch(leaf: Leaf, value: jax.Array | np.ndarray, layer: int) -> np.ndarray:
     if not leaf.stacked:
-        return leaf.orient(np.asarray(value))
+        return leaf.as_stored(np.asarray(value))
     if isinstance(value, np.ndarray):
-        return leaf.orient(value[layer])
+        return leaf.as_stored(value[layer])
     # The layer is an operand: one compiled slice serves all of them.
     row = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
-    return leaf.orient(np.asarray(row))
+    return leaf.as_stored(np.asarray(row))
 
 
 def total_bytes(tensors: Iterable[LazyTensor]) -> int:

@@ -1,4 +1,4 @@
-"""Safetensors: single files and sharded folders in, lazily; one file out.
+"""Safetensors: single files and sharded folders, in lazily and out atomically.
 
 Format   8 bytes little-endian length, a JSON header {name: {dtype, shape,
          data_offsets}}, then the data, back to back. https://github.com/huggingface/safetensors
@@ -30,6 +30,7 @@ from jmem.checkpoints.files import (
     read_span,
     read_whole,
     staged,
+    write_text,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -209,6 +210,49 @@ def read_folder(folder: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
+def write_folder(
+    folder: Path, tensors: Iterable[LazyTensor], max_shard_bytes: int | None = None
+) -> None:
+    """Fills a new folder: `model.safetensors`, or shards and their index.
+
+    Shards are named as Hugging Face names them, filled in the order of `tensors`, and
+    hold at most `max_shard_bytes` of values (a larger tensor is a shard of its own).
+    What fits one shard is written as one file without an index. Each file is atomic;
+    the folder is the caller's, who stages it.
+
+    Raises:
+      CheckpointError: as `write`.
+    """
+    shards: list[list[LazyTensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if shards[-1] and max_shard_bytes and held + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.nbytes
+    if len(shards) == 1:
+        return write(folder / SINGLE, shards[0])
+    weight_map: dict[str, str] = {}
+    names = [
+        f"model-{number:05}-of-{len(shards):05}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards):
+        for tensor in shard:
+            if tensor.name in weight_map:
+                raise CheckpointError(
+                    f"{folder}: tensor {tensor.name!r} is given twice; names are "
+                    "unique."
+                )
+            weight_map[tensor.name] = name
+    for name, shard in zip(names, shards):
+        write(folder / name, shard)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 def write(path: Path, tensors: Iterable[LazyTensor]) -> None:
     """Writes one file, atomically, holding one tensor in memory at a time.
 
@@ -228,7 +272,7 @@ def write(path: Path, tensors: Iterable[LazyTensor]) -> None:
                 f"{path}: tensor {tensor.name!r} of dtype {tensor.dtype} cannot be "
                 f"written: names are unique and dtypes among {', '.join(DTYPES)}."
             )
-        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
+        end = position + tensor.nbytes
         header[tensor.name] = {
             "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),

@@ -1,6 +1,8 @@
 """Text as batches of one static shape: read, tokenise, pack or pad, shuffle, resume.
 
     documents = jmem.data.read("train.jsonl", column="text")    # a datasets.Dataset
+    # or .csv, .parquet, .txt; prompt="question", completion="answer" trains on answers
+    # chats: read_chats("chats.jsonl", template=read_template("checkpoint"))
     sequences = jmem.data.tokenise(documents, tokenizer)        # ids, each with its end
     loader = jmem.data.Loader(jmem.data.pack(sequences, seq_len=512), batch_size=8)
     loader.batch(step)                                          # any step, no state
@@ -12,6 +14,7 @@ cannot be used raise `DataError`, a ValueError, before any training.
 
 from jmem.data.batch import Batch
 from jmem.data.builtin import Corpus, python_reference
+from jmem.data.chat import ChatTemplate, read_chats, read_template
 from jmem.data.document import DataError, Document
 from jmem.data.loader import Loader, in_order
 from jmem.data.text import read
@@ -20,6 +23,7 @@ from jmem.data.windows import pack, pad
 
 __all__ = [
     "Batch",
+    "ChatTemplate",
     "Corpus",
     "DataError",
     "Document",
@@ -29,5 +33,7 @@ __all__ = [
     "pad",
     "python_reference",
     "read",
+    "read_chats",
+    "read_template",
     "tokenise",
 ]

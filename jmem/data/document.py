@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class DataError(ValueError):
@@ -12,22 +12,34 @@ class DataError(ValueError):
 class Document(TypedDict):
     """A text and where it came from.
 
-    A row of a `datasets.Dataset` with these two columns is a Document as it stands.
+    A row of a `datasets.Dataset` with these columns is a Document as it stands.
     """
 
     text: str
     """Not empty, and encodable as UTF-8."""
     source: str
     """For messages and records: `train.jsonl:17`, `topic:del`."""
+    loss_spans: NotRequired[list[tuple[int, int]]]
+    """Characters [start, end) of the text that the loss covers, in order and apart.
+    Absent: all."""
 
 
-def text_of(row: Any, column: str, place: str) -> str:
+def missing_column(place: str, column: str, columns: Iterable[Any]) -> DataError:
+    """The error that names the column, those there are, and the nearest."""
+    names = sorted(map(str, columns))
+    return DataError(
+        f"{place}: no column {column!r} among {names}{nearest(column, names)}. Name "
+        "the column that holds the text: column=..."
+    )
+
+
+def text_of(row: Any, column: str, place: str, *, blank: bool = False) -> str:
     """The text in `column` of a row, once it is known to be usable.
 
     Raises:
       DataError: `row` is not a mapping or has no such column, or the value is not a
-        string, is blank, or holds a lone surrogate (which no UTF-8 text can). The
-        message starts with `place`.
+        string, is blank (unless it may be), or holds a lone surrogate (which no UTF-8
+        text can). The message starts with `place`.
     """
     if not isinstance(row, Mapping):
         raise DataError(
@@ -35,17 +47,14 @@ def text_of(row: Any, column: str, place: str) -> str:
             f"not {type(row).__name__}. Write it as {{{column!r}: ...}}."
         )
     if column not in row:
-        raise DataError(
-            f"{place}: no column {column!r} among {sorted(map(str, row))}"
-            f"{nearest(column, row)}. Name the column that holds the text: column=..."
-        )
+        raise missing_column(place, column, row)
     text = row[column]
     if not isinstance(text, str):
         raise DataError(
             f"{place}: column {column!r} holds {type(text).__name__}, not a string. "
             "Convert it, or name another column: column=..."
         )
-    if not text.strip():
+    if not blank and not text.strip():
         raise DataError(
             f"{place}: column {column!r} is blank, and a document needs text. "
             "Remove the row."

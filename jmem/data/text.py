@@ -1,46 +1,56 @@
-"""Local text files as documents: `.jsonl` and `.txt`, through `datasets`.
+"""Local files as documents, through `datasets`: JSON lines, CSV, Parquet, plain text.
 
 Idea    `read` gives a `datasets.Dataset` with the columns of `Document`, so its own
         tools (`train_test_split`, `filter`, `map` ...) lie between reading and
-        `jmem.data.tokenise`. That function takes any Dataset with a column of
-        text: whatever else `datasets` opens (Parquet, CSV, Arrow) needs no reader here.
-Differs Lines are parsed here and not by `datasets.load_dataset("json")`, which names no
-        line in its errors, turns a column of dates into datetimes (seen in 5.2), and
-        writes a cache. Here every line is checked before anything else happens,
-        strings stay as they are, and nothing is written or fetched.
+        `jmem.data.tokenise`. That function takes any Dataset with a column of text:
+        whatever else `datasets` opens (Arrow, a hub) needs no reader here.
+Differs Rows are parsed here and not by `datasets.load_dataset`, which names no line in
+        its errors, turns a column of dates into datetimes (seen in 5.2), and writes a
+        cache. Here every row is checked before anything else happens, strings stay as
+        they are, and nothing is written or fetched.
 Memory  The documents, twice while they are read and once afterwards.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from jmem.data import rows
 from jmem.data.document import DataError, Document, nearest, text_of
 
 if TYPE_CHECKING:
     import datasets
+
+KINDS = (".jsonl", ".csv", ".parquet", ".txt")
 
 
 def read(
     *paths: str | os.PathLike[str],
     column: str = "text",
     unit: Literal["file", "paragraph"] = "file",
+    prompt: str | None = None,
+    completion: str | None = None,
 ) -> "datasets.Dataset":
     r"""Documents of the files, in order, as a Dataset with columns `text` and `source`.
 
-    A `.jsonl` file holds one JSON object a line (blank lines are skipped); the text is
-    in `column`, further columns are left behind, and the source is `path:line`. A
-    `.txt` file is one document, or with `unit="paragraph"` one for each group of lines
-    between blank lines; line ends become `\n`. Both are UTF-8, a leading byte order
-    mark is dropped.
+    A `.jsonl` file holds one JSON object a line (blank lines are skipped), a `.csv`
+    file a header and rows, a `.parquet` file columns of strings. The text is in
+    `column`, further columns are left behind, and the source is `path:line` (in Parquet
+    `path:row`, from 1). A `.txt` file is one document, or with `unit="paragraph"` one
+    for each group of lines between blank lines; line ends become `\n`. Text is UTF-8, a
+    leading byte order mark is dropped.
+
+    With `prompt` and `completion`, two columns, the text is one after the other as they
+    stand, and a third column, `loss_spans`, says that the loss covers the completion
+    only: `tokenise`, `pack` and `pad` keep to it. A prompt may be empty.
 
     Raises:
-      DataError: no path; a file that is missing, not readable, empty, of another kind
-        or not UTF-8; a line that is not a JSON object; a column that is missing, not a
-        string or blank. The message starts with `path:line` where there is one.
+      DataError: no path; a file that is missing, not readable, empty, of another kind,
+        damaged or not UTF-8; a line that is not a JSON object; a column that is
+        missing, not a string or blank. The message starts with `path:line` where there
+        is one.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -49,70 +59,103 @@ def read(
     ...     read(path)["text"][:]
     ['One.', 'Two.']
     """
-    if not paths:
-        raise DataError("read: no path given; name at least one .jsonl or .txt file.")
     if unit not in ("file", "paragraph"):
         raise DataError(f"read: unit={unit!r} is neither 'file' nor 'paragraph'.")
-    readers = [(Path(path), _reader(Path(path), column, unit)) for path in paths]
+    if (prompt is None) != (completion is None):
+        raise DataError(
+            f"read: prompt={prompt!r} and completion={completion!r} go together; for "
+            "one column of text give column=..."
+        )
+    columns = (
+        (column,) if prompt is None or completion is None else (prompt, completion)
+    )
+    files = checked("read", paths, KINDS)
+    for path in files:
+        if path.suffix.lower() == ".txt" and len(columns) > 1:
+            raise DataError(
+                f"{path}: plain text has no columns {columns[0]!r} and {columns[1]!r}; "
+                "write prompts and completions as .jsonl, .csv or .parquet."
+            )
+    return gather(files, lambda path: _documents(path, columns, unit))
+
+
+def gather(
+    files: Iterable[Path], documents_of: Callable[[Path], Iterable[Document]]
+) -> "datasets.Dataset":
+    """The documents of all files as a Dataset; each file must hold one at least."""
     documents: list[Document] = []
-    for path, reader in readers:
+    for path in files:
         before = len(documents)
         try:
-            documents.extend(reader(path))
+            documents.extend(documents_of(path))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
         if len(documents) == before:
-            raise DataError(f"{path}: holds only blank lines; leave the file out.")
+            raise DataError(
+                f"{path}: holds no text, only blank lines or a header; leave it out."
+            )
+    return _dataset(documents)
 
-    import datasets
 
-    return datasets.Dataset.from_dict(
-        {key: [document[key] for document in documents] for key in ("text", "source")},
-        # 64-bit offsets: the texts together may exceed 2 GiB.
-        features=datasets.Features(
-            text=datasets.Value("large_string"), source=datasets.Value("large_string")
-        ),
+def _dataset(documents: list[Document]) -> "datasets.Dataset":
+    from datasets import Dataset, Features, List, Value
+
+    # 64-bit offsets: the texts together may exceed 2 GiB.
+    features: dict[str, Any] = dict.fromkeys(("text", "source"), Value("large_string"))
+    if "loss_spans" in documents[0]:
+        features["loss_spans"] = List(List(Value("int64"), length=2))
+    return Dataset.from_dict(
+        {key: [document[key] for document in documents] for key in features},
+        features=Features(features),
     )
 
 
-def _reader(path: Path, column: str, unit: str) -> Callable[[Path], Iterable[Document]]:
-    """How to read `path`, after the checks that cost nothing."""
+def checked(
+    caller: str, paths: Iterable[str | os.PathLike[str]], kinds: tuple[str, ...]
+) -> list[Path]:
+    """The paths, after the checks that cost nothing."""
+    files = [Path(path) for path in paths]
+    if not files:
+        raise DataError(
+            f"{caller}: no path given; name at least one {_or(kinds)} file."
+        )
+    for path in files:
+        _check(path, kinds)
+    return files
+
+
+def _check(path: Path, kinds: tuple[str, ...]) -> None:
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; name the .jsonl or .txt files inside.")
+        raise DataError(f"{path}: is a folder; name the {_or(kinds)} files inside.")
     if not path.exists():
         folder = path.parent
         near = nearest(path.name, os.listdir(folder)) if folder.is_dir() else ""
         raise DataError(f"{path}: no such file{near}.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; give a file with text, or leave it out.")
-    match path.suffix.lower():
-        case ".jsonl":
-            return lambda path: _json_lines(path, column)
-        case ".txt" if unit == "file":
-            return lambda path: [_whole(path)]
-        case ".txt":
-            return _paragraphs
-    raise DataError(
-        f"{path}: is neither .jsonl nor .txt. Convert it, or open it with "
-        "datasets.load_dataset(...) and give the Dataset to jmem.data.tokenise."
-    )
+    if path.suffix.lower() not in kinds:
+        raise DataError(
+            f"{path}: is not {_or(kinds)}. Convert it, or open it with "
+            "datasets.load_dataset(...) and give the Dataset to jmem.data.tokenise."
+        )
 
 
-def _json_lines(path: Path, column: str) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            text = _decode(line, path, first_line=number)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{place}: not JSON ({_reason(error)}). A .jsonl file holds one "
-                    "object a line; an array must be written out one element a line."
-                ) from error
-            yield Document(text=text_of(row, column, place), source=place)
+def _documents(path: Path, columns: tuple[str, ...], unit: str) -> Iterable[Document]:
+    table = rows.of_file(path, columns)
+    if table is not None:
+        return (_document(row, columns, place) for place, row in table)
+    return [_whole(path)] if unit == "file" else _paragraphs(path)
+
+
+def _document(row: Any, columns: tuple[str, ...], place: str) -> Document:
+    """The text of one column; of two, the first is read and the second trained on."""
+    *given, column = columns
+    start = "".join(text_of(row, name, place, blank=True) for name in given)
+    text = start + text_of(row, column, place)
+    document = Document(text=text, source=place)
+    if given:
+        document["loss_spans"] = [(len(start), len(text))]
+    return document
 
 
 def _whole(path: Path) -> Document:
@@ -129,23 +172,9 @@ def _paragraphs(path: Path) -> Iterator[Document]:
 
 
 def _lines(path: Path) -> list[str]:
-    text = _decode(path.read_bytes(), path, first_line=1)
+    text = rows.decode(path.read_bytes(), path, first_line=1)
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def _decode(content: bytes, path: Path, *, first_line: int) -> str:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}:{line}: byte 0x{content[error.start]:02x} is not UTF-8. "
-            "Convert the file, as in: iconv -f latin1 -t utf-8."
-        ) from error
-    return text.removeprefix("\ufeff") if first_line == 1 else text
-
-
-def _reason(error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at character {error.pos + 1}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+def _or(kinds: tuple[str, ...]) -> str:
+    return f"{', '.join(kinds[:-1])} or {kinds[-1]}"

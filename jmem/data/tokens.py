@@ -1,4 +1,4 @@
-"""Documents as token ids."""
+"""Documents as token ids, and which of them the loss covers."""
 
 from collections.abc import Iterable, Mapping
 from itertools import batched
@@ -22,18 +22,25 @@ def tokenise(
     *,
     end: str = "<|endoftext|>",
     column: str = "text",
+    add_special_tokens: bool = True,
     vocab_size: int | None = None,
 ) -> list[Int32[np.ndarray, " _"]]:
     """Token ids of each document, closed by the token `end`.
 
     `documents` are `Document`s, or rows of any `datasets.Dataset`. The tokenizer
-    adds what it always adds to a text (a begin token for Llama, nothing for SmolLM2)
+    adds what it always adds to a text (a begin token for Llama, nothing for SmolLM2;
+    not with `add_special_tokens=False`, right for chats, whose template writes it)
     and reads special tokens spelled out in the text as such; truncation and padding
     that it was left with are not applied. The ids stay in host memory, 4 bytes a token.
 
+    A document with `loss_spans` becomes a `numpy.ma.MaskedArray`, masked where the loss
+    does not look: a token counts if its last character lies in a span, and the end
+    token if a span ends with the text. All others are plain arrays, and all count.
+
     Raises:
-      DataError: no document; a row without usable text in `column`; a document without
-        a single token; a tokenizer that does not know `end`, or that makes an id which
+      DataError: no document; a row without usable text in `column`, or with
+        `loss_spans` that do not lie in it; a document without a single token (or none
+        that counts); a tokenizer that does not know `end`, or that makes an id which
         `vocab_size` (the model's, if given) has no row for. JAX would clamp such an id
         to the last row in silence.
     """
@@ -49,7 +56,8 @@ def tokenise(
     for rows in batched(documents, ENCODED_AT_ONCE):
         places = [_place(row, len(sequences) + i) for i, row in enumerate(rows)]
         texts = [text_of(row, column, place) for row, place in zip(rows, places)]
-        for place, encoding in zip(places, tokenizer.encode_batch(texts)):
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        for row, place, text, encoding in zip(rows, places, texts, encodings):
             if not encoding.ids:
                 raise DataError(
                     f"{place}: the tokenizer finds no token in the text. "
@@ -61,10 +69,50 @@ def tokenise(
                     f"{place}: token id {ids.max()} does not fit in vocab_size="
                     f"{vocab_size}. Use the tokenizer that belongs to the model."
                 )
+            spans = row.get("loss_spans")
+            if spans is not None:
+                ids = _masked(ids, encoding.offsets, spans, len(text), place)
             sequences.append(ids)
     if not sequences:
         raise DataError("tokenise: no document given; name files that hold text.")
     return sequences
+
+
+def _masked(
+    ids: np.ndarray,
+    offsets: list[tuple[int, int]],
+    spans: Any,
+    length: int,
+    place: str,
+) -> np.ma.MaskedArray:
+    """`ids` without the tokens, and perhaps the end, that lie outside of `spans`."""
+    edges = _edges(spans, length, place)
+    # Tokens that the tokenizer adds have offsets (0, 0): they go with what is before.
+    ends = np.maximum.accumulate([*(end for _, end in offsets), length])
+    # Inside a span lies what has an odd number of edges before it.
+    counted = np.searchsorted(edges, ends, side="left") % 2 == 1
+    if not counted.any():
+        raise DataError(
+            f"{place}: no token lies in loss_spans={spans!r:.200}, so there is nothing "
+            "to learn. Remove the document."
+        )
+    return np.ma.masked_array(ids, mask=~counted)
+
+
+def _edges(spans: Any, length: int, place: str) -> list[int]:
+    """Starts and ends of `spans`, one after the other."""
+
+    def is_pair(span: Any) -> bool:
+        return isinstance(span, list | tuple) and [*map(type, span)] == [int, int]
+
+    sound = isinstance(spans, list | tuple) and all(map(is_pair, spans))
+    edges = [edge for span in spans for edge in span] if sound else []
+    if not edges or edges != sorted(edges) or edges[0] < 0 or edges[-1] > length:
+        raise DataError(
+            f"{place}: loss_spans={spans!r:.200} must be pairs [start, end), ascending "
+            f"and apart, within the {length} characters of the text."
+        )
+    return edges
 
 
 def _place(row: Any, index: int) -> str:

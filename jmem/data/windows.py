@@ -4,6 +4,9 @@ A row of `seq_len` targets spans `seq_len + 1` tokens: `tokens` are all but the 
 `targets` all but the first. Padding has id 0 and weight 0; it comes last in its row, so
 under causal attention no counted position sees it. Document boundaries are not masked:
 inside a packed row attention reaches back into the documents before.
+
+A target has weight 1 unless it is padding, or masked in its sequence (a masked array,
+as `tokenise` makes of a prompt with its completion).
 """
 
 from collections.abc import Sequence
@@ -28,16 +31,18 @@ def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
     ([[5, 6, 7], [0, 8, 0]], [[6, 7, 0], [8, 0, 0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
     """
     _check("pack", sequences, seq_len)
-    stream = np.concatenate(sequences)
-    counted = stream.size - 1
-    if counted < 1:
+    stream = np.concatenate([np.ma.getdata(ids) for ids in sequences])
+    counts = np.concatenate([~np.ma.getmaskarray(ids) for ids in sequences])
+    targets = stream.size - 1
+    if targets < 1:
         raise DataError(
             "pack: one token in all, so nothing to predict; give more text."
         )
-    rows = -(-counted // seq_len)
+    rows = -(-targets // seq_len)
     padded = np.zeros(rows * seq_len + 1, np.int32)
     padded[: stream.size] = stream
-    weights = (np.arange(rows * seq_len) < counted).astype(np.float32)
+    weights = np.zeros(rows * seq_len, np.float32)
+    weights[:targets] = counts[1:]
     shape = (rows, seq_len)
     return Batch(
         padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape)
@@ -48,6 +53,10 @@ def pad(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
     """One sequence a row: [N, seq_len], cut after `seq_len + 1` tokens or padded.
 
     What is cut is lost to training; the end token goes with it.
+
+    Raises:
+      DataError: a sequence of one token, or one whose first `seq_len` targets are all
+        masked: its row would teach nothing.
 
     >>> data = pad([np.array([5, 6, 7, 0], np.int32), np.array([8, 0], np.int32)], 2)
     >>> data.tokens.tolist(), data.targets.tolist(), data.weights.tolist()
@@ -64,9 +73,16 @@ def pad(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
                 f"pad: sequence {row} has {sequence.size} token(s), and a target needs "
                 "one before it. Remove it, or close each document with an end token."
             )
-        tokens[row, :counted] = sequence[:counted]
-        targets[row, :counted] = sequence[1 : counted + 1]
-        weights[row, :counted] = 1
+        tokens[row, :counted] = np.ma.getdata(sequence)[:counted]
+        targets[row, :counted] = np.ma.getdata(sequence)[1 : counted + 1]
+        weights[row, :counted] = ~np.ma.getmaskarray(sequence)[1 : counted + 1]
+    silent = np.flatnonzero(~weights.any(axis=1))
+    if silent.size:
+        raise DataError(
+            f"pad: {silent.size} of {len(sequences)} sequences have no counted target "
+            f"within seq_len={seq_len}, the first is number {silent[0]}. Raise "
+            "seq_len, or leave out rows with such long prompts."
+        )
     return Batch(tokens, targets, weights)
 
 

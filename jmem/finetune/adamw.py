@@ -131,15 +131,21 @@ def descend(params: Any, updates: Any, rate: jax.Array) -> Any:
     )
 
 
-def gradient_step(adamw: AdamW, loss, trained: Any, optimizer: Any, step: jax.Array):
-    """One AdamW update of the tree `trained`, by automatic differentiation of `loss`.
+def gradient_step(
+    adamw: AdamW,
+    loss: jax.Array,
+    grads: Any,
+    trained: Any,
+    optimizer: Any,
+    step: jax.Array,
+):
+    """One AdamW update of the tree `trained` by its gradients.
 
     Returns (trained, optimizer, metrics). Shared by every method whose gradients exist
     all at once.
     """
-    value, grads = jax.value_and_grad(loss)(trained)
     grads, norm = adamw.clip(grads)
     updates, optimizer = adamw.direction().update(grads, optimizer, trained)
     rate = adamw.rate(step)
-    metrics = {"loss": value, "lr": rate, "grad_norm": norm}
+    metrics = {"loss": loss, "lr": rate, "grad_norm": norm}
     return descend(trained, updates, rate), optimizer, metrics

@@ -7,8 +7,10 @@ See      experiments/lisa.py, tests/finetune/
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
+from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, gradient_step
 from jmem.train.loss import next_token_loss
 
@@ -18,6 +20,11 @@ class Full:
     """AdamW on all parameters."""
 
     adamw: AdamW = AdamW(learning_rate=1e-5)
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another."""
+
+    def __post_init__(self):
+        check_parts("Full", self.accumulate)
 
     def init(self, model, params, key):
         """State that takes over `params` (donated by the training step)."""
@@ -27,12 +34,17 @@ class Full:
 
     def step(self, model, state, batch):
         """One update from one batch: (state, metrics)."""
+        params = state["params"]
+
+        def gradients(part, number):
+            del number
+            return jax.value_and_grad(
+                lambda params: next_token_loss(model, params, part)
+            )(params)
+
+        loss, grads = accumulated(gradients, batch, self.accumulate)
         params, optimizer, metrics = gradient_step(
-            self.adamw,
-            lambda params: next_token_loss(model, params, batch),
-            state["params"],
-            state["optimizer"],
-            state["step"],
+            self.adamw, loss, grads, params, state["optimizer"], state["step"]
         )
         state = {"params": params, "optimizer": optimizer, "step": state["step"] + 1}
         return state, metrics

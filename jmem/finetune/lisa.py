@@ -23,6 +23,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, descend
 from jmem.finetune.layerwise import slot_gradients
 from jmem.nn.stack import depth
@@ -213,8 +214,11 @@ class Lisa:
     weights: tuple[float, ...] = ()
     """How often each block is drawn, relative to the others; empty means uniform."""
     adamw: AdamW = AdamW(learning_rate=5e-5)
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another."""
 
     def __post_init__(self):
+        check_parts("Lisa", self.accumulate)
         _check_options(self.active_layers, self.period, self.moments, self.weights)
 
     def init(self, model, params, key):
@@ -252,7 +256,13 @@ class Lisa:
             active = self.active(state, model.config.layers)
         else:
             _check_active(active, model.config.layers, self.active_layers)
-        loss, outside_grads, grads = slot_gradients(model, params, batch, active)
+
+        def gradients(part, number):
+            del number
+            loss, *grads = slot_gradients(model, params, part, active)
+            return loss, tuple(grads)
+
+        loss, (outside_grads, grads) = accumulated(gradients, batch, self.accumulate)
         (outside_grads, grads), norm = self.adamw.clip((outside_grads, grads))
         rate = self.adamw.rate(state["step"])
         inner = self.adamw.direction()

@@ -2,19 +2,25 @@
 
 Paper    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021,
          arXiv:2106.09685. Here a baseline beside the methods that jmem is about.
+         rsLoRA: Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with
+         LoRA, 2023, arXiv:2312.03732: alpha / sqrt(rank), so that a high rank learns.
 Idea     y = x W + (alpha / rank) x A B, with A [in, rank] random and B [rank, out]
          zero, so training starts at the pretrained model, in a thin subspace.
-Memory   w*P + (w + g + 2*m) * rank * sum(in + out) bytes.
-See      experiments/lisa.py, tests/finetune/test_lora.py
+Memory   w*P + (w + g + 2*m) * rank * sum(in + out) bytes. Dropout gives each map an
+         input of its own: about [B, T, in] more a map, of one layer where blocks are
+         rematerialised, of all layers otherwise.
+See      experiments/lisa.py, jmem/checkpoints/peft.py, tests/finetune/test_lora.py
 """
 
 import dataclasses
 import difflib
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, gradient_step
 from jmem.nn.linear import dense
 from jmem.train.loss import next_token_loss
@@ -52,13 +58,24 @@ def _low_rank_backward(residuals, dy):
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def lora_linear(scale: float):
-    """A `linear` that adds `scale * (x A) B` where a leaf holds A and B."""
+def drop_out(x: Float[Array, "*N in"], rate: float, key: jax.Array):
+    """Zeroes each value with probability `rate`; the others grow, so the mean stays."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def lora_linear(scale: float, dropout: float = 0.0):
+    """A `linear` that adds `scale * (x A) B` where a leaf holds A and B.
+
+    A leaf that also holds `lora_key` has x dropped out for that product.
+    """
 
     def linear(name, leaf, x):
         y = dense(name, leaf, x)
         if "lora_a" not in leaf:
             return y
+        if "lora_key" in leaf:
+            x = drop_out(x, dropout, leaf["lora_key"])
         delta = low_rank(x, leaf["lora_a"], leaf["lora_b"])
         return y + delta * jnp.asarray(scale, y.dtype)
 
@@ -74,20 +91,43 @@ def attach(tree: dict, adapters: dict) -> dict:
     return tree | added
 
 
+def dropout_keys(adapters: dict, key: jax.Array, name: str = "") -> dict:
+    """A tree like `adapters` with a `lora_key` [L] in each: a key a layer and map."""
+    if "lora_a" in adapters:
+        stream = jax.random.fold_in(key, MAPS.index(name))
+        return {"lora_key": jax.random.split(stream, len(adapters["lora_a"]))}
+    return {name: dropout_keys(tree, key, name) for name, tree in adapters.items()}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
     """AdamW on low-rank adapters of the blocks' linear maps."""
 
     rank: int = 8
     alpha: float = 16.0
-    """The product is scaled by alpha / rank."""
+    """The product is scaled by alpha / rank ..."""
+    rslora: bool = False
+    """... or, rank-stabilised, by alpha / sqrt(rank)."""
+    dropout: float = 0.0
+    """Share of the product's input values that are zeroed in training, anew at every
+    step, layer and map."""
     maps: tuple[str, ...] = MAPS
     """Linear maps that gain an adapter."""
     adamw: AdamW = AdamW(learning_rate=2e-4)
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another."""
 
     def __post_init__(self):
+        check_parts("Lora", self.accumulate)
         if self.rank < 1:
             raise ValueError(f"Lora: rank={self.rank} must be at least 1.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"Lora: alpha={self.alpha} must be positive and finite.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"Lora: dropout={self.dropout} must be at least 0 and below 1: it is "
+                "the share of values that are left out."
+            )
         for name in self.maps:
             if name not in MAPS:
                 near = difflib.get_close_matches(name, MAPS, n=1)
@@ -102,7 +142,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapters(self, blocks: dict, key: jax.Array) -> dict:
         """Fresh A (uniform within 1/sqrt(in), Kaiming with a = sqrt(5)) and B (zero).
@@ -132,29 +172,73 @@ class Lora:
 
         return walk(blocks)
 
-    def init(self, model, params, key):
-        """State that takes over `params` (frozen) and adds adapters."""
+    def init(self, model, params, key, adapters: dict | None = None):
+        """State that takes over `params` (frozen) and adds adapters.
+
+        They are fresh, or `adapters` trained before (jmem.checkpoints.load_adapter), in
+        the kernels' dtype.
+
+        Raises:
+          ValueError: `adapters` are not of this rank, these maps and these blocks.
+        """
         del model
-        lora = self.adapters(params["blocks"], key)
-        optimizer = self.adamw.direction().init(lora)
-        return {
+        blocks = params["blocks"]
+        if adapters is None:
+            lora = self.adapters(blocks, key)
+        else:
+            lora = self._adopted(adapters, blocks)
+        state = {
             "params": params,
             "lora": lora,
-            "optimizer": optimizer,
+            "optimizer": self.adamw.direction().init(lora),
             "step": jnp.int32(0),
         }
+        if self.dropout:
+            # A stream beside those of the maps.
+            state["key"] = jax.random.key_data(jax.random.fold_in(key, len(MAPS)))
+        return state
+
+    def _adopted(self, adapters: dict, blocks: dict) -> dict:
+        """`adapters` in the kernels' dtype, once they are known to fit."""
+        fresh = jax.eval_shape(self.adapters, blocks, jax.random.key(0))
+        given, wanted = (
+            {
+                jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+                for path, leaf in jax.tree.leaves_with_path(tree)
+            }
+            for tree in (adapters, fresh)
+        )
+        for path in sorted(given.keys() | wanted.keys()):
+            if given.get(path) != wanted.get(path):
+                raise ValueError(
+                    f"Lora: adapters hold {path} with shape {given.get(path)}, but "
+                    f"rank={self.rank}, maps={self.maps} and these blocks need "
+                    f"{wanted.get(path)}. Make Lora with the adapter's own settings."
+                )
+        return jax.tree.map(lambda a, f: jnp.asarray(a, f.dtype), adapters, fresh)
 
     def step(self, model, state, batch):
         """One update of the adapters from one batch: (state, metrics)."""
         params = state["params"]
-        ops = model.ops._replace(linear=lora_linear(self.scale))
+        ops = model.ops._replace(linear=lora_linear(self.scale, self.dropout))
 
-        def loss(lora):
-            adapted = params | {"blocks": attach(params["blocks"], lora)}
-            return next_token_loss(model, adapted, batch, ops)
+        def gradients(part, number):
+            blocks = params["blocks"]
+            if self.dropout:
+                key = jax.random.wrap_key_data(state["key"])
+                key = jax.random.fold_in(key, state["step"])
+                key = jax.random.fold_in(key, number)
+                blocks = attach(blocks, dropout_keys(state["lora"], key))
 
+            def loss(lora):
+                adapted = params | {"blocks": attach(blocks, lora)}
+                return next_token_loss(model, adapted, part, ops)
+
+            return jax.value_and_grad(loss)(state["lora"])
+
+        loss, grads = accumulated(gradients, batch, self.accumulate)
         lora, optimizer, metrics = gradient_step(
-            self.adamw, loss, state["lora"], state["optimizer"], state["step"]
+            self.adamw, loss, grads, state["lora"], state["optimizer"], state["step"]
         )
         step = state["step"] + 1
         return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics

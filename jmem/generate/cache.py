@@ -49,7 +49,7 @@ def cache_bytes(model, batch_size: int, slots: int) -> int:
     return 2 * numbers * jnp.dtype(model.dtype).itemsize
 
 
-def prefill_attend(implementation: Implementation) -> Attend:
+def prefill_attend(implementation: Implementation, window: int | None) -> Attend:
     """Causal attention among the prompt's own tokens; fills slots 0 ... T-1.
 
     Prompts are padded on the right: what a padded position writes lies beyond its
@@ -58,7 +58,8 @@ def prefill_attend(implementation: Implementation) -> Attend:
 
     def attend(q, k, v, rope, positions, layer, cache):
         k = rope(k, positions)
-        out = causal_attention(rope(q, positions), k, v, implementation)
+        q = rope(q, positions)
+        out = causal_attention(q, k, v, implementation, window=window)
         start = (layer, 0, 0, 0, 0)
         keys, values = (jnp.swapaxes(x, 1, 2)[None] for x in (k, v))
         keys = jax.lax.dynamic_update_slice(cache.keys, keys, start)
@@ -68,15 +69,25 @@ def prefill_attend(implementation: Implementation) -> Attend:
     return attend
 
 
-def decode_attend(q, k, v, rope, positions, layer, cache):
-    """One new token a row attends its row's cache up to and including itself."""
-    rows, groups = jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[2])[None]
-    at = (layer, rows, groups, positions)  # [B, K]: one slot a row and head
-    cache = Cache(
-        cache.keys.at[at].set(rope(k, positions)[:, 0]),
-        cache.values.at[at].set(v[:, 0]),
-    )
-    keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
-    values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
-    seen = jnp.arange(keys.shape[2])[None, None] <= positions[:, None]  # [B, 1, S]
-    return grouped_attention(rope(q, positions), keys, values, seen), cache
+def decode_attend(window: int | None) -> Attend:
+    """One new token a row attends its row's cache, up to and including itself.
+
+    With a window it sees that many slots, its own among them.
+    """
+
+    def attend(q, k, v, rope, positions, layer, cache):
+        rows, groups = jnp.arange(q.shape[0])[:, None], jnp.arange(k.shape[2])[None]
+        at = (layer, rows, groups, positions)  # [B, K]: one slot a row and head
+        cache = Cache(
+            cache.keys.at[at].set(rope(k, positions)[:, 0]),
+            cache.values.at[at].set(v[:, 0]),
+        )
+        keys = jax.lax.dynamic_index_in_dim(cache.keys, layer, keepdims=False)
+        values = jax.lax.dynamic_index_in_dim(cache.values, layer, keepdims=False)
+        slots, last = jnp.arange(keys.shape[2])[None, None], positions[:, None]
+        seen = slots <= last  # [B, 1, S]
+        if window is not None:
+            seen &= slots > last - window
+        return grouped_attention(rope(q, positions), keys, values, seen), cache
+
+    return attend

@@ -31,7 +31,10 @@ def prefill_step(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after each row's last token, and the cache filled with the prompts."""
     positions = token_positions(tokens)
-    ops = Ops(attend=prefill_attend(model.attention), linear=dense)
+    ops = Ops(
+        attend=prefill_attend(model.attention, model.config.sliding_window),
+        linear=dense,
+    )
     x = model.embed(params, tokens, positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -49,7 +52,7 @@ def decode_step(
     cache: Cache,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token a row, which lands in slot `positions` of its row."""
-    ops = Ops(attend=decode_attend, linear=dense)
+    ops = Ops(attend=decode_attend(model.config.sliding_window), linear=dense)
     positions = positions[:, None]
     x = model.embed(params, tokens[:, None], positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)

@@ -1,19 +1,23 @@
-"""One decoder-only transformer: Llama 1/2/3, TinyLlama, Mistral, Qwen2, SmolLM2.
+"""One decoder-only transformer: Llama, Mistral, Qwen2, SmolLM2, GPT-2, OPT, Phi-2.
 
 Three pure parts over explicit parameters, `embed`, `block` (stacked) and `head`, with
 attention and the linear product as arguments (`jmem.nn.ops`).
 
     params["embed"]["embedding"]                        [V, M]
+    params["embed"]["positions"]                        [P, M]        (learned ones)
     params["blocks"]["attention_norm"]["scale"]         [L, M]
-    params["blocks"]["attention"][q, k, v, o]["kernel"] [L, in, out] (+ "bias" [L, out])
-    params["blocks"]["mlp_norm"]["scale"]               [L, M]
-    params["blocks"]["mlp"][gate, up, down]["kernel"]   [L, in, out]
+    params["blocks"]["attention"][q, k, v, o]["kernel"] [L, in, out]
+    params["blocks"]["mlp_norm"]["scale"]               [L, M]     (absent in parallel)
+    params["blocks"]["mlp"][gate, up, down]["kernel"]   [L, in, out]  (gate if gated)
     params["final_norm"]["scale"]                       [M]
     params["head"]["kernel"]                            [M, V]        (absent when tied)
+
+A linear map with a bias and a LayerNorm hold "bias" besides, [L, out] or [out].
 """
 
 import dataclasses
 import functools
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -23,12 +27,15 @@ from jaxtyping import Array, Float, Int
 
 from jmem.nn.attention import Attention, Implementation, causal, choose
 from jmem.nn.linear import dense
-from jmem.nn.mlp import GatedMLP
-from jmem.nn.norm import RMSNorm, rms_norm
+from jmem.nn.mlp import MLP, Activation
+from jmem.nn.norm import Norm, NormKind, normalise
 from jmem.nn.ops import Ops
-from jmem.nn.rope import Llama3Scaling, Rope
+from jmem.nn.rope import Rope, Scaling, YarnScaling
 from jmem.nn.stack import Remat, init_stack
 from jmem.targets import Target
+
+Positions = Literal["rotary", "learned"]
+_CHOICES = {"positions": Positions, "norm": NormKind, "activation": Activation}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +50,33 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     intermediate: int
-    """Width of the gated MLP, F."""
+    """Width of the MLP, F."""
     max_positions: int
     """Longest sequence the model was trained for, in tokens."""
+    positions: Positions = "rotary"
+    """Turn queries and keys, or add a row of a learned table [P, M] (GPT-2, OPT)."""
     rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
+    rotary_dim: int | None = None
+    """Leading channels of a head that turn, the others pass (Phi-2). None: all."""
+    sliding_window: int | None = None
+    """Positions that one attends, itself among them (Mistral 0.1). None: all before."""
+    norm: NormKind = "rms"
+    """RMSNorm has a scale; LayerNorm ("layer") also centres, and has a bias."""
     rms_eps: float = 1e-5
+    """Added to the mean square, or a LayerNorm's variance, before the root."""
+    parallel: bool = False
+    """Attention and MLP read one norm and are added at once (Phi-2)."""
+    gated: bool = True
+    """The MLP is down(act(gate(x)) * up(x)), else down(act(up(x)))."""
+    activation: Activation = "silu"
     tied: bool = False
     """The head is the embedding, transposed."""
     qkv_bias: bool = False
     """Biases on q, k and v (Qwen2)."""
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
 
     def __post_init__(self):
         sizes = (
@@ -75,11 +99,65 @@ class DecoderConfig:
                 f"DecoderConfig: heads={self.heads} is not a multiple of "
                 f"kv_heads={self.kv_heads}; each key-value head serves as many queries."
             )
-        if self.head_dim % 2:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"DecoderConfig: {name}={getattr(self, name)!r} is not one of "
+                    f"{', '.join(get_args(kind))}."
+                )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"DecoderConfig: sliding_window={self.sliding_window} must be at least "
+                "1, the position itself; None attends everything before."
+            )
+        if self.tied and self.head_bias:
+            raise ValueError(
+                "DecoderConfig: head_bias=True needs a head of its own, but tied=True "
+                "makes the embedding the head. Set one of them to False."
+            )
+        if self.positions == "learned":
+            self._check_learned()
+        else:
+            self._check_rotary()
+
+    def _check_learned(self):
+        if self.rotary_dim is not None or self.rope_scaling is not None:
+            raise ValueError(
+                f"DecoderConfig: rotary_dim={self.rotary_dim} and rope_scaling="
+                f"{self.rope_scaling} mean nothing for positions='learned'; leave both "
+                "at None."
+            )
+
+    def _check_rotary(self):
+        if self.rotary_dim is None and self.head_dim % 2:
             raise ValueError(
                 f"DecoderConfig: head_dim={self.head_dim} is odd, and rotary "
                 "embedding turns pairs of channels."
             )
+        turning = self.rope.channels
+        if not 2 <= turning <= self.head_dim or turning % 2:
+            raise ValueError(
+                f"DecoderConfig: rotary_dim={turning} must be even, from 2 to "
+                f"head_dim={self.head_dim}, as pairs of channels turn."
+            )
+        if isinstance(self.rope_scaling, YarnScaling) and (
+            turning < 4 or not self.rope_theta > 1
+        ):
+            raise ValueError(
+                f"DecoderConfig: YarnScaling slows some channel pairs and not others, "
+                f"which needs two pairs and rope_theta above 1, not rope_theta="
+                f"{self.rope_theta} and {turning} turning channels."
+            )
+
+    @property
+    def rope(self) -> Rope:
+        """What turns queries and keys; nothing where positions are learned."""
+        return Rope(
+            head_dim=self.head_dim,
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            rotary_dim=0 if self.positions == "learned" else self.rotary_dim,
+        )
 
     @property
     def parameters(self) -> int:
@@ -89,16 +167,25 @@ class DecoderConfig:
         >>> zoo.get("llama2-7b").parameters
         6738415616
         """
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        if self.qkv_bias:
-            attention += self.head_dim * (self.heads + 2 * self.kv_heads)
-        block = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        tables = self.vocab_size * self.hidden * (1 if self.tied else 2)
-        return self.layers * block + tables + self.hidden
+        width, inner = self.hidden, self.intermediate
+        norm = width * (2 if self.norm == "layer" else 1)
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        block = 2 * width * (queries + keys)
+        block += (queries + 2 * keys) * self.qkv_bias + width * self.o_bias
+        block += (3 if self.gated else 2) * width * inner
+        block += ((2 if self.gated else 1) * inner + width) * self.mlp_bias
+        block += norm * (1 if self.parallel else 2)
+        tables = self.vocab_size * (width * (1 if self.tied else 2) + self.head_bias)
+        if self.positions == "learned":
+            tables += self.max_positions * width
+        return self.layers * block + tables + norm
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    In a parallel block both read the one norm of the same input.
+    """
 
     config: DecoderConfig
     dtype: jnp.dtype
@@ -106,25 +193,33 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, positions, layer, ops: Ops, carry):
         config = self.config
-        rope = Rope(
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            scaling=config.rope_scaling,
-        )
         attention = Attention(
             config.heads,
             config.kv_heads,
             config.head_dim,
-            rope,
+            config.rope,
             config.qkv_bias,
+            config.o_bias,
             self.dtype,
             name="attention",
         )
-        normal = RMSNorm(config.rms_eps, self.dtype, name="attention_norm")(x)
+        mlp = MLP(
+            config.intermediate,
+            config.gated,
+            config.activation,
+            config.mlp_bias,
+            self.dtype,
+            name="mlp",
+        )
+
+        def norm(name, x):
+            return Norm(config.norm, config.rms_eps, self.dtype, name=name)(x)
+
+        normal = norm("attention_norm", x)
         out, carry = attention(normal, positions, layer, ops, carry)
         x = x + out
-        normal = RMSNorm(config.rms_eps, self.dtype, name="mlp_norm")(x)
-        mlp = GatedMLP(config.intermediate, self.dtype, name="mlp")
+        if not config.parallel:
+            normal = norm("mlp_norm", x)
         return x + mlp(normal, ops.linear), carry, {}
 
 
@@ -168,12 +263,14 @@ class Decoder:
     @property
     def ops(self) -> Ops:
         """Plain causal attention and dense products."""
-        return Ops(attend=causal(self.attention), linear=dense)
+        window = self.config.sliding_window
+        return Ops(attend=causal(self.attention, window=window), linear=dense)
 
     def init(self, key: jax.Array) -> dict:
         """Random parameters: normal(0, 0.02) tables and maps, norms at one."""
         config = self.config
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
+        width = (config.hidden,)
         x = jnp.zeros((1, 1, config.hidden), self.dtype)
         table = (config.vocab_size, config.hidden)
         draw = nn.initializers.normal(0.02)
@@ -189,10 +286,18 @@ class Decoder:
                 Ops(attend=causal("xla"), linear=dense),
                 None,
             ),
-            "final_norm": {"scale": jnp.ones((config.hidden,), self.dtype)},
+            "final_norm": {"scale": jnp.ones(width, self.dtype)},
         }
+        if config.positions == "learned":
+            shape = (config.max_positions, config.hidden)
+            drawn = draw(jax.random.fold_in(embed_key, 1), shape, self.dtype)
+            params["embed"]["positions"] = drawn
+        if config.norm == "layer":
+            params["final_norm"]["bias"] = jnp.zeros(width, self.dtype)
         if not config.tied:
             params["head"] = {"kernel": draw(head_key, table[::-1], self.dtype)}
+        if config.head_bias:
+            params["head"]["bias"] = jnp.zeros((config.vocab_size,), self.dtype)
         return params
 
     def abstract(self) -> dict:
@@ -205,11 +310,26 @@ class Decoder:
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T M"]:
-        """Rows of the embedding table; rotary positions enter in attention."""
-        del positions
-        table = params["embed"]["embedding"]
+        """Rows of the embedding table, plus those of learned positions.
+
+        `positions` defaults to 0 ... T-1. Rotary positions enter in attention.
+
+        Raises:
+          ValueError: more positions than the learned table has.
+        """
         # Widened so that the gradient of a token seen n times is a float32 sum.
-        return table.astype(jnp.float32)[tokens].astype(self.dtype)
+        rows = params["embed"]["embedding"].astype(jnp.float32)[tokens]
+        if self.config.positions == "learned":
+            length, limit = tokens.shape[1], self.config.max_positions
+            if length > limit:
+                raise ValueError(
+                    f"embed: {length} tokens a row exceed max_positions={limit}, the "
+                    "rows of the learned table. Cut the sequences."
+                )
+            if positions is None:
+                positions = jnp.arange(length, dtype=jnp.int32)[None]
+            rows += params["embed"]["positions"].astype(jnp.float32)[positions]
+        return rows.astype(self.dtype)
 
     def block(
         self,
@@ -234,8 +354,9 @@ class Decoder:
         self, params: dict, x: Float[Array, "*N M"], ops: Ops
     ) -> Float[Array, "*N V"]:
         """Logits in x's dtype: final norm, then head or transposed embedding."""
-        x = rms_norm(x, params["final_norm"]["scale"], self.config.rms_eps)
-        if self.config.tied:
+        config = self.config
+        x = normalise(config.norm, params["final_norm"], x, config.rms_eps)
+        if config.tied:
             leaf = {"kernel": params["embed"]["embedding"].T}
         else:
             leaf = params["head"]

@@ -10,7 +10,7 @@ from jmem.models.decoder import DecoderConfig
 from jmem.nn.rope import Llama3Scaling
 
 
-def _llama(layers, hidden, intermediate, heads, kv_heads=None, **more) -> DecoderConfig:
+def _sized(layers, hidden, intermediate, heads, kv_heads=None, **more) -> DecoderConfig:
     fields = {
         "vocab_size": 32_000,
         "max_positions": 4096,
@@ -37,29 +37,45 @@ _QWEN2 = {
     "max_positions": 131_072,
     "qkv_bias": True,
 }
+_PLAIN = {
+    "norm": "layer",
+    "gated": False,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+}
+"""LayerNorms, an MLP of two maps, and a bias on each map of a block."""
+_LEARNED = _PLAIN | {"positions": "learned", "tied": True}
+_GPT2 = _LEARNED | {
+    "vocab_size": 50_257,
+    "max_positions": 1024,
+    "activation": "gelu_new",
+}
+_OPT = _LEARNED | {"vocab_size": 50_272, "max_positions": 2048, "activation": "relu"}
 _SMOLLM2 = {"vocab_size": 49_152, "max_positions": 8192, "tied": True}
 
 MODELS: dict[str, DecoderConfig] = {
-    "smollm2-135m": _llama(30, 576, 1536, 9, 3, rope_theta=100_000.0, **_SMOLLM2),
-    "smollm2-360m": _llama(32, 960, 2560, 15, 5, rope_theta=100_000.0, **_SMOLLM2),
-    "smollm2-1.7b": _llama(24, 2048, 8192, 32, rope_theta=130_000.0, **_SMOLLM2),
-    "tinyllama-1.1b": _llama(22, 2048, 5632, 32, 4, max_positions=2048),
-    "llama-7b": _llama(32, 4096, 11_008, 32, **_LLAMA1),
-    "llama-13b": _llama(40, 5120, 13_824, 40, **_LLAMA1),
-    "llama-30b": _llama(60, 6656, 17_920, 52, **_LLAMA1),
-    "llama-65b": _llama(80, 8192, 22_016, 64, **_LLAMA1),
-    "llama2-7b": _llama(32, 4096, 11_008, 32),
-    "llama2-13b": _llama(40, 5120, 13_824, 40),
-    "llama2-70b": _llama(80, 8192, 28_672, 64, 8),
-    "llama3-8b": _llama(32, 4096, 14_336, 32, 8, **_LLAMA3),
-    "llama3-70b": _llama(80, 8192, 28_672, 64, 8, **_LLAMA3),
-    "llama3.1-8b": _llama(32, 4096, 14_336, 32, 8, **_LLAMA31),
-    "llama3.1-70b": _llama(80, 8192, 28_672, 64, 8, **_LLAMA31),
-    "llama3.2-1b": _llama(16, 2048, 8192, 32, 8, **_LLAMA32),
-    "llama3.2-3b": _llama(28, 3072, 8192, 24, 8, **_LLAMA32),
-    # v0.1 limits attention to a window of 4,096 tokens: the same up to that length.
-    "mistral-7b": _llama(32, 4096, 14_336, 32, 8, max_positions=4096),
-    "mistral-7b-v0.3": _llama(
+    "smollm2-135m": _sized(30, 576, 1536, 9, 3, rope_theta=100_000.0, **_SMOLLM2),
+    "smollm2-360m": _sized(32, 960, 2560, 15, 5, rope_theta=100_000.0, **_SMOLLM2),
+    "smollm2-1.7b": _sized(24, 2048, 8192, 32, rope_theta=130_000.0, **_SMOLLM2),
+    "tinyllama-1.1b": _sized(22, 2048, 5632, 32, 4, max_positions=2048),
+    "llama-7b": _sized(32, 4096, 11_008, 32, **_LLAMA1),
+    "llama-13b": _sized(40, 5120, 13_824, 40, **_LLAMA1),
+    "llama-30b": _sized(60, 6656, 17_920, 52, **_LLAMA1),
+    "llama-65b": _sized(80, 8192, 22_016, 64, **_LLAMA1),
+    "llama2-7b": _sized(32, 4096, 11_008, 32),
+    "llama2-13b": _sized(40, 5120, 13_824, 40),
+    "llama2-70b": _sized(80, 8192, 28_672, 64, 8),
+    "llama3-8b": _sized(32, 4096, 14_336, 32, 8, **_LLAMA3),
+    "llama3-70b": _sized(80, 8192, 28_672, 64, 8, **_LLAMA3),
+    "llama3.1-8b": _sized(32, 4096, 14_336, 32, 8, **_LLAMA31),
+    "llama3.1-70b": _sized(80, 8192, 28_672, 64, 8, **_LLAMA31),
+    "llama3.2-1b": _sized(16, 2048, 8192, 32, 8, **_LLAMA32),
+    "llama3.2-3b": _sized(28, 3072, 8192, 24, 8, **_LLAMA32),
+    "mistral-7b": _sized(  # v0.1, the one with a window
+        32, 4096, 14_336, 32, 8, max_positions=32_768, sliding_window=4096
+    ),
+    "mistral-7b-v0.3": _sized(
         32,
         4096,
         14_336,
@@ -69,12 +85,32 @@ MODELS: dict[str, DecoderConfig] = {
         rope_theta=1_000_000.0,
         max_positions=32_768,
     ),
-    "qwen2-0.5b": _llama(24, 896, 4864, 14, 2, tied=True, **_QWEN2),
-    "qwen2-1.5b": _llama(28, 1536, 8960, 12, 2, tied=True, **_QWEN2),
-    "qwen2-7b": _llama(28, 3584, 18_944, 28, 4, **(_QWEN2 | {"vocab_size": 152_064})),
-    "qwen2-72b": _llama(80, 8192, 29_568, 64, 8, **(_QWEN2 | {"vocab_size": 152_064})),
-    "qwen2.5-3b": _llama(
+    "qwen2-0.5b": _sized(24, 896, 4864, 14, 2, tied=True, **_QWEN2),
+    "qwen2-1.5b": _sized(28, 1536, 8960, 12, 2, tied=True, **_QWEN2),
+    "qwen2-7b": _sized(28, 3584, 18_944, 28, 4, **(_QWEN2 | {"vocab_size": 152_064})),
+    "qwen2-72b": _sized(80, 8192, 29_568, 64, 8, **(_QWEN2 | {"vocab_size": 152_064})),
+    "qwen2.5-3b": _sized(
         36, 2048, 11_008, 16, 2, tied=True, **(_QWEN2 | {"max_positions": 32_768})
+    ),
+    "gpt2": _sized(12, 768, 3072, 12, **_GPT2),
+    "gpt2-medium": _sized(24, 1024, 4096, 16, **_GPT2),
+    "gpt2-large": _sized(36, 1280, 5120, 20, **_GPT2),
+    "gpt2-xl": _sized(48, 1600, 6400, 25, **_GPT2),
+    "opt-125m": _sized(12, 768, 3072, 12, **_OPT),
+    "opt-1.3b": _sized(24, 2048, 8192, 32, **_OPT),
+    "opt-6.7b": _sized(32, 4096, 16_384, 32, **_OPT),
+    "phi-2": _sized(
+        32,
+        2560,
+        10_240,
+        32,
+        vocab_size=51_200,
+        max_positions=2048,
+        rotary_dim=32,
+        parallel=True,
+        activation="gelu_new",
+        head_bias=True,
+        **_PLAIN,
     ),
 }
 

@@ -1,4 +1,8 @@
-"""The gated MLP of Llama-like models (SwiGLU)."""
+"""The MLP of a block: gated as in Llama (SwiGLU), or plain as in GPT-2."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -7,16 +11,41 @@ import jax.numpy as jnp
 from jmem.nn.linear import Linear
 from jmem.nn.ops import LinearMap
 
+Activation = Literal["silu", "gelu", "gelu_new", "relu"]
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). Source: Shazeer, 2020, arXiv:2002.05202."""
+ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+"""By Hugging Face's names: "gelu" is exact (erf), "gelu_new" its tanh form (GPT-2)."""
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))).
+
+    Source: gated: Shazeer, 2020, arXiv:2002.05202; plain: Vaswani et al., 2017,
+    arXiv:1706.03762, section 3.3.
+    """
 
     hidden: int
+    gated: bool = True
+    activation: Activation = "silu"
+    use_bias: bool = False
     dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
     def __call__(self, x: jax.Array, linear: LinearMap) -> jax.Array:
-        gate = Linear(self.hidden, dtype=self.dtype, name="gate")(x, linear)
-        up = Linear(self.hidden, dtype=self.dtype, name="up")(x, linear)
-        down = Linear(x.shape[-1], dtype=self.dtype, name="down")
-        return down(jax.nn.silu(gate) * up, linear)
+        def project(name, features, x):
+            leaf = Linear(features, self.use_bias, dtype=self.dtype, name=name)
+            return leaf(x, linear)
+
+        activate = ACTIVATIONS[self.activation]
+        if self.gated:
+            gate = project("gate", self.hidden, x)
+            up = project("up", self.hidden, x)
+            inner = activate(gate) * up
+        else:
+            inner = activate(project("up", self.hidden, x))
+        return project("down", x.shape[-1], inner)

@@ -297,6 +297,54 @@ class TestExport:
         assert raw["architectures"] == ["LlamaForCausalLM"]
         assert raw["torch_dtype"] == "float32"
 
+    @pytest.mark.parametrize("limit", [1, 20_000, 10**9])
+    def test_shards_are_loaded_as_one_model(self, tmp_path, limit):
+        from safetensors.numpy import load_file
+
+        params = random_params(TINY)
+        checkpoints.save(params, TINY, tmp_path / "out", max_shard_bytes=limit)
+        assert_same(checkpoints.load(tmp_path / "out").params(), params)
+        shards = sorted((tmp_path / "out").glob("*.safetensors"))
+        found = [load_file(shard) for shard in shards]
+        expected = tiny.torch_tensors(params, "huggingface")
+        assert sum(map(len, found)) == len(expected)
+        sizes = [sum(value.nbytes for value in shard.values()) for shard in found]
+        for held, size in zip(found, sizes):
+            assert size <= limit or len(held) == 1
+        for name, value in {n: v for held in found for n, v in held.items()}.items():
+            np.testing.assert_array_equal(value, expected[name])
+        index = tmp_path / "out" / "model.safetensors.index.json"
+        assert index.exists() == (len(shards) > 1)
+        if len(shards) > 1:
+            raw = json.loads(index.read_text())
+            assert raw["metadata"]["total_size"] == sum(sizes)
+            assert raw["weight_map"] == {
+                name: shard.name for shard, held in zip(shards, found) for name in held
+            }
+
+    def test_a_shard_that_fails_leaves_no_folder(self, tmp_path, monkeypatch):
+        fetch, calls = layout._fetch, []
+
+        def fail_late(*arguments):
+            calls.append(arguments)
+            if len(calls) > 20:
+                raise RuntimeError("the device is gone")
+            return fetch(*arguments)
+
+        monkeypatch.setattr(layout, "_fetch", fail_late)
+        with pytest.raises(RuntimeError, match=r"the device is gone"):
+            checkpoints.save(
+                random_params(TINY), TINY, tmp_path / "out", max_shard_bytes=20_000
+            )
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("limit", [0, -5])
+    def test_shards_that_hold_nothing(self, tmp_path, limit):
+        with pytest.raises(ValueError, match=f"max_shard_bytes={limit} holds nothing"):
+            checkpoints.save(
+                random_params(TINY), TINY, tmp_path / "out", max_shard_bytes=limit
+            )
+
     def test_trees_that_are_not_the_configurations(self, tmp_path):
         params = random_params(TINY)
         q = params["blocks"]["attention"]["q"]

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +17,14 @@ import safetensors.numpy
 
 from jmem.checkpoints import files
 from jmem.checkpoints.files import CheckpointError, LazyTensor
-from jmem.checkpoints.safetensors import DTYPES, INDEX, read_file, read_folder, write
+from jmem.checkpoints.safetensors import (
+    DTYPES,
+    INDEX,
+    read_file,
+    read_folder,
+    write,
+    write_folder,
+)
 
 
 def lazy(name, value):
@@ -231,6 +239,69 @@ class TestShards:
         (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
         with pytest.raises(CheckpointError, match=r"pickles and are never opened"):
             read_folder(tmp_path)
+
+
+class TestShardedWrite:
+    def tensors(self):
+        """3, 2, 9, 1 and 4 floats; a shard below holds six."""
+        sizes = zip("abcde", (3, 2, 9, 1, 4))
+        return {n: np.full(size, ord(n), np.float32) for n, size in sizes}
+
+    def test_files_and_index_are_hugging_faces(self, tmp_path):
+        tensors = self.tensors()
+        write_folder(tmp_path, [lazy(n, v) for n, v in tensors.items()], 6 * 4)
+        one, two, three = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
+        assert sorted(os.listdir(tmp_path)) == [one, two, three, INDEX]
+        assert json.loads((tmp_path / INDEX).read_text()) == {
+            "metadata": {"total_size": 19 * 4},
+            "weight_map": {"a": one, "b": one, "c": two, "d": three, "e": three},
+        }
+        by_package = {
+            name: value
+            for shard in (one, two, three)
+            for name, value in safetensors.numpy.load_file(tmp_path / shard).items()
+        }
+        by_us = {name: t.read() for name, t in read_folder(tmp_path).items()}
+        for found in (by_package, by_us):
+            assert found.keys() == tensors.keys()
+            for name, value in tensors.items():
+                np.testing.assert_array_equal(found[name], value)
+
+    @pytest.mark.parametrize("limit", [None, 19 * 4])
+    def test_what_fits_is_one_file_without_an_index(self, tmp_path, limit):
+        write_folder(tmp_path, [lazy(n, v) for n, v in self.tensors().items()], limit)
+        assert os.listdir(tmp_path) == ["model.safetensors"]
+
+    def test_a_tensor_above_the_limit_has_a_shard_of_its_own(self, tmp_path):
+        write_folder(tmp_path, [lazy(n, v) for n, v in self.tensors().items()], 1)
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert len(set(index["weight_map"].values())) == 5
+        assert len(read_folder(tmp_path)) == 5
+
+    def test_one_tensor_is_held_at_a_time(self, tmp_path):
+        refs, most = [], 0
+
+        class Tracked(np.ndarray):
+            """An array that can be referred to weakly."""
+
+        def read():
+            nonlocal most
+            value = np.ones(1024, np.float32).view(Tracked)
+            refs.append(weakref.ref(value))
+            most = max(most, sum(ref() is not None for ref in refs))
+            return value
+
+        dtype = np.dtype(np.float32)
+        tensors = [LazyTensor(f"t{i}", (1024,), dtype, read) for i in range(12)]
+        write_folder(tmp_path, tensors, 3 * 4096)
+        assert len(os.listdir(tmp_path)) == 4 + 1
+        assert most <= 2  # the one before goes when its name is bound anew
+
+    def test_a_name_in_two_shards_is_refused_before_writing(self, tmp_path):
+        twice = [lazy("t", np.zeros(4, np.float32))] * 2
+        with pytest.raises(CheckpointError, match=r"'t' is given twice"):
+            write_folder(tmp_path, twice, 16)
+        assert os.listdir(tmp_path) == []
 
 
 class TestAtomicWrite:

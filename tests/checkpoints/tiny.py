@@ -93,7 +93,7 @@ def hf_config(config: DecoderConfig, **more) -> dict:
         "tie_word_embeddings": config.tied,
         "eos_token_id": 2,
     }
-    if (scaling := config.rope_scaling) is not None:
+    if isinstance(scaling := config.rope_scaling, Llama3Scaling):
         raw["rope_scaling"] = {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -169,7 +169,7 @@ def llamacpp_permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def llamacpp_divisors(config: DecoderConfig) -> np.ndarray:
     """Frequency divisors as llama.cpp's converter writes them (the published rule)."""
     scaling, divisors = config.rope_scaling, []
-    assert scaling is not None
+    assert isinstance(scaling, Llama3Scaling)
     for i in range(config.head_dim // 2):
         wavelength = 2 * np.pi * config.rope_theta ** (2 * i / config.head_dim)
         turns = scaling.original_max_positions / wavelength

@@ -7,6 +7,9 @@ import socket
 
 import datasets
 import datasets.config
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 
 from jmem.data.document import DataError
@@ -175,10 +178,9 @@ class TestFiles:
             read(path, unit=unit)
 
     def test_other_kinds_are_pointed_to_datasets(self, write, tmp_path):
-        with pytest.raises(
-            DataError, match=r"a\.csv: is neither \.jsonl nor \.txt.*loa"
-        ):
-            read(write("a.csv", "text\nhello\n"))
+        message = r"a\.xlsx: is not \.jsonl, \.csv, \.parquet or \.txt.*load_data"
+        with pytest.raises(DataError, match=message):
+            read(write("a.xlsx", "text\nhello\n"))
         with pytest.raises(DataError, match="is a folder"):
             read(tmp_path)
 
@@ -206,3 +208,54 @@ class TestFiles:
         data = read(write("a.jsonl", jsonl({"text": "a"}, {"text": "b"})))
         assert data.cache_files == []
         assert not cache.exists()
+
+
+ROW = {"q": "Two and two? ", "a": "Four.", "text": "no"}
+
+
+class TestPromptAndCompletion:
+    def test_the_loss_covers_the_completion(self, write):
+        path = write("a.jsonl", jsonl(ROW, {"q": "", "a": "Five."}))
+        data = read(path, prompt="q", completion="a")
+        assert data.to_list() == [
+            {
+                "text": "Two and two? Four.",
+                "source": f"{path}:1",
+                "loss_spans": [[13, 18]],
+            },
+            {"text": "Five.", "source": f"{path}:2", "loss_spans": [[0, 5]]},
+        ]
+
+    @pytest.mark.parametrize("kind", [".csv", ".parquet"])
+    def test_of_any_table(self, tmp_path, kind):
+        table = pa.table({name: [value] for name, value in ROW.items()})
+        path = tmp_path / f"a{kind}"
+        write = {".csv": pa_csv.write_csv, ".parquet": pq.write_table}[kind]
+        write(table, path)
+        (row,) = read(path, prompt="q", completion="a").to_list()
+        assert (row["text"], row["loss_spans"]) == ("Two and two? Four.", [[13, 18]])
+
+    @pytest.mark.parametrize(
+        "row, message",
+        [
+            ({"q": "x"}, r":1: no column 'a' among \['q'\]"),
+            ({"a": "x"}, r":1: no column 'q' among \['a'\]"),
+            ({"q": "x", "a": " "}, ":1: column 'a' is blank"),
+            ({"q": None, "a": "x"}, ":1: column 'q' holds NoneType"),
+            ({"q": "\ud800", "a": "x"}, ":1: column 'q' holds the lone surrogate"),
+        ],
+    )
+    def test_bad_rows_are_named(self, write, row, message):
+        with pytest.raises(DataError, match=message):
+            read(write("a.jsonl", jsonl(row)), prompt="q", completion="a")
+
+    def test_one_without_the_other_or_without_columns(self, write):
+        path = write("a.jsonl", jsonl(ROW))
+        with pytest.raises(DataError, match=r"completion=None go together"):
+            read(path, prompt="q")
+        with pytest.raises(DataError, match=r"prompt=None and .* go together"):
+            read(path, completion="a")
+        with pytest.raises(
+            DataError, match=r"a\.txt: plain text has no columns 'q' an"
+        ):
+            read(write("a.txt", "x"), prompt="q", completion="a")

@@ -3,7 +3,7 @@
 import datasets
 import numpy as np
 import pytest
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jmem.data import tokens
 from jmem.data.batch import Batch
@@ -11,13 +11,14 @@ from jmem.data.document import DataError
 from jmem.data.loader import Loader
 from jmem.data.text import read
 from jmem.data.tokens import tokenise
-from jmem.data.windows import pack
+from jmem.data.windows import pack, pad
 
 DOCUMENTS = [
     {"text": "the cat sat", "source": "a.txt"},
     {"text": "on a mat", "source": "b.txt"},
     {"text": "the dog", "source": "c.txt"},
 ]
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 IDS = [[1, 2, 3, 7], [4, 5, 6, 7], [1, 0, 7]]
 
 
@@ -104,3 +105,91 @@ def test_file_to_batch(word_tokenizer, tmp_path):
     assert isinstance(batch, Batch)
     assert [leaf.dtype for leaf in batch] == [np.int32, np.int32, np.float32]
     assert {leaf.shape for leaf in batch} == {(2, 3)}
+
+
+class TestLossSpans:
+    """`on a mat` is [4, 5, 6]; its words end at characters 2, 4 and 8."""
+
+    def masked(self, tokenizer, spans, text="on a mat"):
+        row = {"text": text, "source": "b.txt", "loss_spans": spans}
+        (sequence,) = tokenise([row], tokenizer)
+        assert isinstance(sequence, np.ma.MaskedArray)
+        assert sequence.dtype == np.int32
+        return sequence.tolist()
+
+    @pytest.mark.parametrize(
+        "spans, expected",
+        [
+            ([[0, 8]], [4, 5, 6, 7]),
+            ([[3, 8]], [None, 5, 6, 7]),  # the end token follows what is trained on
+            ([[0, 2]], [4, None, None, None]),
+            ([[0, 2], [5, 8]], [4, None, 6, 7]),
+            ([[0, 4], [4, 8]], [4, 5, 6, 7]),
+            ([[3, 3], [5, 7]], [None, None, None, None]),
+            ([[0, 1], [7, 8]], [None, None, 6, 7]),  # where its last character lies
+            ([(2, 4)], [None, 5, None, None]),
+        ],
+    )
+    def test_a_token_counts_where_its_last_character_lies(
+        self, word_tokenizer, spans, expected
+    ):
+        if expected == [None] * 4:
+            with pytest.raises(DataError, match=r"b\.txt: no token lies in loss_spans"):
+                self.masked(word_tokenizer, spans)
+        else:
+            assert self.masked(word_tokenizer, spans) == expected
+
+    def test_characters_are_counted_and_not_bytes(self, word_tokenizer):
+        text = "é🐍 cat"
+        assert self.masked(word_tokenizer, [[3, 6]], text) == [None, 2, 7]
+        assert self.masked(word_tokenizer, [[0, 2]], text) == [0, None, None]
+
+    def test_a_begin_token_is_not_learnt_and_an_added_end_is(self, word_tokenizer):
+        word_tokenizer.add_special_tokens(["<s>", "</s>"])
+        word_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 8), ("</s>", 9)]
+        )
+        found = self.masked(word_tokenizer, [[3, 8]])
+        assert found == [None, None, 5, 6, 9, 7]
+        assert self.masked(word_tokenizer, [[0, 8]]) == [None, 4, 5, 6, 9, 7]
+
+    def test_a_token_of_several_bytes_of_one_character(self):
+        """Byte-level, as SmolLM2: each part of a character has the span of all."""
+        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(BYTES)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        row = {"text": "aé b", "source": "", "loss_spans": [[1, 2], [3, 4]]}
+        (found,) = tokenise([row], tokenizer)
+        assert np.ma.getmaskarray(found).tolist() == [
+            *(True, False, False, True, False),
+            False,
+        ]
+
+    @pytest.mark.parametrize(
+        "spans",
+        [
+            *([], [[]], [1, 2], [[1]], [[1, 2, 3]], [[1], [2, 3]], "text", 7, {"a": 1}),
+            *([[0.0, 1.0]], [[True, 2]], [[-1, 2]], [[0, 9]], [[3, 1]]),
+            *([[4, 8], [0, 2]], [[0, 5], [4, 8]], [[0, 2**70]], [["0", "1"]]),
+        ],
+        ids=str,
+    )
+    def test_spans_outside_of_the_text_are_refused(self, word_tokenizer, spans):
+        with pytest.raises(DataError, match=r"^b\.txt: loss_spans=.* must be pairs"):
+            self.masked(word_tokenizer, spans)
+
+    def test_other_documents_count_whole(self, word_tokenizer):
+        rows = [*DOCUMENTS, {**DOCUMENTS[0], "loss_spans": None}]
+        sequences = tokenise(rows, word_tokenizer)
+        assert not any(isinstance(ids, np.ma.MaskedArray) for ids in sequences)
+
+    def test_file_to_batch(self, word_tokenizer, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text("q,a\nthe cat ,sat\n,on a mat\n")
+        documents = read(path, prompt="q", completion="a")
+        sequences = tokenise(documents, word_tokenizer, vocab_size=8)
+        packed, padded = pack(sequences, 7), pad(sequences, 3)
+        assert packed.targets.tolist() == [[2, 3, 7, 4, 5, 6, 7]]
+        assert packed.weights.tolist() == [[0, 1, 1, 1, 1, 1, 1]]
+        assert padded.targets.tolist() == [[2, 3, 7], [5, 6, 7]]
+        assert padded.weights.tolist() == [[0, 1, 1], [1, 1, 1]]

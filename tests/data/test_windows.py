@@ -12,6 +12,21 @@ ids = st.lists(st.integers(0, 99), min_size=2, max_size=12)
 documents = st.lists(ids, min_size=1, max_size=8).map(
     lambda lists: [np.array(ids, np.int32) for ids in lists]
 )
+masked = st.lists(
+    ids.flatmap(
+        lambda ids: st.tuples(
+            st.just(ids),
+            st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)),
+        )
+    ),
+    min_size=1,
+    max_size=8,
+).map(
+    lambda pairs: [
+        np.ma.masked_array(np.array(ids, np.int32), mask=mask) for ids, mask in pairs
+    ]
+)
+"""Sequences of which some tokens are not in the loss."""
 lengths = st.integers(1, 17)
 
 
@@ -95,3 +110,44 @@ class TestBoth:
     def test_refuses_no_sequence(self, rows):
         with pytest.raises(DataError, match="no sequence given"):
             rows([], 4)
+
+
+class TestMasked:
+    """Masked tokens are read as before, and are the target of weight 0."""
+
+    @settings(deadline=None)
+    @given(masked, lengths)
+    def test_pack_changes_weights_only(self, sequences, seq_len):
+        plain = pack([np.ma.getdata(ids) for ids in sequences], seq_len)
+        batch = pack(sequences, seq_len)
+        np.testing.assert_array_equal(batch.tokens, plain.tokens)
+        np.testing.assert_array_equal(batch.targets, plain.targets)
+        out = np.concatenate([np.ma.getmaskarray(ids) for ids in sequences])[1:]
+        weights = batch.weights.ravel()
+        np.testing.assert_array_equal(weights[: out.size], ~out)
+        assert not weights[out.size :].any()
+        assert batch.weights.dtype == np.float32
+
+    @settings(deadline=None)
+    @given(masked, lengths)
+    def test_pad_changes_weights_only(self, sequences, seq_len):
+        plain = pad([np.ma.getdata(ids) for ids in sequences], seq_len)
+        kept = [~np.ma.getmaskarray(ids)[1 : seq_len + 1] for ids in sequences]
+        if not all(row.any() for row in kept):
+            first = next(i for i, row in enumerate(kept) if not row.any())
+            with pytest.raises(DataError, match=f"the first is number {first}"):
+                pad(sequences, seq_len)
+            return
+        batch = pad(sequences, seq_len)
+        np.testing.assert_array_equal(batch.tokens, plain.tokens)
+        np.testing.assert_array_equal(batch.targets, plain.targets)
+        for weights, row in zip(batch.weights, kept):
+            np.testing.assert_array_equal(weights[: row.size], row)
+            assert not weights[row.size :].any()
+
+    def test_a_prompt_that_fills_its_row_is_refused(self):
+        ids = np.ma.masked_array(np.arange(6, dtype=np.int32), np.arange(6) < 4)
+        message = r"1 of 2 sequences have no counted target within seq_len=3, .* numb"
+        with pytest.raises(DataError, match=message):
+            pad([ids[3:], ids], 3)
+        assert pad([ids], 4).weights.tolist() == [[0, 0, 0, 1]]

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.finetune.lora import MAPS, Lora, attach, low_rank
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.lora import (
+    MAPS,
+    Lora,
+    attach,
+    drop_out,
+    dropout_keys,
+    lora_linear,
+    low_rank,
+)
+from jmem.train.loss import next_token_loss
 
 
 def test_low_rank_has_the_gradients_of_its_formula():
@@ -50,9 +60,112 @@ def test_attach_adds_leaves_and_copies_none(tiny_params):
 
 
 @pytest.mark.parametrize(
+    ("rank", "alpha", "plain", "stabilised"), [(4, 8.0, 2.0, 4.0), (64, 16.0, 0.25, 2)]
+)
+def test_rslora_divides_by_the_root_of_the_rank(rank, alpha, plain, stabilised):
+    """Kalajdzievski 2023; the scale is all that differs, merged weights included."""
+    assert Lora(rank=rank, alpha=alpha).scale == plain
+    assert Lora(rank=rank, alpha=alpha, rslora=True).scale == stabilised
+
+
+class TestTrainedBefore:
+    def test_init_goes_on_with_given_adapters_in_the_kernels_dtype(self, tiny_params):
+        lora = Lora(rank=2, maps=("q", "up"))
+        given = lora.adapters(tiny_params["blocks"], jax.random.key(7))
+        half = jax.tree.map(lambda x: np.asarray(x, np.float16), given)
+        state = lora.init(None, tiny_params, jax.random.key(0), half)
+        expected = jax.tree.map(lambda x: x.astype(np.float32), half)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state["lora"], given)
+        chex.assert_trees_all_equal(state["lora"], expected)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(state["optimizer"]))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"rank": 3}, r"q/lora_a with shape \(5, 32, 3\), .* need \(5, 32, 2\)\."),
+            ({"maps": ("q", "k")}, r"k/lora_a with shape \(5, 32, 2\), .* need None"),
+            ({"maps": ("k",)}, r"k/lora_a with shape \(5, 32, 2\), .* need None"),
+        ],
+    )
+    def test_adapters_that_do_not_fit_are_refused(self, tiny_params, settings, message):
+        other = Lora(**{"rank": 2, "maps": ("q",)} | settings)
+        given = other.adapters(tiny_params["blocks"], jax.random.key(0))
+        lora = Lora(rank=2, maps=("q",))
+        with pytest.raises(ValueError, match=message):
+            lora.init(None, tiny_params, jax.random.key(0), given)
+
+
+class TestDropout:
+    def test_keeps_the_mean_and_drops_the_share(self):
+        x = jnp.full((100, 1000), 3.0)
+        out = drop_out(x, 0.25, jax.random.key(0))
+        # Five standard deviations of a share of 100,000 draws.
+        assert abs(float((out == 0).mean()) - 0.25) < 5 * (0.25 * 0.75 / 1e5) ** 0.5
+        np.testing.assert_allclose(np.unique(out), [0, 4])
+
+    def test_only_the_products_input_is_dropped(self):
+        x, kernel, a, b = (
+            jax.random.normal(key, shape)
+            for key, shape in zip(
+                jax.random.split(jax.random.key(1), 4),
+                [(2, 7, 6), (6, 5), (6, 3), (3, 5)],
+            )
+        )
+        leaf = {"kernel": kernel, "lora_a": a, "lora_b": b}
+        leaf["lora_key"] = jax.random.key(5)
+        found = lora_linear(2.0, 0.5)("q", leaf, x)
+        kept = np.asarray(jax.random.bernoulli(jax.random.key(5), 0.5, x.shape))
+        expected = x @ kernel + 2.0 * ((np.asarray(x) * kept / 0.5) @ a @ b)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_every_layer_and_map_has_a_key_of_its_own(self, tiny_params):
+        adapters = Lora().adapters(tiny_params["blocks"], jax.random.key(0))
+        keys = jax.tree.leaves(dropout_keys(adapters, jax.random.key(0)))
+        words = np.concatenate([jax.random.key_data(key) for key in keys])
+        assert len(np.unique(words, axis=0)) == len(MAPS) * 5
+
+    def test_a_step_draws_anew_and_repeats_itself(
+        self, tiny, tiny_params, random_batch
+    ):
+        """The loss of the adapters as they are, under each step's draw."""
+        lora = Lora(rank=2, dropout=0.5, adamw=AdamW(learning_rate=0.0))
+        adapters = jax.tree.map(
+            lambda x: jnp.full_like(x, 0.1),
+            lora.adapters(tiny_params["blocks"], jax.random.key(0)),
+        )
+        batch = random_batch(tiny)
+        step = jax.jit(lambda state: lora.step(tiny, state, batch))
+
+        def losses(seed):
+            key = jax.random.key(seed)
+            state, found = lora.init(tiny, tiny_params, key, adapters), []
+            for _ in range(3):
+                state, metrics = step(state)
+                found.append(float(metrics["loss"]))
+            return found
+
+        assert losses(0) == losses(0)
+        assert len({*losses(0), *losses(1)}) == 6
+        plain = next_token_loss(
+            tiny,
+            tiny_params | {"blocks": attach(tiny_params["blocks"], adapters)},
+            batch,
+            tiny.ops._replace(linear=lora_linear(lora.scale)),
+        )
+        assert float(plain) not in losses(0)
+
+    def test_without_dropout_the_state_has_no_key(self, tiny_params):
+        assert "key" not in Lora().init(None, tiny_params, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"alpha": 0.0}, r"alpha=0.0 must be positive"),
+        ({"alpha": float("nan")}, r"alpha=nan must be positive"),
+        ({"dropout": 1.0}, r"dropout=1.0 must be at least 0 and below 1"),
+        ({"dropout": -0.1}, r"dropout=-0.1 must be"),
         ({"maps": ("q", "gates")}, "names 'gates'.*Did you mean 'gate'"),
         ({"maps": ()}, r"maps=\(\) must name at least one"),
         ({"maps": ("q", "q")}, "each once"),

@@ -19,7 +19,7 @@ from jmem.generate.cache import cache_bytes
 from jmem.generate.decode import decode_program
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
-from jmem.nn.rope import Llama3Scaling
+from jmem.nn.rope import LinearScaling, Llama3Scaling, YarnScaling
 from jmem.nn.stack import depth, row, run_stack
 from jmem.targets import resolve
 from jmem.train.loss import token_positions
@@ -34,6 +34,27 @@ def forward(model, params, tokens, ops=None, carry=None):
     return model.head(params, x, ops)
 
 
+def yarn(s, config):
+    """(frequencies, amplitude) by the published loop over dimensions of one head."""
+    dim, base = config.head_dim, config.rope_theta
+
+    def dimension(rotations):  # that turns so often in the original context
+        angle = s.original_max_positions / (rotations * 2 * np.pi)
+        return dim * np.log(angle) / (2 * np.log(base))
+
+    low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+    if s.truncate:
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    frequencies = []
+    for i in range(dim // 2):
+        ramp = min(max((i - low) / (high - low), 0), 1)
+        plain = 1 / base ** (2 * i / dim)
+        frequencies.append(plain / s.factor * ramp + plain * (1 - ramp))
+    amplitude = s.attention_factor or 0.1 * np.log(s.factor) + 1
+    return np.array(frequencies), amplitude
+
+
 def reference_logits(config, params, tokens):
     """The same decoder from its equations: float64, one row, one head at a time."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -43,7 +64,13 @@ def reference_logits(config, params, tokens):
 
     half = config.head_dim // 2
     frequencies = config.rope_theta ** -(np.arange(half) / half)
-    if (s := config.rope_scaling) is not None:  # Hugging Face's published branches
+    amplitude = 1.0
+    s = config.rope_scaling
+    if isinstance(s, LinearScaling):
+        frequencies = frequencies / s.factor
+    if isinstance(s, YarnScaling):
+        frequencies, amplitude = yarn(s, config)
+    if isinstance(s, Llama3Scaling):  # Hugging Face's published branches
         scaled = []
         for f in frequencies:
             wavelength = 2 * np.pi / f
@@ -61,7 +88,7 @@ def reference_logits(config, params, tokens):
         turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(
             1j * np.arange(len(x))[:, None] * frequencies
         )
-        return np.concatenate([turned.real, turned.imag], axis=1)
+        return np.concatenate([turned.real, turned.imag], axis=1) * amplitude
 
     logits = []
     for ids in np.asarray(tokens):
@@ -82,6 +109,8 @@ def reference_logits(config, params, tokens):
                 scores = rotate(q[:, head]) @ rotate(k[:, group]).T
                 scores /= np.sqrt(config.head_dim)
                 scores[np.triu_indices(len(ids), 1)] = -np.inf
+                if (window := config.sliding_window) is not None:
+                    scores[np.tril_indices(len(ids), -window)] = -np.inf
                 weights = np.exp(scores - scores.max(-1, keepdims=True))
                 weights /= weights.sum(-1, keepdims=True)
                 heads.append(weights @ v[:, group])
@@ -104,6 +133,29 @@ VARIANTS = {
         "max_positions": 64,
     },
     "wide heads": {"head_dim": 12},  # heads * head_dim differs from hidden
+    "mistral": {"sliding_window": 5},
+    "window of one": {"sliding_window": 1},
+    "window beyond the text": {"sliding_window": 24},
+    "linear": {"rope_scaling": LinearScaling(factor=3.0)},
+    "yarn": {"rope_scaling": YarnScaling(factor=4.0, original_max_positions=32)},
+    # The ramp ends beyond the last pair, and beyond the last channel.
+    "yarn, long": {
+        "rope_scaling": YarnScaling(factor=4.0, original_max_positions=2**17)
+    },
+    "yarn, none": {
+        "rope_scaling": YarnScaling(factor=4.0, original_max_positions=2**30)
+    },
+    "yarn, whole": {
+        "rope_scaling": YarnScaling(
+            factor=8.0,
+            original_max_positions=64,
+            beta_fast=16.0,
+            attention_factor=0.7,
+            truncate=False,
+        ),
+        "head_dim": 16,
+        "rope_theta": 500.0,
+    },
 }
 
 

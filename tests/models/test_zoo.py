@@ -31,6 +31,15 @@ PUBLISHED = {
     "qwen2-7b": 7_615_616_512,
     "qwen2-72b": 72_706_203_648,
     "qwen2.5-3b": 3_085_938_688,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    # Less the two rows of OPT's table of positions that no position reads.
+    "opt-125m": 125_239_296 - 2 * 768,
+    "opt-1.3b": 1_315_758_080 - 2 * 2048,
+    "opt-6.7b": 6_658_473_984 - 2 * 4096,
+    "phi-2": 2_779_683_840,
 }
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.nn.attention import causal, choose, grouped_attention
-from jmem.nn.rope import Llama3Scaling, Rope
+import jmem
+from jmem.nn.attention import causal, causal_attention, choose, grouped_attention
+from jmem.nn.norm import layer_norm
+from jmem.nn.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jmem.targets import resolve
 
 CHOICES = [
@@ -58,18 +60,115 @@ def test_rotation_depends_on_distance_only():
     assert abs(score(9, 4) - score(9, 8)) > 1e-2
 
 
+YARN = {"factor": 2.0, "original_max_positions": 8}
+SCALINGS = [
+    (Llama3Scaling, {"factor": 0.5}),
+    (Llama3Scaling, {"low_freq_factor": 4.0}),
+    (Llama3Scaling, {"low_freq_factor": 0.0}),
+    (Llama3Scaling, {"original_max_positions": 0}),
+    (LinearScaling, {"factor": 0.5}),
+    (YarnScaling, {"factor": 0.5, "original_max_positions": 8}),
+    (YarnScaling, {"factor": 2.0, "original_max_positions": 0}),
+    (YarnScaling, {"factor": 2.0, "original_max_positions": 8, "beta_slow": 32.0}),
+    (YarnScaling, {"factor": 2.0, "original_max_positions": 8, "beta_slow": 0.0}),
+    (
+        YarnScaling,
+        {"factor": 2.0, "original_max_positions": 8, "attention_factor": 0.0},
+    ),
+]
+
+
+@pytest.mark.parametrize("scaling, fields", SCALINGS)
+def test_scaling_refuses(scaling, fields):
+    with pytest.raises(ValueError, match=scaling.__name__):
+        scaling(**fields)
+
+
+def test_channels_beyond_the_turning_ones_pass():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 12))
+    positions = jnp.arange(5, dtype=jnp.int32)[None]
+    part = Rope(head_dim=12, rotary_dim=8)(x, positions)
+    np.testing.assert_array_equal(part[..., 8:], x[..., 8:])
+    np.testing.assert_array_equal(
+        part[..., :8], Rope(head_dim=8)(x[..., :8], positions)
+    )
+    np.testing.assert_array_equal(Rope(head_dim=12, rotary_dim=0)(x, positions), x)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("window", [1, 4, 8, 9, 100])
+def test_a_window_is_jax_s_own_local_window(window, kv_heads):
+    keys = jax.random.split(jax.random.key(window), 3)
+    q = jax.random.normal(keys[0], (2, 9, 3, 8))
+    k, v = (jax.random.normal(key, (2, 9, kv_heads, 8)) for key in keys[1:])
+    expected = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="xla"
+    )
+    found = causal_attention(q, k, v, "xla", window=window)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_window_stays_within_its_document():
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 7, 2, 4))
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]], jnp.int32)
+    packed = causal_attention(q, k, v, "xla", segments, window=2)
+    for part in (slice(0, 3), slice(3, 7)):
+        q_, k_, v_ = (x[:, part] for x in (q, k, v))
+        alone = causal_attention(q_, k_, v_, "xla", window=2)
+        np.testing.assert_allclose(packed[:, part], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_a_window_of_no_position_is_refused(implementation):
+    with pytest.raises(ValueError, match=r"window=0 must be at least 1"):
+        causal(implementation, window=0)
+
+
+class TestWindowOnCudnn:
+    """cuDNN's own window, compiled for an H200: no scores, no mask."""
+
+    def gradient(self, window):
+        def loss(q, k, v):
+            out = causal_attention(q, k, v, "cudnn", window=window)
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2))
+
+    def arguments(self):
+        shapes = ((1, 1024, heads, 128) for heads in (8, 2, 2))
+        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    @pytest.mark.parametrize("window", [256, None])
+    def test_it_compiles_and_writes_no_scores(self, window):
+        report = jmem.measure(self.gradient(window), *self.arguments(), target="h200")
+        scores_bytes = 8 * 1024 * 1024 * 2  # in 16 bits, of one of the two passes
+        assert report.device_bytes < scores_bytes
+
+    def test_the_kernel_is_told_the_window_and_only_one_that_limits(self):
+        def text(window):
+            lowered = jax.jit(self.gradient(window)).trace(*self.arguments())
+            return lowered.lower(lowering_platforms=("cuda",)).as_text()
+
+        assert r"sliding_window_length\22: 256" in text(256)
+        assert text(1024) == text(None)
+
+
 @pytest.mark.parametrize(
-    "fields",
-    [
-        {"factor": 0.5},
-        {"low_freq_factor": 4.0},
-        {"low_freq_factor": 0.0},
-        {"original_max_positions": 0},
-    ],
+    "dtype, offset, error",
+    # float32 knows x, and so its distance from the mean, to 1e3 * 2**-24; of bfloat16
+    # only the result is rounded, to 8 bits.
+    [(jnp.float32, 1e3, 1e-3), (jnp.bfloat16, 0.0, 4 * 2.0**-8)],
 )
-def test_scaling_refuses(fields):
-    with pytest.raises(ValueError, match="Llama3Scaling"):
-        Llama3Scaling(**fields)
+def test_layer_norm_is_the_formula(dtype, offset, error):
+    random = np.random.default_rng(0)
+    values = offset + random.standard_normal((3, 5, 64)), *random.normal(size=(2, 64))
+    x, scale, bias = (jnp.asarray(value, dtype) for value in values)
+    wide, s, b = (np.asarray(a, np.float64) for a in (x, scale, bias))
+    centred = wide - wide.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * s + b
+    found = layer_norm(x, scale, bias, 1e-5)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=error)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
