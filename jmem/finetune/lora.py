@@ -26,7 +26,7 @@ from jmem.nn.linear import dense
 from jmem.train.loss import next_token_loss
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The seven linear maps of a Llama-like block."""
+"""The linear maps of a block; one whose MLP is not gated has no "gate"."""
 
 
 @jax.custom_vjp
@@ -112,7 +112,7 @@ class Lora:
     """Share of the product's input values that are zeroed in training, anew at every
     step, layer and map."""
     maps: tuple[str, ...] = MAPS
-    """Linear maps that gain an adapter."""
+    """Linear maps that gain an adapter; the default is those a block has."""
     adamw: AdamW = AdamW(learning_rate=2e-4)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
@@ -170,7 +170,19 @@ class Lora:
                     out[name] = inner
             return out
 
-        return walk(blocks)
+        chosen = walk(blocks)
+        found = {name for part in chosen.values() for name in part}
+        missing = [name for name in self.maps if name not in found]
+        if missing and self.maps != MAPS:
+            raise ValueError(
+                f"Lora: maps={self.maps} names {missing}, which these blocks don't "
+                f"have; choose among {tuple(n for n in MAPS if self._has(blocks, n))}."
+            )
+        return chosen
+
+    @staticmethod
+    def _has(blocks: dict, name: str) -> bool:
+        return any(isinstance(part, dict) and name in part for part in blocks.values())
 
     def init(self, model, params, key, adapters: dict | None = None):
         """State that takes over `params` (frozen) and adds adapters.

@@ -145,7 +145,7 @@ class TestParquet:
             ({"text": ["a", " "]}, r":2: column 'text' is blank"),
             ({"text": pa.array([], pa.string())}, r"holds no text"),
         ],
-        ids=str,
+        ids=["absent", "int", "bytes", "list", "null", "one null", "blank", "none"],
     )
     def test_bad_columns_are_named(self, tmp_path, columns, message):
         path = self.make(tmp_path / "a.parquet", pa.table(columns))

@@ -174,3 +174,22 @@ class TestDropout:
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         Lora(**options)
+
+
+class TestPlainMLP:
+    """A block whose MLP is not gated, as GPT-2's."""
+
+    def blocks(self, tiny_params):
+        mlp = {n: leaf for n, leaf in tiny_params["blocks"]["mlp"].items()}
+        del mlp["gate"]
+        return tiny_params["blocks"] | {"mlp": mlp}
+
+    def test_the_default_adapts_the_maps_there_are(self, tiny_params):
+        adapters = Lora().adapters(self.blocks(tiny_params), jax.random.key(0))
+        assert adapters["mlp"].keys() == {"up", "down"}
+
+    def test_a_map_that_is_not_there_is_refused(self, tiny_params):
+        with pytest.raises(ValueError, match=r"\['gate'\], which these blocks don't"):
+            Lora(maps=("q", "gate")).adapters(
+                self.blocks(tiny_params), jax.random.key(0)
+            )
