@@ -30,7 +30,6 @@ FINETUNERS = {
     "lisa": Lisa(active_layers=2, period=2, adamw=ADAMW),
     "lisa persisting": Lisa(active_layers=1, period=2, moments="persist", adamw=ADAMW),
     "embedding": Lisa(active_layers=0, period=2, adamw=ADAMW),
-    "lisa in parts": Lisa(active_layers=2, period=2, adamw=ADAMW, accumulate=2),
 }
 
 
