@@ -431,6 +431,15 @@ def key(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def by_key(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths in words.
+
+    >>> by_key({"blocks": {"q": 1, "k": 2}})
+    {'blocks/k': 2, 'blocks/q': 1}
+    """
+    return {key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def _prefixes(paths: list[str]) -> set[str]:
     words = [path.split("/") for path in paths]
     return {"/".join(w[:n]) for w in words for n in range(1, len(w) + 1)}

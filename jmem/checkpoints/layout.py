@@ -8,7 +8,6 @@ Memory   `assemble` fills one stacked leaf at a time, in place on the device: th
 """
 
 import functools
-import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -20,6 +19,7 @@ import numpy as np
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.names import Leaf, Naming, family, leaves
 from jmem.models.decoder import DecoderConfig
+from jmem.program import by_key
 
 WEIGHT_DTYPES = tuple(np.dtype(d) for d in ("float32", ml_dtypes.bfloat16, "float16"))
 """What weights may be stored, returned and exported as."""
@@ -119,7 +119,7 @@ def assemble(
                 value = _write_row(value, row, layer).block_until_ready()
         else:
             value = jnp.array(leaf.taken_from(_cast(members[0], dtype)))
-        _insert(params, leaf.path, value.block_until_ready())
+        insert(params, leaf.path, value.block_until_ready())
     return params
 
 
@@ -144,7 +144,8 @@ def _cast(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def _insert(tree: dict, path: str, value: jax.Array) -> None:
+def insert(tree: dict, path: str, value: jax.Array) -> None:
+    """`value` at a path of the tree, whose folders are made as they are needed."""
     *folders, name = path.split("/")
     for folder in folders:
         tree = tree.setdefault(folder, {})
@@ -157,10 +158,7 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
     Raises:
       CheckpointError: the tree is not that of `Decoder(config)`; names the leaf.
     """
-    given = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): value
-        for path, value in jax.tree.leaves_with_path(params)
-    }
+    given = by_key(params)
     stored: dict[str, list[tuple]] = {}  # several parts where a tensor is fused
     for leaf in leaves(config):
         shape = (config.layers, *leaf.shape) if leaf.stacked else leaf.shape
@@ -218,7 +216,7 @@ def _fetch(leaf: Leaf, value: jax.Array | np.ndarray, layer: int) -> np.ndarray:
 
 def total_bytes(tensors: Iterable[LazyTensor]) -> int:
     """Bytes that the values take."""
-    return sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _listed(dtypes: Iterable[np.dtype]) -> str:

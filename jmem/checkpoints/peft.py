@@ -44,6 +44,7 @@ from jmem.checkpoints.files import (
 )
 from jmem.checkpoints.names import leaves
 from jmem.models.decoder import DecoderConfig
+from jmem.program import by_key
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -354,12 +355,8 @@ def _assemble(found: Mapping[str, list[LazyTensor]]) -> dict:
     dtype = layout.widest(t for members in found.values() for t in members)
     adapters: dict = {}
     for path, members in found.items():
-        *parents, leaf = path.split("/")
-        tree = adapters
-        for parent in parents:
-            tree = tree.setdefault(parent, {})
         rows = [tensor.read().T.astype(dtype) for tensor in members]
-        tree[leaf] = jnp.asarray(np.stack(rows))
+        layout.insert(adapters, path, jnp.asarray(np.stack(rows)))
     return adapters
 
 
@@ -367,10 +364,7 @@ def _disassemble(
     adapters: Mapping, config: DecoderConfig
 ) -> tuple[int, list[_Map], list[LazyTensor]]:
     """Rank, adapted maps, and PEFT's tensors, each copied to the host when read."""
-    given = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): value
-        for path, value in jax.tree.leaves_with_path(adapters)
-    }
+    given = by_key(adapters)
     rank = next((v.shape[-1] for k, v in given.items() if k.endswith("/lora_a")), None)
     maps, tensors = [], []
     for one in _maps(config):

@@ -87,5 +87,6 @@ def slot_gradients(
     )
     d_table = embed_transpose(dx)[0]
     if "embed" in d_head:  # a tied table is read twice
-        d_table = jax.tree.map(jnp.add, d_table, d_head["embed"])
+        read = d_head["embed"]["embedding"]
+        d_table = d_table | {"embedding": d_table["embedding"] + read}
     return loss + jnp.sum(aux), d_head | {"embed": d_table}, d_blocks

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, gradient_step
 from jmem.nn.linear import dense
+from jmem.program import by_key
 from jmem.train.loss import next_token_loss
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -170,19 +171,14 @@ class Lora:
                     out[name] = inner
             return out
 
-        chosen = walk(blocks)
-        found = {name for part in chosen.values() for name in part}
-        missing = [name for name in self.maps if name not in found]
+        present = {name for part in blocks.values() for name in part}
+        missing = [name for name in self.maps if name not in present]
         if missing and self.maps != MAPS:
             raise ValueError(
                 f"Lora: maps={self.maps} names {missing}, which these blocks don't "
-                f"have; choose among {tuple(n for n in MAPS if self._has(blocks, n))}."
+                f"have; choose among {tuple(n for n in MAPS if n in present)}."
             )
-        return chosen
-
-    @staticmethod
-    def _has(blocks: dict, name: str) -> bool:
-        return any(isinstance(part, dict) and name in part for part in blocks.values())
+        return walk(blocks)
 
     def init(self, model, params, key, adapters: dict | None = None):
         """State that takes over `params` (frozen) and adds adapters.
@@ -214,10 +210,7 @@ class Lora:
         """`adapters` in the kernels' dtype, once they are known to fit."""
         fresh = jax.eval_shape(self.adapters, blocks, jax.random.key(0))
         given, wanted = (
-            {
-                jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-                for path, leaf in jax.tree.leaves_with_path(tree)
-            }
+            {path: leaf.shape for path, leaf in by_key(tree).items()}
             for tree in (adapters, fresh)
         )
         for path in sorted(given.keys() | wanted.keys()):

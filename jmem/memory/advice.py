@@ -8,12 +8,13 @@ worst, and two pieces of advice need not add up.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 from jmem.memory import kinds
-from jmem.memory.breakdown import Breakdown, Row
+from jmem.memory.breakdown import Breakdown, Row, short
 from jmem.program import Program
 
 WORTH = 0.01
@@ -42,9 +43,13 @@ class Evidence:
 
     program: Program
     parts: Breakdown
-    device_bytes: int
     compiler_bytes: int
     """Device memory XLA was told of."""
+
+    @property
+    def device_bytes(self) -> int:
+        """What the card must hold: the kinds sum to it."""
+        return sum(self.parts.by_kind.values())
 
     def saving(self, remaining: Callable[[Row], int]) -> int:
         """How far the peak falls if a buffer had `remaining(row)` bytes."""
@@ -189,9 +194,7 @@ def _logits(evidence: Evidence) -> tuple[int, str]:
         for size in vocabularies & set(shape):
             others = list(shape)
             others.remove(size)
-            count = 1
-            for n in others:
-                count *= n
+            count = math.prod(others)
             if count > CHUNK and not _is_parameter(evidence, row):
                 tokens[row] = count
     if not tokens:
@@ -312,5 +315,5 @@ def _size(row: Row) -> int:
 
 def _where(rows: list[Row]) -> str:
     """The line that made the largest, as " at folder/file:line"."""
-    source = next((r.source for r in sorted(rows, key=_size)[::-1] if r.source), "")
-    return f" at {'/'.join(source.split('/')[-2:])}" if source else ""
+    largest = max((row for row in rows if row.source), key=_size, default=None)
+    return f" at {short(largest.source)}" if largest else ""

@@ -374,6 +374,11 @@ def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argume
     return found
 
 
+def short(source: str) -> str:
+    """The end of a file:line, as a reader knows it: folder/file:line."""
+    return "/".join(source.split("/")[-2:])
+
+
 def _cast(shape: str, computed: str) -> str:
     """The 16-bit dtype of a value that is held as float32."""
     before = computed.split("[")[0]

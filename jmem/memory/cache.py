@@ -24,7 +24,7 @@ import jax
 import jaxlib.version
 
 from jmem.memory.report import MemoryReport
-from jmem.program import Lowered, Program
+from jmem.program import Program
 from jmem.targets import Target
 
 
@@ -39,15 +39,18 @@ def folder() -> pathlib.Path | None:
 
 def key(
     program: Program,
-    lowered: Lowered,
+    stablehlo: str,
     target: Target,
     options: Mapping[str, Any],
     bounds: bool,
 ) -> str:
-    """sha256 of what a report follows from; the same in every process."""
+    """sha256 of what a report follows from; the same in every process.
+
+    `stablehlo` is the lowered program's text.
+    """
     names = program.argument_names()
     parts = {
-        "stablehlo": lowered.as_text(),
+        "stablehlo": stablehlo,
         "name": program.name,
         "written": _written(program.fn),
         "leaves": [

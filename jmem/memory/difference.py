@@ -9,9 +9,7 @@ longer one, a card beside another, all read the same.
 import dataclasses
 from collections.abc import Mapping
 
-from jmem.memory.report import MemoryReport, in_gib
-
-WIDTH = 88
+from jmem.memory.report import WIDTH, MemoryReport, sized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +89,6 @@ def _changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Chang
 
 def _line(change: Change) -> str:
     name = change.name if len(change.name) < 44 else f"…{change.name[-42:]}"
-    sizes = in_gib(change.before_bytes), in_gib(change.after_bytes)
-    grown = f"{'+' if change.bytes > 0 else '-'}{in_gib(abs(change.bytes))}"
+    sizes = sized(change.before_bytes), sized(change.after_bytes)
+    grown = f"{'+' if change.bytes > 0 else '-'}{sized(abs(change.bytes))}"
     return f"{name:<44}{sizes[0]:>14}{sizes[1]:>14}{grown:>16}"

@@ -30,7 +30,7 @@ import jaxlib.version
 import numpy as np
 
 from jmem import targets
-from jmem.memory import breakdown, hlo, kinds, live
+from jmem.memory import breakdown, hlo, kinds, live, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
 from jmem.memory.report import MemoryReport
@@ -89,8 +89,6 @@ def measure(
       AccountError: the buffers do not sum to what XLA reports.
     """
     program = as_program(what, args, donate=donate, static=static, labels=labels)
-    from jmem.memory import worker
-
     if target == ATTACHED:
         return _measure(program, None, bounds=False, options=options, cache=False)
     card = targets.resolve(target)
@@ -124,7 +122,7 @@ def _measure(
             "time.\nTake the callback out; it holds no device memory."
         )
     options = dict(options or {})
-    key = cached.key(program, lowered, card, options, bounds) if card and cache else ""
+    key = cached.key(program, text, card, options, bounds) if card and cache else ""
     if key and (kept := cached.load(key)):
         return kept
     # XLA compiles on little more than one core: the second runs beside the first.
@@ -167,11 +165,7 @@ def _measure(
         timeline=parts.timeline,
         collectives=parts.collectives,
         flags=_flags(parts, card),
-        advice=advise(
-            Evidence(
-                program, parts, analysis.total_allocation_bytes, held.compiler_bytes
-            )
-        ),
+        advice=advise(Evidence(program, parts, held.compiler_bytes)),
         calls=parts.calls,
         versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
         stablehlo_hash=stablehlo_hash(text),

@@ -9,7 +9,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from jmem.memory.report import GiB, MemoryReport, in_gib
+from jmem.memory.report import GiB, MemoryReport, sized
 
 TOP = 20
 """Rows of each table; what is smaller is summed in the last one."""
@@ -23,7 +23,7 @@ def markdown(report: MemoryReport, *, reserve: int = GiB, top: int = TOP) -> str
     lines = [f"# {_cell(report.name)} on {report.target}", "", _summary(report), ""]
     lines += [f"    {line}" for line in str(report.fits(reserve)).splitlines()] + [""]
     for advice in report.advice:
-        lines.append(f"- **{in_gib(advice.saves_bytes)} could go**: {advice.text}")
+        lines.append(f"- **{sized(advice.saves_bytes)} could go**: {advice.text}")
     lines += [f"- {flag}" for flag in report.flags]
     for title, heads, rows in _tables(report, top):
         lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |"]
@@ -42,8 +42,7 @@ def page(report: MemoryReport, *, reserve: int = GiB, top: int = TOP) -> str:
     parts = [f"<h1>{title}</h1>", f"<p>{text(_summary(report))}</p>"]
     parts.append(f"<pre>{text(str(report.fits(reserve)))}</pre>")
     said = [
-        f"<b>{in_gib(a.saves_bytes)} could go</b>: {text(a.text)}"
-        for a in report.advice
+        f"<b>{sized(a.saves_bytes)} could go</b>: {text(a.text)}" for a in report.advice
     ]
     said += [text(flag) for flag in report.flags]
     if said:
@@ -70,13 +69,13 @@ _STYLE = (
 
 
 def _summary(report: MemoryReport) -> str:
-    low, high = map(in_gib, report.interval)
+    low, high = map(sized, report.interval)
     between = f" (between {low} and {high})" if low != high else ""
-    host = f", {in_gib(report.host_bytes)} in host memory" if report.host_bytes else ""
+    host = f", {sized(report.host_bytes)} in host memory" if report.host_bytes else ""
     how = "compiled for the attached GPU" if report.attached else "ahead of time"
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
-        f"{in_gib(report.device_bytes)} on the device{between}{host}; {how}, {versions}"
+        f"{sized(report.device_bytes)} on the device{between}{host}; {how}, {versions}"
     )
 
 
@@ -87,7 +86,7 @@ def _tables(report: MemoryReport, top: int) -> Iterable[Table]:
         listed = list(sums.items())[:top]
         if left := list(sums.items())[top:]:
             listed.append((f"{len(left)} smaller", sum(held for _, held in left)))
-        return [(in_gib(h), f"{h / total:.1%}", name or unnamed) for name, h in listed]
+        return [(sized(h), f"{h / total:.1%}", name or unnamed) for name, h in listed]
 
     by_kind = dict(sorted(report.by_kind.items(), key=lambda item: -item[1]))
     size = ("size", "share")
@@ -97,7 +96,7 @@ def _tables(report: MemoryReport, top: int) -> Iterable[Table]:
     yield "By line", (*size, "line"), lines
     rows = [
         (
-            in_gib(row.total_bytes),
+            sized(row.total_bytes),
             str(row.count),
             row.kind,
             row.shape,

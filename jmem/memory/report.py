@@ -16,7 +16,7 @@ from typing import Any
 
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
-from jmem.memory.breakdown import Instant, Row
+from jmem.memory.breakdown import Instant, Row, short
 from jmem.memory.timeline import Timeline
 
 GiB = 2**30
@@ -49,10 +49,10 @@ class Verdict:
         room = self.usable_bytes - self.reserve_bytes - self.needed_bytes
         head = "fits" if self.fits else "does not fit"
         lines = [
-            f"{head} {self.target}: {in_gib(abs(room))} "
+            f"{head} {self.target}: {sized(abs(room))} "
             f"{'to spare' if room >= 0 else 'too much'}",
-            f"  needs {in_gib(self.needed_bytes)}, usable {in_gib(self.usable_bytes)}, "
-            f"of which {in_gib(self.reserve_bytes)} kept in reserve",
+            f"  needs {sized(self.needed_bytes)}, usable {sized(self.usable_bytes)}, "
+            f"of which {sized(self.reserve_bytes)} kept in reserve",
         ]
         if self.memory_fraction:
             lines.append(
@@ -191,7 +191,7 @@ class MemoryReport:
         )
 
     def _remarks(self) -> list[str]:
-        saving = (f"{in_gib(a.saves_bytes)} could go: {a.text}" for a in self.advice)
+        saving = (f"{sized(a.saves_bytes)} could go: {a.text}" for a in self.advice)
         return [*(f"note: {flag}" for flag in self.flags), *saving]
 
     def _heading(self) -> list[str]:
@@ -236,7 +236,7 @@ class MemoryReport:
     def _largest(self, top: int) -> list[str]:
         at = self.peak_instant
         doing = " · ".join(word for word in (at.phase, at.scope, at.op) if word)
-        where = f"  {_short(at.source)}" if at.source else ""
+        where = f"  {short(at.source)}" if at.source else ""
         doing = _clip(doing or "the arguments and results", WIDTH - 13 - len(where))
         lines = [f"at the peak: {doing}{where}", "─" * WIDTH]
         for row in self.top(top):
@@ -246,7 +246,7 @@ class MemoryReport:
             head = f"{size:>16}  {row.kind:<18}  {_clip(row.shape, 24):<24}  "
             if row.op:  # computed: where, by what, on which line
                 what = f"{row.name} · {row.op}" if row.name else row.op
-                lines.append(f"{head}{_short(row.source)}".rstrip())
+                lines.append(f"{head}{short(row.source)}".rstrip())
                 lines.append(_clip(f"{'':>16}  {what}", WIDTH))
             else:
                 lines.append(f"{head}{_end(row.name, WIDTH - len(head))}".rstrip())
@@ -341,10 +341,10 @@ def _size(size: int, unit: str) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def in_gib(size: int) -> str:
+def sized(size: int) -> str:
     """In the largest unit that it has one of.
 
-    >>> in_gib(3 * 2**30), in_gib(1536)
+    >>> sized(3 * 2**30), sized(1536)
     ('3.00 GiB', '1.50 KiB')
     """
     unit = _unit(size)
@@ -363,11 +363,6 @@ def _clip(text: str, width: int) -> str:
 
 def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
-
-
-def _short(source: str) -> str:
-    """The end of a path: folder/file:line."""
-    return "/".join(source.split("/")[-2:])
 
 
 def _wrapped(text: str) -> str:

@@ -347,8 +347,10 @@ class Decoder:
 
     def head_params(self, params: dict) -> dict:
         """The part of `params` that `head` reads: a small tree to differentiate."""
-        table = "embed" if self.config.tied else "head"
-        return {"final_norm": params["final_norm"], table: params[table]}
+        head = {"final_norm": params["final_norm"]}
+        if self.config.tied:
+            return head | {"embed": {"embedding": params["embed"]["embedding"]}}
+        return head | {"head": params["head"]}
 
     def head(
         self, params: dict, x: Float[Array, "*N M"], ops: Ops

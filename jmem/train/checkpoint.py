@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jmem.program import by_key
+
 FORMAT = 1
 
 
@@ -208,12 +210,9 @@ def abstract(state: Any) -> Any:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-    assert len(named) == len(leaves), "two leaves of the state share a key path"
+    named = by_key(tree)
+    count = len(jax.tree.leaves(tree))
+    assert len(named) == count, "two leaves of the state share a key path"
     return named
 
 

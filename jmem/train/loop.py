@@ -186,12 +186,16 @@ def train[State](
         stack.callback(trace.stop)
         stop = stack.enter_context(_stop_between_steps(lines))
 
+        def evaluated(done: int) -> bool:
+            """Writes the held-out loss; whether it is the best so far."""
+            loss = held_out_loss(state)
+            log.held_out(done, loss)
+            return best.improves(done, loss)
+
         if start:
             lines.note(f"resumed after update {start}")
         elif held_out and evaluate_first:
-            before = held_out_loss(state)
-            log.held_out(0, before)
-            best.improves(0, before)
+            evaluated(0)
         log.restart_clock()
         for done in range(start + 1, steps + 1):  # updates done when this one is
             batch = data.batch(done - 1)
@@ -208,11 +212,8 @@ def train[State](
                 log.flush()
                 if trace.ends(done):
                     trace.stop()
-                if evaluating:
-                    loss = held_out_loss(state)
-                    log.held_out(done, loss)
-                    if best.improves(done, loss) and keep_best:
-                        best.save(state, data=data.digest)
+                if evaluating and evaluated(done) and keep_best:
+                    best.save(state, data=data.digest)
                 if best.exhausted(patience):
                     saving = True
                     lines.note(

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to check by hand, and rows that are all different."""
+"""A tokenizer small enough to check by hand, rows that all differ, and files."""
 
 import numpy as np
 import pytest
@@ -31,3 +31,15 @@ def numbered():
         return Batch(tokens, tokens + 1, np.ones(tokens.shape, np.float32))
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(name, content)`: the path of a file with that text, or those bytes."""
+
+    def write(name: str, content: str | bytes):
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write

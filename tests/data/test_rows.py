@@ -25,16 +25,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name: str, content: str | bytes):
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
 class TestCsv:
     def test_what_the_csv_module_writes(self, tmp_path):
         """RFC 4180 line ends, quotes doubled, fields over several lines."""

@@ -16,16 +16,6 @@ from jmem.data.document import DataError
 from jmem.data.text import read
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(name: str, content: str | bytes):
-        path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
-
-
 def jsonl(*rows) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 

@@ -8,6 +8,7 @@ import pytest
 
 from jmem.memory import cache
 from jmem.memory.measure import measure
+from jmem.program import ProgramError
 
 x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
 
@@ -65,11 +66,8 @@ def test_a_damaged_entry_is_measured_again_and_replaced(folder):
 
 
 def test_failures_are_not_kept(folder):
-    with pytest.raises(ValueError, match="no_such_option"):
-        try:
-            ask(options={"no_such_option": True})
-        except Exception as error:
-            raise ValueError(str(error)) from error
+    with pytest.raises(ProgramError, match="no_such_option"):
+        ask(options={"no_such_option": True})
     assert not folder.exists()
 
 
