@@ -3,6 +3,7 @@
     checkpoint = jmem.checkpoints.load("smollm2-135m")  # or a folder, a file
     checkpoint.config, checkpoint.tokenizer             # no weights are read for these
     params = checkpoint.params()                        # the decoder's stacked tree
+    small = checkpoint.params(packed=True)              # GGUF's types kept as they are
     jmem.checkpoints.save(params, checkpoint.config, "exported", checkpoint.tokenizer)
     jmem.checkpoints.load_adapter("my-lora", checkpoint.config)  # and save_adapter
 
@@ -82,16 +83,23 @@ class Checkpoint:
     tensors: Mapping[str, tuple[LazyTensor, ...]] = dataclasses.field(repr=False)
     """The stored tensors of each parameter ("blocks/mlp/up/kernel"), layer by layer."""
 
-    def params(self) -> dict:
+    def params(self, *, packed: bool = False) -> dict:
         """The decoder's parameters as JAX arrays, blocks stacked [L, ...].
 
         Fills one leaf at a time, in place: peak memory is the result and one stored
         tensor in float32 (on an accelerator the result is not in host memory).
 
+        Args:
+          packed: keep the blocks' linear maps as a GGUF file's bytes, to be dequantised
+            where they are used (`jmem.nn.quantised`, which generation and LoRA know).
+            Types that can are Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; a map
+            with a layer of another is dequantised, as are embedding, norms and head.
+
         Raises:
-          CheckpointError: a file changed since `load`, or a value overflows `dtype`.
+          CheckpointError: a file changed since `load`, a value overflows `dtype`, or
+            nothing can stay packed.
         """
-        return layout.assemble(self.config, self.tensors, self.dtype)
+        return layout.assemble(self.config, self.tensors, self.dtype, packed)
 
 
 def load(

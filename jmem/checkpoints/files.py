@@ -37,6 +37,10 @@ class LazyTensor:
     read: Callable[[], np.ndarray]
     origin: str = ""
     """The file it lies in, for error messages."""
+    kind: str = ""
+    """llama.cpp's name of the type it is stored in; empty in other formats."""
+    read_packed: Callable[[], np.ndarray] | None = None
+    """The stored bytes, uint8 [..., bytes of a row]; None in other formats."""
 
     @property
     def nbytes(self) -> int:

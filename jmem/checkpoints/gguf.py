@@ -4,7 +4,8 @@ Format   Magic, version, counts, key-value metadata, tensor infos, then the data
          tensor at the next multiple of the alignment.
          https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 Values   Dequantised to float32 by the `gguf` package (any type it knows), a few rows at
-         a time: reading a tensor costs its float32 size and no more.
+         a time: reading a tensor costs its float32 size and no more. Or the bytes as
+         they are (`LazyTensor.read_packed`).
 Checks   Every length against the file before it is used; names unique; tensors back to
          back, so no overlap, no gap, nothing beyond the end. The package's own reader
          checks none of it and takes 5 s for a vocabulary of 49,152.
@@ -192,10 +193,11 @@ def _place(path, infos, header_end: int, size: int, alignment: int):
     tensors = {}
     for name, (shape, kind, offset) in sorted(infos.items(), key=lambda i: i[1][2]):
         where = f"{path}: tensor {name!r}"
-        block, block_bytes = _block(kind, where)
+        block, block_bytes, type_name = _block(kind, where)
         if shape[-1] % block:
             raise CheckpointError(
-                f"{where}: rows of {shape[-1]} values are not whole blocks of {block}."
+                f"{where}: rows of {shape[-1]} values are not whole blocks of {block}. "
+                "The file is damaged, or was not written by llama.cpp."
             )
         row_bytes = shape[-1] // block * block_bytes
         nbytes = math.prod(shape[:-1]) * row_bytes
@@ -212,10 +214,16 @@ def _place(path, infos, header_end: int, size: int, alignment: int):
                 f"file's {max(size - data_start, 0)} data bytes. It is truncated or "
                 "damaged; copy it again."
             )
-        read = functools.partial(
-            _dequantise, path, data_start + offset, kind, shape, row_bytes
+        stored = path, data_start + offset
+        tensors[name] = LazyTensor(
+            name,
+            shape,
+            np.dtype(np.float32),
+            functools.partial(_dequantise, *stored, kind, shape, row_bytes),
+            str(path),
+            type_name,
+            functools.partial(_packed, *stored, shape, row_bytes),
         )
-        tensors[name] = LazyTensor(name, shape, np.dtype(np.float32), read, str(path))
         position, previous = offset + nbytes, name
     if tensors and size > data_start + aligned(position):
         raise CheckpointError(
@@ -226,8 +234,8 @@ def _place(path, infos, header_end: int, size: int, alignment: int):
 
 
 @functools.cache
-def _dequantisable() -> Mapping[int, tuple[int, int]]:
-    """(values, bytes) of a block, for each type that the package can dequantise."""
+def _dequantisable() -> Mapping[int, tuple[int, int, str]]:
+    """(values and bytes of a block, name) of each type the package can dequantise."""
     import gguf
 
     known = {}
@@ -237,17 +245,22 @@ def _dequantisable() -> Mapping[int, tuple[int, int]]:
                 gguf.dequantize(np.zeros((1, nbytes), np.uint8), kind)
         except NotImplementedError:
             continue
-        known[int(kind)] = (values, nbytes)
+        known[int(kind)] = (values, nbytes, kind.name)
     return known
 
 
-def _block(kind: int, where: str) -> tuple[int, int]:
+def _block(kind: int, where: str) -> tuple[int, int, str]:
     if kind not in _dequantisable():
-        import gguf
-
-        names = ", ".join(gguf.GGMLQuantizationType(k).name for k in _dequantisable())
+        names = ", ".join(name for _, _, name in _dequantisable().values())
         raise CheckpointError(f"{where}: type {kind} is not one of {names}.")
     return _dequantisable()[kind]
+
+
+def _packed(
+    path: Path, offset: int, shape: tuple[int, ...], row_bytes: int
+) -> np.ndarray:
+    rows = read_span(path, offset, math.prod(shape[:-1]) * row_bytes)
+    return rows.reshape(*shape[:-1], row_bytes)
 
 
 def _dequantise(

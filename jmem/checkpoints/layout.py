@@ -19,6 +19,7 @@ import numpy as np
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.names import Leaf, Naming, family, leaves
 from jmem.models.decoder import DecoderConfig
+from jmem.nn.quantised import KINDS
 from jmem.program import by_key
 
 WEIGHT_DTYPES = tuple(np.dtype(d) for d in ("float32", ml_dtypes.bfloat16, "float16"))
@@ -103,24 +104,71 @@ def assemble(
     config: DecoderConfig,
     found: Mapping[str, tuple[LazyTensor, ...]],
     dtype: np.dtype,
+    packed: bool = False,
 ) -> dict:
     """Reads the tensors that `match` found into the decoder's parameter tree.
 
+    With `packed`, a block's linear map whose layers are all of types that can stay so
+    is the leaf of `jmem.nn.quantised`.
+
     Raises:
-      CheckpointError: a file changed since it was checked, or a value overflows dtype.
+      CheckpointError: a file changed since it was checked, a value overflows dtype, or
+        nothing can stay packed.
     """
     params: dict = {}
+    stay = {leaf.path for leaf in leaves(config) if packed and _can_stay(leaf, found)}
+    if packed and not stay:
+        tensors = [tensor for members in found.values() for tensor in members]
+        kinds = sorted({t.kind or str(t.dtype) for t in tensors})
+        raise CheckpointError(
+            f"{tensors[0].origin}: no linear map can stay packed, as its tensors are "
+            f"of the types {', '.join(kinds)}. Supported are {', '.join(KINDS)}. Load "
+            "it with packed=False."
+        )
     for leaf in leaves(config):
         members = found[leaf.path]
+        if leaf.path in stay:
+            for name, value in _packed(members).items():
+                insert(params, leaf.path.removesuffix("kernel") + name, value)
+            continue
         if leaf.stacked:
-            value = jnp.zeros((len(members), *leaf.shape), dtype)
-            for layer, tensor in enumerate(members):
-                row = leaf.taken_from(_cast(tensor, dtype))
-                value = _write_row(value, row, layer).block_until_ready()
+            rows = (leaf.taken_from(_cast(tensor, dtype)) for tensor in members)
+            value = _stacked(rows, (len(members), *leaf.shape), dtype)
         else:
             value = jnp.array(leaf.taken_from(_cast(members[0], dtype)))
         insert(params, leaf.path, value.block_until_ready())
     return params
+
+
+def _can_stay(leaf: Leaf, found: Mapping[str, tuple[LazyTensor, ...]]) -> bool:
+    is_map = leaf.stacked and leaf.path.endswith("/kernel")
+    return is_map and all(tensor.kind in KINDS for tensor in found[leaf.path])
+
+
+def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
+    """The leaf "packed" and its flags "kind/...", by name."""
+    outputs, inputs = members[0].shape
+    kinds = [tensor.kind for tensor in members]
+    width = max(KINDS[kind].row_bytes(inputs) for kind in kinds)
+
+    def row(tensor: LazyTensor) -> np.ndarray:
+        assert tensor.read_packed is not None  # it has a kind
+        rows = tensor.read_packed()
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+
+    shape = len(members), outputs, width
+    flags = {f"kind/{k}": jnp.array([k == other for other in kinds]) for k in kinds}
+    return {"packed": _stacked(map(row, members), shape, np.dtype(np.uint8))} | flags
+
+
+def _stacked(
+    rows: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
+) -> jax.Array:
+    """The rows as one array, filled in place: beside it there is one row."""
+    value = jnp.zeros(shape, dtype)
+    for layer, row in enumerate(rows):
+        value = _write_row(value, row, layer).block_until_ready()
+    return value
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -159,6 +207,13 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
       CheckpointError: the tree is not that of `Decoder(config)`; names the leaf.
     """
     given = by_key(params)
+    for path in given:
+        if path.endswith("/packed"):
+            raise CheckpointError(
+                f"save: parameter {path!r} holds quantised bytes, which a Hugging Face "
+                "folder cannot. Save what `params(packed=False)` gives, or a merged "
+                "state."
+            )
     stored: dict[str, list[tuple]] = {}  # several parts where a tensor is fused
     for leaf in leaves(config):
         shape = (config.layers, *leaf.shape) if leaf.stacked else leaf.shape

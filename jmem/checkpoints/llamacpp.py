@@ -147,8 +147,13 @@ def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor
         rotated = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name)
         if rotated is None:
             return tensor
-        read = functools.partial(_pairs_to_halves, tensor.read, heads[rotated[1]])
-        return dataclasses.replace(tensor, read=read)
+        assert tensor.read_packed is not None  # every tensor of a GGUF file has it
+        # Whole rows move, so packed ones move as well.
+        read, read_packed = (
+            functools.partial(_pairs_to_halves, source, heads[rotated[1]])
+            for source in (tensor.read, tensor.read_packed)
+        )
+        return dataclasses.replace(tensor, read=read, read_packed=read_packed)
 
     return {name: halves(tensor) for name, tensor in source.tensors.items()}
 

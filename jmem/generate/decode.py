@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jmem.generate.cache import Cache, decode_attend, init_cache, prefill_attend
 from jmem.generate.sampling import Sampling
-from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
+from jmem.nn.quantised import linear
 from jmem.nn.stack import run_stack
 from jmem.program import Program
 from jmem.train.loss import token_positions
@@ -33,7 +33,7 @@ def prefill_step(
     positions = token_positions(tokens)
     ops = Ops(
         attend=prefill_attend(model.attention, model.config.sliding_window),
-        linear=dense,
+        linear=linear,
     )
     x = model.embed(params, tokens, positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
@@ -52,7 +52,7 @@ def decode_step(
     cache: Cache,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token a row, which lands in slot `positions` of its row."""
-    ops = Ops(attend=decode_attend(model.config.sliding_window), linear=dense)
+    ops = Ops(attend=decode_attend(model.config.sliding_window), linear=linear)
     positions = positions[:, None]
     x = model.embed(params, tokens[:, None], positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
@@ -173,44 +173,62 @@ def _check(model, prompts, max_new_tokens, temperature, key) -> int:
     return longest
 
 
-def decode_program(model, *, batch_size: int, slots: int) -> Program:
-    """One decoding step with a donated cache of `slots` tokens a row."""
+def decode_program(
+    model, *, batch_size: int, slots: int, params: dict | None = None
+) -> Program:
+    """One decoding step with a donated cache of `slots` tokens a row.
 
-    def make(key):
-        params = model.init(key)
+    `params` may be others than those of `model.init`, arrays or descriptions, such as
+    packed ones (`jmem.nn.quantised.abstract`).
+    """
+
+    def inputs(key):
+        del key
         tokens = jnp.zeros((batch_size,), jnp.int32)
         positions = jnp.full((batch_size,), slots - 1, jnp.int32)
-        return params, tokens, positions, init_cache(model, batch_size, slots)
+        return tokens, positions, init_cache(model, batch_size, slots)
 
     def step(params, tokens, positions, cache):
         return decode_step(model, params, tokens, positions, cache)
 
-    return Program(
-        step,
-        jax.eval_shape(make, jax.random.key(0)),
-        donate=(3,),
-        labels={"weights": (0, ""), "batch": [(1, ""), (2, "")], "kv cache": (3, "")},
-        make=make,
-    )
+    return _program(step, model, params, inputs)
 
 
-def prefill_program(model, *, batch_size: int, seq_len: int, slots: int) -> Program:
-    """The forward pass over prompts of `seq_len` tokens into a donated cache."""
+def prefill_program(
+    model, *, batch_size: int, seq_len: int, slots: int, params: dict | None = None
+) -> Program:
+    """The forward pass over prompts of `seq_len` tokens into a donated cache.
 
-    def make(key):
-        params = model.init(key)
+    `params` as in `decode_program`.
+    """
+
+    def inputs(key):
         shape = (batch_size, seq_len)
         tokens = jax.random.randint(key, shape, 0, model.config.vocab_size, jnp.int32)
         lengths = jnp.full((batch_size,), seq_len, jnp.int32)
-        return params, tokens, lengths, init_cache(model, batch_size, slots)
+        return tokens, lengths, init_cache(model, batch_size, slots)
 
     def step(params, tokens, lengths, cache):
         return prefill_step(model, params, tokens, lengths, cache)
 
+    return _program(step, model, params, inputs)
+
+
+def _program(step, model, params: dict | None, inputs) -> Program:
+    """Of a step over parameters and the `inputs(key)` that follow them."""
+
+    def make(key):
+        return model.init(key), *inputs(key)
+
+    key = jax.random.key(0)
+    if params is None:
+        args = jax.eval_shape(make, key)
+    else:
+        args = params, *jax.eval_shape(inputs, key)
     return Program(
         step,
-        jax.eval_shape(make, jax.random.key(0)),
+        args,
         donate=(3,),
         labels={"weights": (0, ""), "batch": [(1, ""), (2, "")], "kv cache": (3, "")},
-        make=make,
+        make=make if params is None else None,
     )

@@ -1,0 +1,371 @@
+"""Linear maps kept in llama.cpp's quantised types, dequantised where they are used.
+
+Idea     A map stays the file's bytes, and each block turns its own into numbers just
+         before the product, so that one map at a time exists at full width.
+Memory   Bytes a value: Q8_0 34/32, Q6_K 210/256, Q5_1 24/32, Q5_0 22/32, Q5_K 176/256,
+         Q4_1 20/32, Q4_0 18/32, Q4_K 144/256, where bfloat16 has 2. While it is used,
+         a map takes [out, in] in x's dtype besides, and two where two read the same x;
+         nothing where x is a single row, as in decoding one sequence.
+Values   The types' definitions in float32, bit for bit: their products have at most 24
+         significant bits and are exact, so that a fused multiply-add rounds as its two
+         parts do. Then in x's dtype.
+Differs  llama.cpp quantises x too, and multiplies integers.
+Source   https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h, the layouts
+See      jmem/checkpoints (`params(packed=True)`), tests/nn/test_quantised.py
+
+A packed leaf has lost "kernel" [L, in, out]; in its place, layers stacked as ever:
+
+    leaf["packed"]   uint8 [L, out, row_bytes]   the file's rows, blocks along `in`
+    leaf["kind"]     {"Q4_K": bool [L], ...}     which layers are of that type
+
+The types are names in the tree, and so static. A map of one type compiles to that type
+alone. Where layers differ, as in Q4_K_M, rows are as long as the widest type's, shorter
+ones end in zeros, and the flags choose inside the scan. That costs a Q4_K layer beside
+Q6_K ones 66/256 bytes a value: of llama3-8b in Q4_K_M 0.24 GiB, 6 % of its blocks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from jmem.nn.linear import along_last, dense
+from jmem.program import by_key
+
+
+def _half(pair: jax.Array) -> jax.Array:
+    """The float16 of two bytes, low one first, in float32: [..., 2] to [..., 1]."""
+    low, high = (pair[..., i : i + 1].astype(jnp.uint16) for i in (0, 1))
+    bits = low | (high << 8)
+    return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
+def _fields(data: jax.Array, width: int) -> jax.Array:
+    """Fields of `width` bits, lowest first: [..., n] bytes to [..., 8 / width, n]."""
+    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
+    shifts = shifts.reshape((1,) * (data.ndim - 1) + (-1, 1))
+    return (data[..., None, :] >> shifts) & (2**width - 1)
+
+
+def _signed(data: jax.Array) -> jax.Array:
+    """Bytes as int8, in float32."""
+    return jax.lax.bitcast_convert_type(data, jnp.int8).astype(jnp.float32)
+
+
+def _joined(blocks: jax.Array, axes: int = 2) -> jax.Array:
+    """The last `axes` axes as one."""
+    return blocks.reshape(*blocks.shape[:-axes], -1)
+
+
+def _four(data: jax.Array) -> jax.Array:
+    """32 values of 16 bytes: all low halves, then all high ones."""
+    return _joined(_fields(data, 4))
+
+
+def _fifth(data: jax.Array) -> jax.Array:
+    """32 values' fifth bits, in place, of 4 bytes."""
+    bits = jnp.swapaxes(_fields(data, 1), -1, -2)
+    return _joined(bits) << 4
+
+
+def _q8_0(b: jax.Array) -> jax.Array:
+    return _half(b[..., :2]) * _signed(b[..., 2:])
+
+
+def _q4_0(b: jax.Array) -> jax.Array:
+    return _half(b[..., :2]) * (_four(b[..., 2:]).astype(jnp.float32) - 8)
+
+
+def _q4_1(b: jax.Array) -> jax.Array:
+    q = _four(b[..., 4:]).astype(jnp.float32)
+    return _half(b[..., :2]) * q + _half(b[..., 2:4])
+
+
+def _q5_0(b: jax.Array) -> jax.Array:
+    q = _four(b[..., 6:]) | _fifth(b[..., 2:6])
+    return _half(b[..., :2]) * (q.astype(jnp.float32) - 16)
+
+
+def _q5_1(b: jax.Array) -> jax.Array:
+    q = (_four(b[..., 8:]) | _fifth(b[..., 4:8])).astype(jnp.float32)
+    return _half(b[..., :2]) * q + _half(b[..., 2:4])
+
+
+def _steps(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and minimum of a block's 8 groups of 32 values, each [..., 8, 1].
+
+    Twelve bytes hold them in six bits each: the first four scales, then the first four
+    minima, whose top two bits belong to the last four; the low four bits of those lie
+    in the last four bytes, scales in the lower half.
+    """
+    scale, minimum, rest = b[..., 4:8], b[..., 8:12], b[..., 12:16]
+    scales = [scale & 63, (rest & 15) | ((scale >> 2) & 48)]
+    minima = [minimum & 63, (rest >> 4) | ((minimum >> 2) & 48)]
+    d, least = (
+        _half(b[..., at : at + 2]) * jnp.concatenate(six, axis=-1).astype(jnp.float32)
+        for at, six in ((0, scales), (2, minima))
+    )
+    return d[..., None], least[..., None]
+
+
+def _groups(data: jax.Array) -> jax.Array:
+    """256 values' low four bits of 128 bytes: [..., 8, 32]."""
+    q = _fields(data.reshape(*data.shape[:-1], 4, 32), 4)
+    return q.reshape(*data.shape[:-1], 8, 32)
+
+
+def _q4_k(b: jax.Array) -> jax.Array:
+    d, least = _steps(b)
+    return _joined(d * _groups(b[..., 16:]).astype(jnp.float32) - least)
+
+
+def _q5_k(b: jax.Array) -> jax.Array:
+    d, least = _steps(b)
+    q = _groups(b[..., 48:]) | (_fields(b[..., 16:48], 1) << 4)
+    return _joined(d * q.astype(jnp.float32) - least)
+
+
+def _q6_k(b: jax.Array) -> jax.Array:
+    low = _fields(b[..., :128].reshape(*b.shape[:-1], 2, 64), 4)
+    high = _fields(b[..., 128:192].reshape(*b.shape[:-1], 2, 32), 2)
+    low, high = (x.reshape(*b.shape[:-1], 16, 16) for x in (low, high))
+    q = (low | (high << 4)).astype(jnp.float32) - 32
+    d = _half(b[..., 208:210]) * _signed(b[..., 192:208])
+    return _joined(d[..., None] * q)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One quantised type: how many values a block holds in how many bytes."""
+
+    values: int
+    nbytes: int
+    decode: Callable[[jax.Array], jax.Array]
+    """uint8 [..., nbytes] to float32 [..., values]."""
+
+    def row_bytes(self, width: int) -> int:
+        """Bytes of a row of `width` values, which are whole blocks."""
+        return width // self.values * self.nbytes
+
+
+KINDS: Mapping[str, Kind] = {
+    "Q4_0": Kind(32, 18, _q4_0),
+    "Q4_1": Kind(32, 20, _q4_1),
+    "Q5_0": Kind(32, 22, _q5_0),
+    "Q5_1": Kind(32, 24, _q5_1),
+    "Q8_0": Kind(32, 34, _q8_0),
+    "Q4_K": Kind(256, 144, _q4_k),
+    "Q5_K": Kind(256, 176, _q5_k),
+    "Q6_K": Kind(256, 210, _q6_k),
+}
+"""The types that can stay packed, by llama.cpp's names."""
+
+
+def dequantise(kind: str, rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in"]:
+    """The values of whole blocks, float32, bit-equal to the type's definition.
+
+    A scale that is infinite or no number gives what float32 arithmetic gives.
+    """
+    blocks = rows.reshape(*rows.shape[:-1], -1, KINDS[kind].nbytes)
+    return _joined(KINDS[kind].decode(blocks))
+
+
+def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
+    """An `ops.linear` for packed leaves; any other leaf is `dense`.
+
+    Multiplies in x's dtype, as `dense` does with a kernel of that dtype, or in float32
+    if x is a single row. Its backward pass gives the gradient of x, dequantising again:
+    what is kept for it is bytes.
+
+    Raises:
+      ValueError: x is not as wide as the map's rows.
+    """
+    if "packed" not in leaf:
+        return dense(name, leaf, x)
+    inputs, _ = kernel_shape(leaf)[-2:]
+    if x.shape[-1] != inputs:
+        raise ValueError(
+            f"linear: the input of map {name!r} is {x.shape[-1]} wide, but its rows of "
+            f"{leaf['packed'].shape[-1]} bytes hold {inputs} values of "
+            f"{' and '.join(sorted(leaf['kind']))}. They are another model's."
+        )
+    y = _product(x, leaf["packed"], leaf["kind"])
+    return y + along_last(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
+
+
+def kernel_shape(leaf: dict) -> tuple[int, ...]:
+    """[..., in, out] of the kernel that a packed leaf stands for."""
+    *stacked, outputs, row_bytes = leaf["packed"].shape
+    widest = max((KINDS[k] for k in leaf["kind"]), key=lambda k: k.row_bytes(256))
+    return (*stacked, row_bytes // widest.nbytes * widest.values, outputs)
+
+
+def described_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """The kernel of a stacked leaf; of a packed one, that which `unpacked` makes."""
+    if "packed" in leaf:
+        return jax.ShapeDtypeStruct(kernel_shape(leaf), dtype)
+    return jax.ShapeDtypeStruct(leaf["kernel"].shape, leaf["kernel"].dtype)
+
+
+def unpacked(tree: dict, dtype: DTypeLike) -> dict:
+    """`tree` with every stacked packed leaf dequantised: kernels [L, in, out]."""
+    if "packed" not in tree:
+        return {
+            name: unpacked(value, dtype) if isinstance(value, dict) else value
+            for name, value in tree.items()
+        }
+    kernel = jax.lax.map(  # one layer's float32 values at a time
+        lambda row: _chosen(lambda values: values.T.astype(dtype), *row),
+        (tree["packed"], tree["kind"]),
+    )
+    kept = {name: tree[name] for name in tree.keys() - {"packed", "kind"}}
+    return kept | {"kernel": kernel}
+
+
+def refuse_packed(who: str, params: dict) -> None:
+    """For whoever trains the parameters themselves.
+
+    Raises:
+      ValueError: a leaf is packed: integers, which have no gradient.
+    """
+    for path in by_key(params):
+        if "packed" in path.split("/"):
+            raise ValueError(
+                f"{who}: {path} holds quantised bytes, which have no gradient. Train "
+                "adapters over them (Lora), or load the checkpoint with packed=False."
+            )
+
+
+def _chosen(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
+    """`use` of one layer's float32 values [out, in], of the type that is flagged."""
+    inputs, _ = kernel_shape({"packed": packed, "kind": flags})
+
+    def branch(kind: str):
+        rows = packed[:, : KINDS[kind].row_bytes(inputs)]
+        return use(dequantise(kind, rows))
+
+    kinds = sorted(flags)
+    branches = [functools.partial(branch, kind) for kind in kinds]
+    if len(kinds) == 1:
+        return branches[0]()
+    which = jnp.argmax(jnp.stack([flags[kind] for kind in kinds]))
+    return jax.lax.switch(which, branches)
+
+
+def _after(x: jax.Array, packed: jax.Array) -> jax.Array:
+    """`packed`, but not before x is there.
+
+    Left free, XLA dequantises every map of a block at its start (seen in 0.12), and it
+    takes an optimization barrier out before it orders anything.
+    """
+    first = x.reshape(-1)[0]
+    never = (first > 1) & (first < -1)  # no pass of XLA knows
+    return packed | never.astype(jnp.uint8)
+
+
+@jax.custom_vjp
+def _product(x, packed, flags):
+    """Of x [..., in] and one layer's values [out, in]: [..., out]."""
+
+    def multiply(values):
+        if x.size == x.shape[-1]:
+            # A single row, as in decoding. XLA fuses this into one pass over the bytes,
+            # where a matrix product would have the values written out first.
+            y = jnp.sum(values * x.reshape(1, -1).astype(jnp.float32), axis=-1)
+            return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+        return jnp.einsum("...i,oi->...o", x, values.astype(x.dtype))
+
+    return _chosen(multiply, _after(x, packed), flags)
+
+
+def _product_forward(x, packed, flags):
+    return _product(x, packed, flags), (packed, flags)
+
+
+def _product_backward(stored, dy):
+    packed, flags = stored
+    dx = _chosen(lambda w: dy @ w.astype(dy.dtype), _after(dy, packed), flags)
+    return dx, None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+Q4_K_M: Mapping[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(("q", "k", "o", "gate", "up"), "Q4_K"),
+    **dict.fromkeys(("v", "down"), ("Q4_K", "Q6_K")),
+}
+"""The types of a block's maps in llama.cpp's mix of that name, for `abstract`."""
+
+
+def abstract(params: dict, kind: str | Mapping[str, str | tuple[str, ...]]) -> dict:
+    """`params` described with packed blocks: what to measure when there is no file.
+
+    Args:
+      params: the decoder's tree, arrays or descriptions (`Decoder.abstract()`).
+      kind: the type of every map, or the type of each by its name: several, if its
+        layers differ. A map that is not named keeps its kernel.
+
+    Raises:
+      ValueError: an unknown type or map, or rows that are not whole blocks.
+
+    >>> from jmem.models import zoo
+    >>> from jmem.models.decoder import Decoder
+    >>> params = abstract(Decoder(zoo.get("llama3-8b")).abstract(), "Q4_K")
+    >>> params["blocks"]["mlp"]["down"]["packed"].shape  # 14336 / 256 * 144 bytes
+    (32, 4096, 8064)
+    """
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    blocks = params["blocks"]
+    maps = {
+        name: leaf
+        for part in blocks.values()
+        for name, leaf in part.items()
+        if isinstance(leaf, dict) and "kernel" in leaf
+    }
+    kinds = dict.fromkeys(maps, kind) if isinstance(kind, str) else kind
+    if unknown := kinds.keys() - maps.keys():
+        raise ValueError(
+            f"abstract: kind names the maps {', '.join(sorted(unknown))}; these blocks "
+            f"have {', '.join(maps)}."
+        )
+    chosen = {
+        name: (types,) if isinstance(types, str) else types
+        for name, types in kinds.items()
+    }
+    packed = {
+        part: leaves
+        | {
+            name: _described(name, leaves[name], chosen[name])
+            for name in leaves
+            if name in chosen
+        }
+        for part, leaves in blocks.items()
+    }
+    return params | {"blocks": packed}
+
+
+def _described(name: str, leaf: dict, kinds: tuple[str, ...]) -> dict:
+    layers, inputs, outputs = leaf["kernel"].shape
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ValueError(
+                f"abstract: map {name!r} is of type {kind!r}, which cannot stay "
+                f"packed; choose among {', '.join(KINDS)}."
+            )
+        if inputs % KINDS[kind].values:
+            raise ValueError(
+                f"abstract: map {name!r} has rows of {inputs} values, which are not "
+                f"whole {kind} blocks of {KINDS[kind].values}. llama.cpp stores such a "
+                "map as Q5_0, Q5_1 or Q8_0, whose blocks are of 32."
+            )
+    row_bytes = max(KINDS[kind].row_bytes(inputs) for kind in kinds)
+    kept = {key: value for key, value in leaf.items() if key != "kernel"}
+    return kept | {
+        "packed": jax.ShapeDtypeStruct((layers, outputs, row_bytes), jnp.uint8),
+        "kind": {kind: jax.ShapeDtypeStruct((layers,), jnp.bool) for kind in kinds},
+    }
