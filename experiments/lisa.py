@@ -16,14 +16,13 @@ is another question, and a few hundred steps a rate long.
 import dataclasses
 import functools
 import gc
-import itertools
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jmem
 import jmem.checkpoints
@@ -39,7 +38,7 @@ from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
 from jmem.models import zoo
-from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.program import Program
 from jmem.targets import Target
 from jmem.train import metrics
@@ -58,6 +57,13 @@ class Config:
     """A file never trained on; empty to keep back whole documents of `data`."""
     column: str = "text"
     """The key that holds the text in a .jsonl file."""
+    prompt: str = ""
+    """The column of prompts, in place of `column`; with `completion`."""
+    completion: str = ""
+    """The column of what is to be learnt after each prompt, and alone is."""
+    chat: str = ""
+    """The column of chats, as lists of messages. The checkpoint's template writes them
+    out, and only what the assistant says is learnt."""
     only: tuple[Method, ...] = ()
     """Methods to run; empty means all."""
     full: Full = Full(adamw=AdamW(learning_rate=5e-5, warmup_steps=4))
@@ -74,16 +80,17 @@ class Config:
     seq_len: int = 512
     """Tokens a sequence."""
     held_out_tokens: int = 4096
-    """Tokens whose loss is told before and after."""
+    """Tokens, of those that are learnt, whose loss is told before and after."""
     checkpoint_every: int = 0
     """Updates between checkpoints; 0 keeps the last one only."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations in the programs compiled for `gpu`."""
+    dtype: Precision = "bfloat16"
+    """Of weights and activations in the programs compiled for `gpu`; "mixed" keeps
+    float32 weights and computes in bfloat16."""
     remat: Literal["none", "dots", "block"] = "block"
     """What full and LoRA keep for the backward pass on `gpu`: all, matrix products, or
     block inputs only, as LISA always does."""
-    run_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations in what is trained here."""
+    run_dtype: Precision = "float32"
+    """As `dtype`, in what is trained here."""
     run_remat: Literal["none", "dots", "block"] = "none"
     """As `remat`, in what is trained here."""
     seed: int = 0
@@ -95,6 +102,11 @@ class Config:
         for name in ("steps", "batch_size", "seq_len", "held_out_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"lisa: {name}={getattr(self, name)}; need >= 1.")
+        kinds = {name: getattr(self, name) for name in ("prompt", "completion", "chat")}
+        if self.chat and (self.prompt or self.completion):
+            raise ValueError(f"lisa: {kinds} are two kinds of rows; give one of them.")
+        if any(kinds.values()) and not self.data:
+            raise ValueError(f"lisa: {kinds} name columns of a file; give --data.")
         if self.seed < 0 or self.checkpoint_every < 0:
             raise ValueError(
                 f"lisa: seed={self.seed} and checkpoint_every={self.checkpoint_every} "
@@ -122,13 +134,13 @@ def dimensions(config: Config) -> DecoderConfig:
 
 def build(config: Config, dims: DecoderConfig, target: Target) -> Decoder:
     """The model as it is compiled for the described GPU."""
-    return Decoder.on(target, dims, dtype=config.dtype, remat=config.remat)
+    return Decoder.on(target, dims, **PRECISIONS[config.dtype], remat=config.remat)
 
 
 def build_here(config: Config, dims: DecoderConfig) -> Decoder:
     """The model as it is trained on this machine."""
-    dtype, remat = config.run_dtype, config.run_remat
-    return Decoder.on(attached(), dims, dtype=dtype, remat=remat)
+    precision, remat = PRECISIONS[config.run_dtype], config.run_remat
+    return Decoder.on(attached(), dims, **precision, remat=remat)
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -150,13 +162,13 @@ def main(config: Config, run: Run) -> None:
         report_memory(config, run, measure(config, run.target))
         return
     dims = dimensions(config)
-    checkpoint = jmem.checkpoints.load(config.model, config.run_dtype)
+    model = build_here(config, dims)
+    checkpoint = jmem.checkpoints.load(config.model, model.stored_dtype)
     if checkpoint.tokenizer is None:
         raise ValueError(
             f"lisa: {checkpoint.path} holds no tokenizer; put the model's "
             "tokenizer.json beside its config.json."
         )
-    model = build_here(config, dims)
     steps(config, model)
     training, held_out = batches(config, checkpoint)
     pretrained = checkpoint.params()
@@ -183,7 +195,7 @@ def main(config: Config, run: Run) -> None:
         rows[method] = own if not rows else before + own
     report_training(config, run, rows)
     run.note(
-        f"Trained here: {model.dtype}, {model.attention} attention, remat "
+        f"Trained here: {config.run_dtype}, {model.attention} attention, remat "
         f"{config.run_remat}, on {jax.devices()[0].device_kind}; memory here is XLA's "
         f"plan of that step. Measured below is another program: {config.dtype}, remat "
         f"{config.remat}, for {config.gpu}."
@@ -216,35 +228,55 @@ def attached() -> Target | None:
 
 def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, ...]]:
     """Shuffled training batches, and held-out ones in order, cut to a static length."""
-    read = functools.partial(jmem.data.read, column=config.column)
     if not config.data:
         training, held_out = jmem.data.python_reference()
-    elif config.held_out:
-        training = read(config.data)
-        held_out = read(config.held_out)
     else:
-        training = read(config.data, unit="paragraph")
-        held_out = None
-    ids = {
-        "tokenizer": checkpoint.tokenizer,
-        "vocab_size": checkpoint.config.vocab_size,
-    }
-    sequences = list(jmem.data.tokenise(training, **ids))
+        read = reader(config, checkpoint)
+        training = read(config.data)
+        held_out = read(config.held_out) if config.held_out else None
+    tokenise = functools.partial(
+        jmem.data.tokenise,
+        tokenizer=checkpoint.tokenizer,
+        vocab_size=checkpoint.config.vocab_size,
+        add_special_tokens=not config.chat,
+    )
+    sequences = tokenise(training)
     if held_out is None:
         sequences, kept = keep_back(config, sequences)
     else:
-        kept = list(jmem.data.tokenise(held_out, **ids))
-    rows = math.ceil(config.held_out_tokens / config.seq_len / config.batch_size)
-    test = jmem.data.in_order(jmem.data.pack(kept, config.seq_len), config.batch_size)
-    test = tuple(itertools.islice(test, rows))
-    found = int(sum(batch.weights.sum() for batch in test))
-    if found < config.held_out_tokens:
+        kept = tokenise(held_out)
+    test, found = [], 0
+    for batch in jmem.data.in_order(
+        jmem.data.pack(kept, config.seq_len), config.batch_size
+    ):
+        test.append(batch)
+        found += int(batch.weights.sum())
+        if found >= config.held_out_tokens:
+            break
+    else:
         raise ValueError(
             f"lisa: held_out_tokens={config.held_out_tokens}, but the held-out text "
             f"has only {found}; lower it, or give a longer --held-out."
         )
     packed = jmem.data.pack(sequences, config.seq_len)
-    return jmem.data.Loader(packed, config.batch_size, config.seed), test
+    return jmem.data.Loader(packed, config.batch_size, config.seed), tuple(test)
+
+
+def reader(config: Config, checkpoint) -> Callable[[str], Iterable]:
+    """How a file is read: as text, prompts with their completions, or chats."""
+    if config.chat:
+        path = checkpoint.path
+        template = jmem.data.read_template(path if path.is_dir() else path.parent)
+        return functools.partial(
+            jmem.data.read_chats, template=template, column=config.chat
+        )
+    return functools.partial(
+        jmem.data.read,
+        column=config.column,
+        prompt=config.prompt or None,
+        completion=config.completion or None,
+        unit="file" if config.held_out else "paragraph",
+    )
 
 
 def keep_back(config: Config, sequences: list) -> tuple[list, list]:
@@ -252,7 +284,7 @@ def keep_back(config: Config, sequences: list) -> tuple[list, list]:
     wanted, first = config.held_out_tokens + 1, len(sequences)
     while first and wanted > 0:
         first -= 1
-        wanted -= len(sequences[first])
+        wanted -= np.ma.count(sequences[first])
     if wanted > 0 or first == 0:
         raise ValueError(
             f"lisa: --data {config.data} has no {config.held_out_tokens} tokens to "

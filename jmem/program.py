@@ -21,9 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import (
     AbstractMesh,
     AxisType,
+    Mesh,
     NamedSharding,
     PartitionSpec,
     Sharding,
@@ -193,9 +195,10 @@ class Program:
         devices = target.compile_only_devices() if target else None
         platforms = ("cuda",) if target else None
         jitted = self._jit(out_shardings)
-        with _explained(self), _on(devices), _in_mesh(mesh if named else None):
+        with _explained(self), _on(devices), _in_mesh(mesh, named, devices):
             stage = jitted.trace(*args).lower(lowering_platforms=platforms)
-        return Lowered(stage, devices, math.prod(mesh.axis_sizes) if mesh else 1, self)
+        size = math.prod(mesh.axis_sizes) if mesh else 1
+        return Lowered(stage, devices, size, self, args)
 
     def compile(
         self, target: Target | None = None, options: Mapping[str, Any] | None = None
@@ -302,6 +305,8 @@ class Lowered:
     """Compile-only devices; None compiles for the attached ones."""
     device_count: int
     program: Program
+    args: tuple
+    """Descriptions of the arguments, placed as they were lowered."""
 
     def as_text(self) -> str:
         """StableHLO, free of line numbers: the same text in every process."""
@@ -318,19 +323,34 @@ class Lowered:
             compiled = self.stage.compile(
                 compiler_options=options, device_assignment=self.devices
             )
-        if self.program.asks_for_host():
-            held: Any = compiled.memory_analysis()
-            sizes = held.host_argument_size_in_bytes, held.host_output_size_in_bytes
-            if not any(sizes):
-                raise ProgramError(
-                    f"{self.program.name}: a sharding asks for {HOST!r}, but XLA "
-                    "placed nothing in host memory."
-                )
+        on_gpu = self.devices or jax.default_backend() != "cpu"  # a CPU has one memory
+        if on_gpu and self.program.asks_for_host():
+            check_host_bytes(self.program, self.args, compiled.memory_analysis())
         return compiled
 
 
 HOST = "pinned_host"
 """JAX's name of host memory a GPU can read and write."""
+
+
+def check_host_bytes(program: Program, args: tuple, analysis: Any) -> None:
+    """Refuses a program that XLA gave device memory for what lies on the host.
+
+    Raises:
+      ProgramError: names the bytes asked for and the bytes XLA placed there.
+    """
+    asked = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(args)
+        if _memory_kind(leaf) == HOST
+    )
+    found = analysis.host_argument_size_in_bytes
+    if found < asked or not found + analysis.host_output_size_in_bytes:
+        raise ProgramError(
+            f"{program.name}: arguments of {asked:,} bytes are placed in {HOST!r}, but "
+            f"XLA placed {found:,} bytes of arguments there, and "
+            f"{analysis.host_output_size_in_bytes:,} of results."
+        )
 
 
 @contextlib.contextmanager
@@ -355,12 +375,27 @@ def _on(devices: tuple[Any, ...] | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_mesh(mesh: Any) -> Iterator[None]:
-    """Lets the function's own constraints name axes: `with_sharding_constraint(P)`."""
+def _in_mesh(mesh: Any, named: bool, devices: tuple[Any, ...] | None) -> Iterator[None]:
+    """Lets the function's own constraints name axes: `with_sharding_constraint(P)`.
+
+    With compile-only devices the mesh in scope is theirs, also where nobody named one:
+    cuDNN's attention is lowered for devices, and the arguments, whose mesh is abstract
+    so that they keep their memory, name none.
+    """
     if mesh is None:
         yield
-        return
-    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+    elif devices:
+        of_devices = Mesh(
+            np.reshape(devices, mesh.axis_sizes),
+            mesh.axis_names,
+            axis_types=mesh.axis_types,
+        )
+        with jax.set_mesh(of_devices):
+            yield
+    elif named:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    else:
         yield
 
 

@@ -57,14 +57,15 @@ def check(config: type) -> None:
         where = f"{config.__name__}.{name}"
         if _is_table(hint):
             check(hint)
-        elif typing.get_origin(hint) is tuple:
-            for item in typing.get_args(hint):
-                _check_scalar(where, Ellipsis if item is Ellipsis else _resolved(item))
         else:
-            _check_scalar(where, hint)
+            _check_value(where, hint)
 
 
-def _check_scalar(where: str, hint: Any) -> None:
+def _check_value(where: str, hint: Any) -> None:
+    if typing.get_origin(hint) is tuple:
+        for item in typing.get_args(hint):
+            _check_value(where, Ellipsis if item is Ellipsis else _resolved(item))
+        return
     scalars = (bool, int, float, str, pathlib.Path, Ellipsis)
     if hint not in scalars and typing.get_origin(hint) is not Literal:
         raise TypeError(

@@ -6,11 +6,16 @@ parameters are.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from jmem.finetune.patterns import matching
+from jmem.program import by_key, key
 
 
 def cast(tree: Any, dtype) -> Any:
@@ -60,6 +65,13 @@ class AdamW:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of both moments. bfloat16 halves them, but 1 - b2 = 0.001 is below its
     resolution (2^-8): the second moment then follows slowly or not at all."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """(pattern, factor) pairs (`jmem.finetune.patterns`): the rate of every parameter
+    that a pattern means is `factor` times the schedule's. Of several, the last holds.
+    LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is ("*/lora_b", 16.0)."""
+    layer_decay: float = 1.0
+    """The rate of block l of L is multiplied by layer_decay^(L - 1 - l), that of the
+    embedding (also where it is the head) by layer_decay^L."""
 
     def __post_init__(self):
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
@@ -77,6 +89,17 @@ class AdamW:
                 f"AdamW: schedule={self.schedule!r} needs total_steps above "
                 f"warmup_steps={self.warmup_steps}, got total_steps={self.total_steps}."
             )
+        for pattern, factor in self.rates:
+            if not 0 <= factor < math.inf:
+                raise ValueError(
+                    f"AdamW: rates={self.rates} gives {pattern!r} the factor {factor}, "
+                    "which must be finite and not negative."
+                )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"AdamW: layer_decay={self.layer_decay} must be above 0 and at most 1, "
+                "which is no decay."
+            )
 
     def rate(self, step: jax.Array) -> jax.Array:
         """Learning rate of update number `step` (from 0), float32."""
@@ -90,6 +113,43 @@ class AdamW:
         if self.schedule == "cosine":
             left = 0.5 * (1 + jnp.cos(jnp.pi * done))
         return self.learning_rate * jnp.where(step < self.warmup_steps, warmup, left)
+
+    def factors(self, trained: Any, above: str = "") -> dict[str, float]:
+        """What `rates` multiplies the rate of each leaf of `trained` by, by path.
+
+        `above` leads the leaves' paths.
+
+        Raises:
+          ValueError: a pattern of `rates` means nothing in `trained`.
+        """
+        factors = {above + path: 1.0 for path in by_key(trained)}
+        for pattern, factor in self.rates:
+            found = matching(pattern, factors, f"AdamW: rates={self.rates}")
+            factors |= dict.fromkeys(found, factor)
+        return factors
+
+    def leaf_rates(
+        self, trained: Any, rate: jax.Array, layers: int, above: str = ""
+    ) -> Any:
+        """`rate` as each leaf of the tree `trained` has it, by `rates` and depth.
+
+        float32 scalars; [layers, 1, ...] for leaves of the stacked blocks where the
+        rate decays over them.
+        """
+        factors = self.factors(trained, above)
+
+        def leaf(path, value):
+            name = above + key(path)
+            factor = factors[name]
+            if self.layer_decay < 1 and name.startswith("blocks/"):
+                later = np.arange(layers - 1, -1, -1)  # blocks behind each one
+                decay = np.float32(factor * self.layer_decay**later)
+                return rate * decay.reshape((layers,) + (1,) * (value.ndim - 1))
+            if name.startswith("embed/"):
+                factor *= self.layer_decay**layers
+            return rate if factor == 1 else rate * np.float32(factor)
+
+        return jax.tree.map_with_path(leaf, trained)
 
     def direction(self) -> optax.GradientTransformation:
         """The update before it is scaled by -rate: no schedule, no clipping.
@@ -107,14 +167,18 @@ class AdamW:
 
         Each gradient keeps its dtype; the norm is a float32 sum over all leaves.
         """
+        factor, norm = self.clip_factor(grads)
+        return (scale(grads, factor) if self.max_grad_norm else grads), norm
+
+    def clip_factor(self, grads: Any) -> tuple[jax.Array, jax.Array]:
+        """What `clip` scales by, 1 if it does not, and the norm; float32 scalars."""
         squares = [
             jnp.sum(jnp.square(cast(g, jnp.float32))) for g in jax.tree.leaves(grads)
         ]
         norm = jnp.sqrt(sum(squares))
         if not self.max_grad_norm:
-            return grads, norm
-        factor = jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12))
-        return scale(grads, factor), norm
+            return jnp.float32(1), norm
+        return jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12)), norm
 
 
 def scale(tree: Any, factor: jax.Array) -> Any:
@@ -124,10 +188,16 @@ def scale(tree: Any, factor: jax.Array) -> Any:
     )
 
 
-def descend(params: Any, updates: Any, rate: jax.Array) -> Any:
-    """Params - rate * updates, added in float32 and stored in the parameters' dtype."""
+def descend(params: Any, updates: Any, rates: Any) -> Any:
+    """Params - rates * updates, added in float32 and stored in the parameters' dtype.
+
+    `rates` is a tree of the same leaves (`AdamW.leaf_rates`).
+    """
     return jax.tree.map(
-        lambda p, u: (p.astype(jnp.float32) - rate * u).astype(p.dtype), params, updates
+        lambda p, u, rate: (p.astype(jnp.float32) - rate * u).astype(p.dtype),
+        params,
+        updates,
+        rates,
     )
 
 
@@ -138,14 +208,17 @@ def gradient_step(
     trained: Any,
     optimizer: Any,
     step: jax.Array,
+    layers: int,
+    above: str = "",
 ):
     """One AdamW update of the tree `trained` by its gradients.
 
     Returns (trained, optimizer, metrics). Shared by every method whose gradients exist
-    all at once.
+    all at once. `layers` is the model's, `above` leads the paths of `trained`.
     """
     grads, norm = adamw.clip(grads)
     updates, optimizer = adamw.direction().update(grads, optimizer, trained)
     rate = adamw.rate(step)
+    rates = adamw.leaf_rates(trained, rate, layers, above)
     metrics = {"loss": loss, "lr": rate, "grad_norm": norm}
-    return descend(trained, updates, rate), optimizer, metrics
+    return descend(trained, updates, rates), optimizer, metrics

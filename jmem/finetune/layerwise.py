@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jmem.finetune.patterns import join, split
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.train.loss import mean_head_loss, token_positions
@@ -28,19 +29,25 @@ def put_row(stacked: Any, layer: jax.Array, value: Any) -> Any:
 
 
 def slot_gradients(
-    model, params: dict, batch, active: Int[Array, " S"], ops: Ops | None = None
+    model,
+    params: dict,
+    batch,
+    active: Int[Array, " S"],
+    ops: Ops | None = None,
+    train: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], dict, Any]:
     """Loss and gradients of everything outside the blocks and of the `active` blocks.
 
     `active` holds distinct block indices in any order; S = 0 is allowed. Returns (loss,
     gradients of `params` without "blocks", gradients of the blocks with leaves
-    [S, ...] in the order of `active`), each in its parameter's dtype. The loss is
-    `jmem.train.loss.next_token_loss`.
+    [S, ...] in the order of `active`), each in its parameter's dtype. With patterns
+    `train` (`jmem.finetune.patterns`), what they don't mean is None in both. The loss
+    is `jmem.train.loss.next_token_loss`.
     """
     ops = model.ops if ops is None else ops
-    blocks = params["blocks"]
+    chosen, rest = split(params, train, "slot_gradients: train")
     slots = active.shape[0]
-    layers = jnp.arange(depth(blocks), dtype=jnp.int32)
+    layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
     positions = token_positions(batch.tokens)
 
     def block(p, x, layer):
@@ -53,40 +60,47 @@ def slot_gradients(
         return out, (x, aux)
 
     def embed(table):
+        table = join(table, rest["embed"])
         return model.embed(params | {"embed": table}, batch.tokens, positions)
 
-    x, embed_transpose = jax.vjp(embed, params["embed"])
-    x, (inputs, aux) = jax.lax.scan(forward, x, (layers, blocks))
-    loss, (d_head, dx) = jax.value_and_grad(
-        lambda p, x: mean_head_loss(model, ops, p, x, batch), argnums=(0, 1)
-    )(model.head_params(params), x)
+    def head(p, x):
+        p = join(p, model.head_params(rest))
+        return mean_head_loss(model, ops, p, x, batch)
+
+    x, embed_transpose = jax.vjp(embed, chosen["embed"])
+    x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"]))
+    loss, (d_head, dx) = jax.value_and_grad(head, argnums=(0, 1))(
+        model.head_params(chosen), x
+    )
 
     slot_of = jnp.full(layers.shape, -1, jnp.int32)
     slot_of = slot_of.at[active].set(jnp.arange(slots, dtype=jnp.int32))
     one = jnp.float32(1)
 
-    def frozen(p, x, layer, slot, dx, grads):
+    def frozen(p, q, x, layer, slot, dx, grads):
         del slot
-        _, transpose = jax.vjp(lambda x: block(p, x, layer), x)
+        _, transpose = jax.vjp(lambda x: block(join(p, q), x, layer), x)
         return transpose((dx, one))[0], grads
 
-    def trained(p, x, layer, slot, dx, grads):
-        _, transpose = jax.vjp(lambda p, x: block(p, x, layer), p, x)
+    def trained(p, q, x, layer, slot, dx, grads):
+        _, transpose = jax.vjp(lambda p, x: block(join(p, q), x, layer), p, x)
         dp, dx = transpose((dx, one))
         return dx, put_row(grads, slot, dp)
 
     def backward(state, xs):
-        layer, slot, p, x = xs
+        layer, slot, p, q, x = xs
         if slots == 0:
-            return frozen(p, x, layer, slot, *state), None
-        return jax.lax.cond(slot >= 0, trained, frozen, p, x, layer, slot, *state), None
+            return frozen(p, q, x, layer, slot, *state), None
+        operands = (p, q, x, layer, slot, *state)
+        return jax.lax.cond(slot >= 0, trained, frozen, *operands), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros((slots, *p.shape[1:]), p.dtype), blocks)
+    p, q = chosen["blocks"], rest["blocks"]
+    zeros = jax.tree.map(lambda p: jnp.zeros((slots, *p.shape[1:]), p.dtype), p)
     (dx, d_blocks), _ = jax.lax.scan(
-        backward, (dx, zeros), (layers, slot_of, blocks, inputs), reverse=True
+        backward, (dx, zeros), (layers, slot_of, p, q, inputs), reverse=True
     )
     d_table = embed_transpose(dx)[0]
-    if "embed" in d_head:  # a tied table is read twice
+    if "embed" in d_head and d_table["embedding"] is not None:  # tied: read twice
         read = d_head["embed"]["embedding"]
         d_table = d_table | {"embedding": d_table["embedding"] + read}
     return loss + jnp.sum(aux), d_head | {"embed": d_table}, d_blocks

@@ -26,6 +26,8 @@ from jaxtyping import Array, Int
 from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, descend
 from jmem.finetune.layerwise import slot_gradients
+from jmem.finetune.patterns import join, split
+from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
@@ -78,6 +80,10 @@ def _check_options(
             f"Lisa: weights={weights} has fewer than active_layers={active_layers} "
             "positive entries, so that many distinct blocks can't be drawn."
         )
+
+
+def _outside(params: dict) -> dict:
+    return {name: tree for name, tree in params.items() if name != "blocks"}
 
 
 def _take(stacked: Any, active: Int[Array, " S"]) -> Any:
@@ -212,7 +218,14 @@ class Lisa:
     moments: Moments = "reset_layers"
     """What a draw forgets: the active blocks' moments, all moments, or none."""
     weights: tuple[float, ...] = ()
-    """How often each block is drawn, relative to the others; empty means uniform."""
+    """How often each block is drawn, relative to the others; empty means uniform.
+
+    0 freezes a block for good. To train the last k blocks only, give them a positive
+    weight, the others 0, `active_layers=k` and a `period` beyond the run's steps:
+    moments (unless they persist) and gradients exist for those k alone."""
+    train: tuple[str, ...] = ()
+    """Patterns of what is trained (`jmem.finetune.patterns`), within the active blocks
+    and outside: ("blocks", "head") leaves the embedding alone. Empty: everything."""
     adamw: AdamW = AdamW(learning_rate=5e-5)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
@@ -222,16 +235,29 @@ class Lisa:
         _check_options(self.active_layers, self.period, self.moments, self.weights)
 
     def init(self, model, params, key):
-        """State that takes over `params` (donated by the training step)."""
+        """State that takes over `params` (donated by the training step).
+
+        Raises:
+          ValueError: more blocks are to be active than there are, or can be drawn; a
+            pattern of `train`, or of `adamw.rates`, matches nothing; nothing inside
+            the blocks is trained.
+        """
+        refuse_packed("Lisa", params)
         layers = model.config.layers
         _check_draw(layers, self.active_layers, self.weights)
+        trained, _ = split(params, self.train, f"Lisa: train={self.train}")
+        self.adamw.factors(trained)  # refuses a pattern that means nothing
+        if not jax.tree.leaves(trained["blocks"]):
+            raise ValueError(
+                f"Lisa: train={self.train} means nothing inside the blocks, so there "
+                "is nothing to draw. Use Full(train=...), which holds no more."
+            )
         inner = self.adamw.direction()
-        outside = {k: v for k, v in params.items() if k != "blocks"}
         rows = layers if self.moments == "persist" else self.active_layers
         return {
             "params": params,
-            "outside": inner.init(outside),
-            "blocks": _init_rows(inner, params["blocks"], rows),
+            "outside": inner.init(_outside(trained)),
+            "blocks": _init_rows(inner, trained["blocks"], rows),
             "key": jax.random.key_data(key),
             "step": jnp.int32(0),
         }
@@ -251,37 +277,40 @@ class Lisa:
         `active` overrides the draw (distinct indices, ascending, γ of them): for
         replaying a recorded run. Values known to the host are checked.
         """
-        params = state["params"]
+        params, layers = state["params"], model.config.layers
         if active is None:
-            active = self.active(state, model.config.layers)
+            active = self.active(state, layers)
         else:
-            _check_active(active, model.config.layers, self.active_layers)
+            _check_active(active, layers, self.active_layers)
 
         def gradients(part, number):
             del number
-            loss, *grads = slot_gradients(model, params, part, active)
+            loss, *grads = slot_gradients(model, params, part, active, train=self.train)
             return loss, tuple(grads)
 
         loss, (outside_grads, grads) = accumulated(gradients, batch, self.accumulate)
         (outside_grads, grads), norm = self.adamw.clip((outside_grads, grads))
+        trained, frozen = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
+        rates = self.adamw.leaf_rates(trained, rate, layers)
         inner = self.adamw.direction()
         fresh = state["step"] % self.period == 0
 
-        outside = {k: v for k, v in params.items() if k != "blocks"}
-        moments = state["outside"]
+        outside, moments = _outside(trained), state["outside"]
         if self.moments == "reset_all":
             moments = _restart(fresh, inner.init(outside), moments)
         updates, moments = inner.update(outside_grads, moments, outside)
-        outside = descend(outside, updates, rate)
+        outside = descend(outside, updates, _outside(rates))
 
-        blocks, persist = params["blocks"], self.moments == "persist"
+        blocks, persist = trained["blocks"], self.moments == "persist"
         updates, optimizer = _update_rows(
             inner, persist, fresh, active, grads, state["blocks"], blocks
         )
-        rows = descend(_take(blocks, active), updates, rate)
+        rates = jax.tree.map(lambda r: r[active] if r.ndim else r, rates["blocks"])
+        rows = descend(_take(blocks, active), updates, rates)
+        trained = outside | {"blocks": _put(blocks, active, rows)}
         state = state | {
-            "params": outside | {"blocks": _put(blocks, active, rows)},
+            "params": join(trained, frozen),
             "outside": moments,
             "blocks": optimizer,
             "step": state["step"] + 1,
@@ -289,7 +318,7 @@ class Lisa:
         return state, {"loss": loss, "lr": rate, "grad_norm": norm, "active": active}
 
     def merged(self, state):
-        """The trained parameters."""
+        """The parameters, trained or not."""
         return state["params"]
 
     def labels(self, state):

@@ -15,6 +15,7 @@ See      experiments/lisa.py, jmem/checkpoints/peft.py, tests/finetune/test_lora
 import dataclasses
 import difflib
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ from jaxtyping import Array, Float
 
 from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, gradient_step
-from jmem.nn.linear import dense
+from jmem.nn import quantised
+from jmem.nn.stack import depth
 from jmem.program import by_key
 from jmem.train.loss import next_token_loss
 
@@ -68,16 +70,18 @@ def drop_out(x: Float[Array, "*N in"], rate: float, key: jax.Array):
 def lora_linear(scale: float, dropout: float = 0.0):
     """A `linear` that adds `scale * (x A) B` where a leaf holds A and B.
 
-    A leaf that also holds `lora_key` has x dropped out for that product.
+    The leaf may be packed (`jmem.nn.quantised`). One that also holds `lora_key` has x
+    dropped out for that product.
     """
 
     def linear(name, leaf, x):
-        y = dense(name, leaf, x)
+        y = quantised.linear(name, leaf, x)
         if "lora_a" not in leaf:
             return y
         if "lora_key" in leaf:
             x = drop_out(x, dropout, leaf["lora_key"])
-        delta = low_rank(x, leaf["lora_a"], leaf["lora_b"])
+        a, b = (leaf[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
+        delta = low_rank(x, a, b)
         return y + delta * jnp.asarray(scale, y.dtype)
 
     return linear
@@ -114,6 +118,10 @@ class Lora:
     step, layer and map."""
     maps: tuple[str, ...] = MAPS
     """Linear maps that gain an adapter; the default is those a block has."""
+    adapter_dtype: Literal["kernel", "float32"] = "kernel"
+    """Of A and B as they are stored and updated, their kernel's or float32; products
+    are in the activations' dtype. Above a bfloat16 kernel, float32 keeps updates that
+    bfloat16 would round away, and its gradients, for 4 bytes an adapter value more."""
     adamw: AdamW = AdamW(learning_rate=2e-4)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
@@ -128,6 +136,11 @@ class Lora:
             raise ValueError(
                 f"Lora: dropout={self.dropout} must be at least 0 and below 1: it is "
                 "the share of values that are left out."
+            )
+        if self.adapter_dtype not in ("kernel", "float32"):
+            raise ValueError(
+                f"Lora: adapter_dtype={self.adapter_dtype!r} must be 'kernel', which "
+                "is the dtype of the kernel that is adapted, or 'float32'."
             )
         for name in self.maps:
             if name not in MAPS:
@@ -149,8 +162,10 @@ class Lora:
         """Fresh A (uniform within 1/sqrt(in), Kaiming with a = sqrt(5)) and B (zero).
 
         The tree mirrors `blocks`: {"attention": {"q": {"lora_a", "lora_b"}}, ...}, with
-        lora_a [L, in, rank] and lora_b [L, rank, out] in the kernels' dtype.
+        lora_a [L, in, rank] and lora_b [L, rank, out] in `adapter_dtype`; a packed
+        kernel's is that of the norms.
         """
+        dtype = blocks["attention_norm"]["scale"].dtype
 
         def adapter(name, kernel):
             layers, inputs, outputs = kernel.shape
@@ -159,14 +174,16 @@ class Lora:
             bound = inputs**-0.5
             shape = (layers, inputs, self.rank)
             a = jax.random.uniform(stream, shape, jnp.float32, -bound, bound)
-            b = jnp.zeros((layers, self.rank, outputs), kernel.dtype)
-            return {"lora_a": a.astype(kernel.dtype), "lora_b": b}
+            wide = self.adapter_dtype == "float32"
+            stored = jnp.float32 if wide else kernel.dtype
+            b = jnp.zeros((layers, self.rank, outputs), stored)
+            return {"lora_a": a.astype(stored), "lora_b": b}
 
         def walk(tree):
             out = {}
             for name, value in tree.items():
                 if name in self.maps:
-                    out[name] = adapter(name, value["kernel"])
+                    out[name] = adapter(name, quantised.described_kernel(value, dtype))
                 elif isinstance(value, dict) and (inner := walk(value)):
                     out[name] = inner
             return out
@@ -184,10 +201,11 @@ class Lora:
         """State that takes over `params` (frozen) and adds adapters.
 
         They are fresh, or `adapters` trained before (jmem.checkpoints.load_adapter), in
-        the kernels' dtype.
+        `adapter_dtype`.
 
         Raises:
-          ValueError: `adapters` are not of this rank, these maps and these blocks.
+          ValueError: `adapters` are not of this rank, these maps and these blocks, or a
+            pattern of `adamw.rates` matches none of them.
         """
         del model
         blocks = params["blocks"]
@@ -195,6 +213,7 @@ class Lora:
             lora = self.adapters(blocks, key)
         else:
             lora = self._adopted(adapters, blocks)
+        self.adamw.factors(lora, "blocks/")  # refuses a pattern that means nothing
         state = {
             "params": params,
             "lora": lora,
@@ -207,7 +226,7 @@ class Lora:
         return state
 
     def _adopted(self, adapters: dict, blocks: dict) -> dict:
-        """`adapters` in the kernels' dtype, once they are known to fit."""
+        """`adapters` in `adapter_dtype`, once they are known to fit."""
         fresh = jax.eval_shape(self.adapters, blocks, jax.random.key(0))
         given, wanted = (
             {path: leaf.shape for path, leaf in by_key(tree).items()}
@@ -243,13 +262,23 @@ class Lora:
 
         loss, grads = accumulated(gradients, batch, self.accumulate)
         lora, optimizer, metrics = gradient_step(
-            self.adamw, loss, grads, state["lora"], state["optimizer"], state["step"]
+            self.adamw,
+            loss,
+            grads,
+            state["lora"],
+            state["optimizer"],
+            state["step"],
+            depth(params["blocks"]),
+            "blocks/",
         )
         step = state["step"] + 1
         return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
 
     def merged(self, state):
-        """The base with every product added to its kernel (float32, then cast)."""
+        """The base with every product added to its kernel (float32, then cast).
+
+        A packed base is dequantised for it, all of it.
+        """
 
         def merge(tree, lora):
             if "lora_a" in lora:
@@ -261,7 +290,9 @@ class Lora:
             return tree | {name: merge(tree[name], lora[name]) for name in lora}
 
         params = state["params"]
-        return params | {"blocks": merge(params["blocks"], state["lora"])}
+        dtype = jax.tree.leaves(state["lora"])[0].dtype
+        blocks = quantised.unpacked(params["blocks"], dtype)
+        return params | {"blocks": merge(blocks, state["lora"])}
 
     def labels(self, state):
         """The state's parts in the user's words."""

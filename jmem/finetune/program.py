@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.data.batch import Batch
+from jmem.offload import described
 from jmem.program import Program
 from jmem.train.loss import next_token_loss
 
@@ -48,7 +49,7 @@ def step_program(finetuner, model, *, batch_size: int, seq_len: int) -> Program:
     def step(state, batch):
         return finetuner.step(model, state, batch)
 
-    args = jax.eval_shape(make, jax.random.key(0))
+    args = described(make, jax.random.key(0))
     labels = {
         name: [(0, prefix) for prefix in ([where] if isinstance(where, str) else where)]
         for name, where in finetuner.labels(args[0]).items()

@@ -7,6 +7,7 @@ they are needed; unknown fields are skipped by protobuf itself.
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ _MESSAGES = {
         "name": (1, "string"),
         "computations": (3, ["Computation"]),
         "entry_id": (6, "int64"),
+        "schedule": (7, "Schedule"),
         "frames": (17, "StackFrameIndex"),
     },
     "Computation": {
@@ -30,6 +32,9 @@ _MESSAGES = {
         "root_id": (6, "int64"),
         "is_fusion": (7, "bool"),
     },
+    "Schedule": {"sequences": (1, ["Sequence"])},
+    "Sequence": {"computation": (1, "int64"), "order": (2, "Order")},
+    "Order": {"ids": (1, ["int64"])},
     "Instruction": {
         "name": (1, "string"),
         "opcode": (2, "string"),
@@ -41,6 +46,7 @@ _MESSAGES = {
         "id": (35, "int64"),
         "operand_ids": (36, ["int64"]),
         "called_ids": (38, ["int64"]),
+        "config": (43, "bytes"),
     },
     "Metadata": {"op_name": (2, "string"), "frame": (15, "int64")},
     "Shape": {
@@ -113,6 +119,7 @@ _TYPES = {
     **{26: ("s2", 2), 27: ("u2", 2), 30: ("s1", 1), 31: ("u1", 1)},
     **{13: ("tuple", 0), 14: ("opaque", 0), 17: ("token", 0)},
 }
+_BITS = dict(_TYPES.values())
 
 
 @functools.cache
@@ -147,6 +154,13 @@ class Shape:
     dtype: str
     dims: tuple[int, ...] = ()
     parts: tuple["Shape", ...] = ()
+    host: bool = dataclasses.field(default=False, compare=False)
+    """Whether an array of it is in host memory."""
+
+    @property
+    def bytes(self) -> int:
+        """Of an array; sub-byte types are packed."""
+        return (math.prod(self.dims) * _BITS.get(self.dtype, 0) + 7) // 8
 
     def __str__(self):
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -178,6 +192,8 @@ class Instruction:
     target: str
     """Of a custom call."""
     computation: int
+    config: str
+    """XLA's own notes as JSON, as a loop's known number of trips; may be empty."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +246,8 @@ class Module:
     roots: dict[int, int]
     """Root instruction of each computation."""
     entry: int
+    schedule: dict[int, tuple[int, ...]]
+    """Instructions of a computation in the order the GPU is given them."""
     frames: dict[int, tuple[str, int]]
     """File and line of a stack frame: the innermost that is no installed package's."""
     buffers: dict[int, Buffer]
@@ -285,6 +303,9 @@ def read(data: bytes) -> Module:
         names={c.id: c.name for c in proto.module.computations},
         roots={c.id: c.root_id for c in proto.module.computations},
         entry=proto.module.entry_id,
+        schedule={
+            s.computation: tuple(s.order.ids) for s in proto.module.schedule.sequences
+        },
         frames=_frames(proto.module.frames),
         buffers={
             b.id: Buffer(
@@ -331,13 +352,15 @@ def _instruction(proto, computation: int) -> Instruction:
         tuple_index=proto.tuple_index,
         target=proto.custom_call_target,
         computation=computation,
+        config=proto.config.decode("utf-8", "replace"),
     )
 
 
 def _shape(proto) -> Shape:
     dtype, _ = _TYPES.get(proto.element_type, (f"type{proto.element_type}", 0))
     parts = tuple(_shape(part) for part in proto.tuple_shapes)
-    return Shape(dtype, tuple(proto.dimensions), parts)
+    host = proto.layout.memory_space == HOST_COLOR
+    return Shape(dtype, tuple(proto.dimensions), parts, host)
 
 
 def _frames(proto) -> dict[int, tuple[str, int]]:

@@ -17,6 +17,7 @@ A linear map with a bias and a LayerNorm hold "bias" besides, [L, out] or [out].
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import flax.linen as nn
@@ -33,6 +34,15 @@ from jmem.nn.ops import Ops
 from jmem.nn.rope import Rope, Scaling, YarnScaling
 from jmem.nn.stack import Remat, init_stack
 from jmem.targets import Target
+
+Precision = Literal["float32", "bfloat16", "mixed"]
+PRECISIONS: Mapping[Precision, Mapping[str, DTypeLike]] = {
+    "float32": {"dtype": jnp.float32},
+    "bfloat16": {"dtype": jnp.bfloat16},
+    "mixed": {"dtype": jnp.bfloat16, "param_dtype": jnp.float32},
+}
+"""What each policy means to a `Decoder`: everything float32; everything bfloat16; or
+bfloat16 activations and products, but float32 parameters and their gradients."""
 
 Positions = Literal["rotary", "learned"]
 _CHOICES = {"positions": Positions, "norm": NormKind, "activation": Activation}
@@ -189,6 +199,7 @@ class Block(nn.Module):
 
     config: DecoderConfig
     dtype: jnp.dtype
+    """Of the parameters it declares."""
 
     @nn.compact
     def __call__(self, x, positions, layer, ops: Ops, carry):
@@ -237,10 +248,15 @@ class Decoder:
     remat: Remat = "block"
     """What the backward pass keeps of a block; see `jmem.nn.stack.rematerialise`."""
     dtype: DTypeLike = jnp.float32
-    """Of parameters and activations. Norms, softmax and losses use float32 inside."""
+    """Of activations and products. Norms, softmax and losses use float32 inside."""
+    param_dtype: DTypeLike | None = None
+    """Of parameters, and so of their gradients; None is `dtype`. Another one is cast
+    where it is used, a layer at a time (`PRECISIONS`)."""
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.param_dtype is not None:
+            object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
 
     @classmethod
     def on(
@@ -249,16 +265,28 @@ class Decoder:
         config: DecoderConfig,
         *,
         dtype: DTypeLike,
+        param_dtype: DTypeLike | None = None,
         remat: Remat = "block",
     ) -> "Decoder":
         """The decoder with the fastest exact attention of `target` (None: the CPU)."""
         attention = choose(target, dtype, config.head_dim)
-        return cls(config, attention=attention, remat=remat, dtype=dtype)
+        return cls(
+            config,
+            attention=attention,
+            remat=remat,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+
+    @property
+    def stored_dtype(self) -> jnp.dtype:
+        """Of the parameters: `param_dtype`, or `dtype` where that is None."""
+        return jnp.dtype(self.dtype if self.param_dtype is None else self.param_dtype)
 
     @functools.cached_property
     def stacked_block(self) -> Block:
         """The flax module of one block, applied to one row of `params["blocks"]`."""
-        return Block(self.config, jnp.dtype(self.dtype), parent=None)
+        return Block(self.config, self.stored_dtype, parent=None)
 
     @property
     def ops(self) -> Ops:
@@ -269,13 +297,14 @@ class Decoder:
     def init(self, key: jax.Array) -> dict:
         """Random parameters: normal(0, 0.02) tables and maps, norms at one."""
         config = self.config
+        dtype = self.stored_dtype
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         width = (config.hidden,)
         x = jnp.zeros((1, 1, config.hidden), self.dtype)
         table = (config.vocab_size, config.hidden)
         draw = nn.initializers.normal(0.02)
         params = {
-            "embed": {"embedding": draw(embed_key, table, self.dtype)},
+            "embed": {"embedding": draw(embed_key, table, dtype)},
             "blocks": init_stack(
                 self.stacked_block,
                 blocks_key,
@@ -286,18 +315,18 @@ class Decoder:
                 Ops(attend=causal("xla"), linear=dense),
                 None,
             ),
-            "final_norm": {"scale": jnp.ones(width, self.dtype)},
+            "final_norm": {"scale": jnp.ones(width, dtype)},
         }
         if config.positions == "learned":
             shape = (config.max_positions, config.hidden)
-            drawn = draw(jax.random.fold_in(embed_key, 1), shape, self.dtype)
+            drawn = draw(jax.random.fold_in(embed_key, 1), shape, dtype)
             params["embed"]["positions"] = drawn
         if config.norm == "layer":
-            params["final_norm"]["bias"] = jnp.zeros(width, self.dtype)
+            params["final_norm"]["bias"] = jnp.zeros(width, dtype)
         if not config.tied:
-            params["head"] = {"kernel": draw(head_key, table[::-1], self.dtype)}
+            params["head"] = {"kernel": draw(head_key, table[::-1], dtype)}
         if config.head_bias:
-            params["head"]["bias"] = jnp.zeros((config.vocab_size,), self.dtype)
+            params["head"]["bias"] = jnp.zeros((config.vocab_size,), dtype)
         return params
 
     def abstract(self) -> dict:

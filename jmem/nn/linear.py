@@ -14,10 +14,20 @@ def along_last(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
 
 
 def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """`x @ kernel (+ bias)` in x's dtype; the matrix unit accumulates in float32."""
+    """`x @ kernel (+ bias)` in x's dtype; the matrix unit accumulates in float32.
+
+    A kernel of another dtype is cast where it is used, and cast again in the backward
+    pass: a stack that keeps what its blocks compute would keep a copy of all kernels.
+    """
     del name
-    y = x @ leaf["kernel"]
-    return y + along_last(leaf["bias"], y) if "bias" in leaf else y
+
+    def product(x, kernel):
+        return x @ kernel.astype(x.dtype)
+
+    if leaf["kernel"].dtype != x.dtype:
+        product = jax.checkpoint(product, prevent_cse=False)
+    y = product(x, leaf["kernel"])
+    return y + along_last(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
 
 
 class Linear(nn.Module):

@@ -22,7 +22,7 @@ def rms_norm(x: jax.Array, scale: Float[Array, " M"], eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normal = (wide * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normal * along_last(scale, x)
+    return normal * along_last(scale.astype(x.dtype), x)
 
 
 def layer_norm(

@@ -10,10 +10,13 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jmem.nn.ops import Ops
+from jmem.offload import fetch
+from jmem.program import HOST
 
-Remat = Literal["none", "dots", "block"]
+Remat = Literal["none", "dots", "block", "offload"]
 
 
 def depth(stacked: Any) -> int:
@@ -39,16 +42,27 @@ def rematerialise(step, remat: Remat):
     """`step` that keeps, for its backward pass, what `remat` allows.
 
     "none" keeps everything, "dots" keeps the results of matrix products, "block"
-    keeps only the block's input and computes the rest again.
+    keeps only the block's input and computes the rest again, "offload" as "block" with
+    the inputs in pinned host memory: B*T*M a block go over and come back.
     """
     if remat == "none":
         return step
+    policies = jax.checkpoint_policies
     policy = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "block": jax.checkpoint_policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "block": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_BLOCK_INPUT],
+            offload_src="device",
+            offload_dst=HOST,
+        ),
     }[remat]
     # Inside a scan nothing can be merged across the fence, so it need not be guarded.
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+_BLOCK_INPUT = "block_input"
 
 
 def run_stack(
@@ -65,13 +79,17 @@ def run_stack(
 
     Returns x, the carry after the last layer, and each entry of `aux` stacked to [L].
 
+    Rows of a stack in host memory are fetched one at a time, and once more for the
+    backward pass unless `remat` is "none" (see `jmem.offload`).
+
     A cache lives in `carry` and is addressed by the traced `layer`. Passed as scan
     inputs and outputs instead it would be held twice (see jmem.memory).
     """
 
     def step(state, xs):
         layer, params = xs
-        x, carry, aux = block(params, state[0], positions, layer, ops, state[1])
+        x = checkpoint_name(state[0], _BLOCK_INPUT) if remat == "offload" else state[0]
+        x, carry, aux = block(fetch(params), x, positions, layer, ops, state[1])
         return (x, carry), aux
 
     layers = jnp.arange(depth(stacked), dtype=jnp.int32)

@@ -15,6 +15,7 @@ from tiny_decoder import TINY, random_params
 import jmem.checkpoints
 from experiments import lisa
 from experiments.harness import cli
+from experiments.harness import config as configs
 from experiments.harness.run import Run
 from jmem.data.text import read
 from jmem.finetune.adamw import AdamW
@@ -22,7 +23,14 @@ from jmem.finetune.lisa import Lisa
 from jmem.targets import resolve
 from jmem.train import metrics
 
-PRESETS = ("llama2_7b", "tinyllama", "mistral_7b", "llama2_70b")
+PRESETS = (
+    "gpt2_small",
+    "tinyllama",
+    "phi2",
+    "mistral_7b",
+    "llama2_7b",
+    "llama2_70b",
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,42 @@ def test_documents_kept_back_are_whole_and_not_trained_on(config, checkpoint):
     assert sum(map(len, held_out[1:])) <= config.held_out_tokens
 
 
+TEMPLATE = """
+{%- for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}
+{%- if add_generation_prompt %}assistant: {% endif %}"""
+
+
+@pytest.mark.parametrize(
+    "columns", [{"prompt": "q", "completion": "a"}, {"chat": "turns"}], ids=str
+)
+def test_of_prompts_and_chats_the_answers_are_learnt(
+    config, checkpoint, tmp_path, columns
+):
+    """Questions are in small letters, answers in capital ones."""
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    row = {"q": "what is it? ", "a": "IT IS A TEST"}
+    row["turns"] = [
+        {"role": "user", "content": row["q"]},
+        {"role": "assistant", "content": row["a"]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 50)
+    config = dataclasses.replace(
+        config, data=str(path), held_out_tokens=100, seq_len=32, **columns
+    )
+    opened = jmem.checkpoints.load(checkpoint)
+    loader, held_out = lisa.batches(config, opened)
+    batches = [loader.batch(step) for step in range(4)]
+    for batch in (*batches, *held_out):
+        learnt = opened.tokenizer.decode(
+            batch.targets[batch.weights > 0], skip_special_tokens=True
+        )
+        assert learnt
+        assert set(learnt) <= set(row["a"] + "|")
+    counted = [batch.weights.sum() for batch in held_out]
+    assert sum(counted[:-1]) < 100 <= sum(counted)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_papers_setting(name):
     _, config = cli.parse(lisa.Config, "lisa", ["--preset", name])
@@ -153,6 +197,36 @@ def test_refuses_before_anything_is_trained_or_written(
 def test_refuses_sizes_of_zero(field):
     with pytest.raises(ValueError, match=f"{field}=0"):
         lisa.Config(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"data": "a.jsonl", "chat": "x", "prompt": "y"}, "two kinds of rows"),
+        ({"chat": "x"}, "give --data"),
+    ],
+)
+def test_refuses_columns_that_do_not_go_together(columns, message):
+    with pytest.raises(ValueError, match=message):
+        lisa.Config(**columns)
+
+
+def test_a_preset_says_what_is_trained_how_fast_and_in_what(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'run_dtype = "mixed"\n[full]\ntrain = ["blocks/attention"]\n'
+        '[full.adamw]\nrates = [["*/o", 0.5]]\nlayer_decay = 0.9\n'
+    )
+    flags = ["--lora.adamw.rates", "*/lora_b", "16"]
+    _, config = cli.parse(lisa.Config, "lisa", ["--preset", str(path), *flags])
+    assert config.full.train == ("blocks/attention",)
+    assert config.full.adamw.rates == (("*/o", 0.5),)
+    assert config.lora.adamw.rates == (("*/lora_b", 16.0),)
+    saved = tmp_path / "saved.toml"
+    saved.write_text(configs.write(config))
+    assert configs.read(saved, lisa.Config()) == config
+    model = lisa.build_here(config, TINY)
+    assert (model.dtype, model.stored_dtype) == ("bfloat16", "float32")
 
 
 def test_every_preset_is_listed():

@@ -76,7 +76,7 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
 
 def test_descent_adds_in_float32():
     params = {"w": jnp.ones(1, jnp.bfloat16)}
-    moved = descend(params, {"w": jnp.full(1, 2**-7)}, jnp.float32(0.75))
+    moved = descend(params, {"w": jnp.full(1, 2**-7)}, {"w": jnp.float32(0.75)})
     assert moved["w"][0] == jnp.bfloat16(1 - 0.75 * 2**-7)
 
 

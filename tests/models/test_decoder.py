@@ -18,7 +18,7 @@ from jmem.finetune.lora import Lora, attach, lora_linear
 from jmem.generate.cache import cache_bytes
 from jmem.generate.decode import decode_program
 from jmem.models import zoo
-from jmem.models.decoder import Decoder
+from jmem.models.decoder import PRECISIONS, Decoder
 from jmem.nn.rope import LinearScaling, Llama3Scaling, YarnScaling
 from jmem.nn.stack import depth, row, run_stack
 from jmem.targets import resolve
@@ -186,6 +186,22 @@ def test_bfloat16_stays_bfloat16_without_implicit_promotion(tiny_config):
     with jax.numpy_dtype_promotion("strict"):
         logits = forward(model, params, jnp.zeros((1, 4), jnp.int32), ops)
     assert logits.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixed_precision_casts_what_bfloat16_stores(tiny_config, tied):
+    """float32 parameters, and what a bfloat16 decoder computes of their casts."""
+    config = dataclasses.replace(tiny_config, tied=tied, qkv_bias=True)
+    mixed, half = (Decoder(config, **PRECISIONS[p]) for p in ("mixed", "bfloat16"))
+    params = jax.tree.map(jnp.asarray, random_params(config, scale=0.3))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, mixed.abstract())
+    cast = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    tokens = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.jit(lambda p: forward(mixed, p, tokens))(params)
+    assert found.dtype == jnp.bfloat16
+    expected = jax.jit(lambda p: forward(half, p, tokens))(cast)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_blocks_are_stacked_from_birth_and_differ(tiny_params):
