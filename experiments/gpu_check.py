@@ -1,6 +1,6 @@
 """Predicted memory against a real GPU's: what XLA plans is what the allocator gives.
 
-    python -m experiments.gpu_check                       four programs, some minutes
+    python -m experiments.gpu_check            twelve programs, about 15 minutes
     python -m experiments.gpu_check --only decode --out check.json
 
 Needs a GPU; without one it says so and exits 0. For each program it prints
@@ -9,261 +9,343 @@ Needs a GPU; without one it says so and exits 0. For each program it prints
     planned         XLA's plan for the attached GPU, autotuned
     peak            the most JAX's allocator held while the program ran once
 
-Holds when the peak lies between the plan less its fragmentation and the plan plus 1 %,
-and the plan within 1 % of the interval. The allocator's peak cannot be reset and
-autotuning raises it, so every number comes from a process of its own, and the one that
-runs finds its program compiled in a cache.
+Holds when every peak lies within 3 % of its prediction: nine programs and more as they
+are, the others less the separately measured terms of `jmem.memory.live`; and when the
+peak lies between the plan less its fragmentation and the plan plus 1 %. Each number
+comes from a process of its own, see `jmem.memory.protocol`. Written without a GPU at
+hand: the twelve programs have not been run on one yet.
+
+They are also the programs whose account `tests/memory/test_programs.py` checks to the
+byte, without a GPU.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from typing import Any, Literal
 
+from jmem.memory import protocol
+from jmem.memory.card import NoGPUError, described
+from jmem.memory.live import LiveReport
 from jmem.program import Program
+from jmem.targets import Target
 
 GiB = 2**30
-TOLERANCE = 0.01
-STAGE_TIMEOUT_S = 1200
-NO_GPU = 3
-"""Exit status of a stage that found no GPU."""
+TOLERANCE = 0.03
+"""Of the peak against the prediction."""
+PLAN_TOLERANCE = 0.01
+"""Of the peak above the plan."""
+NEEDED = 0.75
+"""Share of the programs that must hold without any further term."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the four programs are made of."""
+    """What the programs are made of: 1 to 24 GiB each, so that 1 % means something."""
 
     model: str = "tinyllama-1.1b"
+    gpt2: str = "gpt2-large"
     batch: int = 4
     seq_len: int = 1024
+    accumulate: int = 4
     decode_batch: int = 32
     slots: int = 2048
+    width: int = 8192
+    """Of the two programs that are no transformers."""
 
 
-def forward(model, sizes: Sizes) -> Program:
+# The programs, each built for a target; nothing is on any device ----------------------
+
+
+def decoder(name: str, target: Target, remat: Literal["none", "block"] = "block"):
+    """A model of the zoo as `target` runs it best."""
+    from jmem.models import zoo
+    from jmem.models.decoder import Decoder
+
+    return Decoder.on(target, zoo.get(name), dtype="bfloat16", remat=remat)
+
+
+def step(finetuner, model, sizes: Sizes) -> Program:
+    """A donated training step."""
+    from jmem.finetune.program import step_program
+
+    return step_program(finetuner, model, batch_size=sizes.batch, seq_len=sizes.seq_len)
+
+
+def forward(sizes: Sizes, target: Target) -> Program:
     """The loss of a batch, and nothing kept of it."""
     from jmem.finetune.program import loss_program
 
+    model = decoder(sizes.model, target)
     return loss_program(model, batch_size=sizes.batch, seq_len=sizes.seq_len)
 
 
-def full(model, sizes: Sizes) -> Program:
-    """A step of AdamW on all parameters."""
+def full(sizes: Sizes, target: Target) -> Program:
+    """A step of AdamW on all parameters; blocks are computed again going backward."""
     from jmem.finetune.full import Full
-    from jmem.finetune.program import step_program
 
-    return step_program(Full(), model, batch_size=sizes.batch, seq_len=sizes.seq_len)
+    return step(Full(), decoder(sizes.model, target), sizes)
 
 
-def lisa(model, sizes: Sizes) -> Program:
+def unremat(sizes: Sizes, target: Target) -> Program:
+    """The same step, with all activations kept."""
+    from jmem.finetune.full import Full
+
+    return step(Full(), decoder(sizes.model, target, remat="none"), sizes)
+
+
+def accumulated(sizes: Sizes, target: Target) -> Program:
+    """The same step, its batch in parts one after another."""
+    from jmem.finetune.full import Full
+
+    finetuner = Full(accumulate=sizes.accumulate)
+    return step(finetuner, decoder(sizes.model, target), sizes)
+
+
+def lora(sizes: Sizes, target: Target) -> Program:
+    """A step on low-rank adapters."""
+    from jmem.finetune.lora import Lora
+
+    return step(Lora(), decoder(sizes.model, target), sizes)
+
+
+def lisa(sizes: Sizes, target: Target) -> Program:
     """A step of LISA with two active layers."""
     from jmem.finetune.lisa import Lisa
-    from jmem.finetune.program import step_program
 
-    method = Lisa(active_layers=2)
-    return step_program(method, model, batch_size=sizes.batch, seq_len=sizes.seq_len)
+    return step(Lisa(active_layers=2), decoder(sizes.model, target), sizes)
 
 
-def decode(model, sizes: Sizes) -> Program:
-    """One token for every row of a donated cache."""
+def gpt2(sizes: Sizes, target: Target) -> Program:
+    """A step of AdamW on GPT-2: LayerNorm, learned positions, a tied head."""
+    from jmem.finetune.full import Full
+
+    return step(Full(), decoder(sizes.gpt2, target), sizes)
+
+
+def decode(sizes: Sizes, target: Target) -> Program:
+    """One token for every row of a donated cache, which the layer scan carries."""
     from jmem.generate.decode import decode_program
 
+    model = decoder(sizes.model, target)
     return decode_program(model, batch_size=sizes.decode_batch, slots=sizes.slots)
 
 
-CASES: dict[str, Callable[..., Program]] = {
-    case.__name__: case for case in (forward, full, lisa, decode)
+def rebuilt(sizes: Sizes, target: Target) -> Program:
+    """The same, but the cache is scanned over and stacked anew: the classic fault."""
+    import jax
+
+    from jmem.generate.cache import Cache, decode_attend
+    from jmem.nn.linear import dense
+    from jmem.nn.ops import Ops
+
+    model = decoder(sizes.model, target)
+    ops = Ops(attend=decode_attend(model.config.sliding_window), linear=dense)
+
+    def step(params, tokens, positions, cache):
+        positions = positions[:, None]
+
+        def body(x, xs):
+            layer_params, row = xs
+            alone = jax.tree.map(lambda leaf: leaf[None], row)
+            first = jax.numpy.int32(0)
+            done: Any = model.block(layer_params, x, positions, first, ops, alone)
+            x, alone, _ = done
+            return x, jax.tree.map(lambda leaf: leaf[0], alone)
+
+        x = model.embed(params, tokens[:, None], positions)
+        x, rows = jax.lax.scan(body, x, (params["blocks"], cache))
+        return model.head(params, x[:, 0], ops), Cache(*rows)
+
+    return dataclasses.replace(decode(sizes, target), fn=step)
+
+
+def offloaded(sizes: Sizes, target: Target) -> Program:
+    """The step of AdamW, its moments in pinned host memory, updated layer by layer."""
+    from jmem.finetune.full import Full
+
+    return step(Full(moments="host"), decoder(sizes.model, target), sizes)
+
+
+def nnx(sizes: Sizes, target: Target) -> Program:
+    """A step of Adam on a flax NNX module and optimizer, float32."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    del target
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(sizes.width, 4 * sizes.width, rngs=rngs)
+            self.down = nnx.Linear(4 * sizes.width, sizes.width, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(jax.nn.relu(self.up(x)))
+
+    def make():
+        model = Model(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+
+    def step(state, batch):
+        model, optimizer = nnx.merge(graph, state)
+
+        def loss(model):
+            return jnp.mean((model(batch) - batch) ** 2)
+
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return nnx.state((model, optimizer)), value
+
+    rows = sizes.batch * sizes.seq_len
+    batch = jax.ShapeDtypeStruct((rows, sizes.width), jnp.float32)
+    labels = {"weights": (0, "0"), "optimizer": (0, "1/opt_state"), "batch": (1, "")}
+    return Program(step, (state, batch), donate=(0,), labels=labels)
+
+
+def mosaic(sizes: Sizes, target: Target) -> Program:
+    """A step of SGD whose products are JAX's own Mosaic GPU kernel for Hopper."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.gpu import hopper_matmul_mgpu as hopper
+
+    del target
+    tiles = hopper.TuningConfig(
+        tile_m=128, tile_n=128, tile_k=64, max_concurrent_steps=3
+    )
+
+    @jax.custom_vjp
+    def product(a, b):
+        return hopper.matmul(a, b, None, tiles)
+
+    def product_forward(a, b):
+        return product(a, b), (a, b)
+
+    def product_backward(residuals, dy):
+        a, b = residuals
+        return product(dy, b.T), product(a.T, dy)
+
+    product.defvjp(product_forward, product_backward)
+
+    def step(params, x):
+        def loss(params):
+            y = product(jax.nn.relu(product(x, params["up"])), params["down"])
+            return jnp.mean((y - x).astype(jnp.float32) ** 2)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        return jax.tree.map(
+            lambda w, g: w - w.dtype.type(0.1) * g, params, gradients
+        ), value
+
+    def described(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    params = {
+        "up": described(sizes.width, 2 * sizes.width),
+        "down": described(2 * sizes.width, sizes.width),
+    }
+    x = described(sizes.batch * sizes.seq_len, sizes.width)
+    labels = {"weights": (0, ""), "batch": (1, "")}
+    return Program(step, (params, x), donate=(0,), labels=labels)
+
+
+CASES: dict[str, Callable[[Sizes, Target], Program]] = {
+    case.__name__: case
+    for case in (
+        *(forward, unremat, full, accumulated, lora, lisa, gpt2),
+        *(decode, rebuilt, offloaded, nnx, mosaic),
+    )
 }
 
 
-def build(case: str, sizes: Sizes, gpu: str) -> Program:
-    """The program of a case for `gpu`, in bf16, not yet on any device."""
-    from jmem.models import zoo
-    from jmem.models.decoder import Decoder
+def build(case: str, sizes: dict, gpu: str) -> Program:
+    """The program of a case for the GPU called `gpu`."""
     from jmem.targets import resolve
 
-    model = Decoder.on(resolve(gpu), zoo.get(sizes.model), dtype="bfloat16")
-    return CASES[case](model, sizes)
-
-
-# Stages: each runs in a process of its own and answers with one line of JSON ----------
-
-
-def predicted(program: Program, gpu: str) -> dict:
-    """What is known without a GPU."""
-    from jmem.memory.measure import measure
-
-    report = measure(program, target=gpu, cache=False)
-    return {"interval": report.interval, "ahead_bytes": report.device_bytes}
-
-
-def planned(program: Program, gpu: str) -> dict:
-    """XLA's plan for the attached GPU; leaves the program in JAX's cache."""
-    from jmem.memory.measure import measure
-
-    del gpu
-    program.compile()
-    report = measure(program, target="attached")
-    return {
-        "planned_bytes": report.device_bytes,
-        "fragmentation": report.fragmentation,
-        "by_kind": report.by_kind,
-        "calls": report.calls,
-    }
-
-
-def ran(program: Program, gpu: str) -> dict:
-    """The allocator around one run, on zeros: making them takes nothing more."""
-    from jmem.memory.live import live
-
-    del gpu
-    report = live(program, key=None)
-    return dataclasses.asdict(report) | {"own": report.own}
-
-
-def probe(program: Program | None, gpu: str) -> dict:
-    """The attached GPU, and the versions that drive it."""
-    import jax
-    import jaxlib.version
-
-    from jmem.memory.live import attached
-
-    del program, gpu
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
-    return {"device": attached().name, "versions": versions}
-
-
-STAGES: dict[str, Callable[..., dict]] = {
-    stage.__name__: stage for stage in (probe, planned, ran, predicted)
-}
-
-
-def environment(stage: str, cache: str) -> dict[str, str]:
-    """What a stage's process is started with."""
-    kept = {
-        k: v for k, v in os.environ.items() if k != "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    }
-    if stage == "predicted":
-        return kept | {"JAX_PLATFORMS": "cpu"}
-    return kept | {
-        "XLA_CLIENT_MEM_FRACTION": "0.95",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if stage == "probe" else "true",
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
-def run_stage(stage: str, case: str, sizes: Sizes, gpu: str, cache: str) -> dict:
-    """A stage's answer from a fresh process; `{"no_gpu": why}` when it found none.
-
-    Raises:
-      RuntimeError: the process failed; the end of what it wrote is the message.
-    """
-    request = json.dumps([stage, case, dataclasses.asdict(sizes), gpu])
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.gpu_check", "--stage", request],
-        env=environment(stage, cache),
-        capture_output=True,
-        text=True,
-        timeout=STAGE_TIMEOUT_S,
-    )
-    if done.returncode == NO_GPU:
-        return {"no_gpu": done.stdout.strip()}
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
-        raise RuntimeError(f"{case or 'the GPU'}, {stage}: {tail}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def answer(request: str) -> int:
-    """Runs one stage in this process and prints its answer."""
-    from jmem.memory.live import NoGPUError
-
-    stage, case, sizes, gpu = json.loads(request)
-    ask = STAGES[stage]
-    program = build(case, Sizes(**sizes), gpu) if case else None
-    try:
-        print(json.dumps(ask(program, gpu)))
-    except NoGPUError as error:
-        print(error)
-        return NO_GPU
-    return 0
+    return CASES[case](Sizes(**sizes), resolve(gpu))
 
 
 # The table ----------------------------------------------------------------------------
 
 
-def verdict(record: dict) -> str:
-    """What of a case holds: "as planned", or which number is off by how much."""
-    plan, peak = record["planned_bytes"], record["peak_bytes"]
-    low, high = record["interval"]
-    faults = []
-    if not record["own"]:
-        faults.append("peak not the run's own")
-    elif not plan - record["fragmentation"] <= peak <= plan * (1 + TOLERANCE):
-        faults.append(f"peak {peak / plan - 1:+.1%} of the plan")
-    nearest = min(max(plan, low), high)
-    if abs(plan - nearest) > TOLERANCE * plan:
-        faults.append(f"plan {plan / nearest - 1:+.1%} of the interval")
-    return ", ".join(faults) or "as planned"
+def faults(report: LiveReport) -> list[str]:
+    """What of a program does not hold, in words; nothing when all does."""
+    plan, peak = report.planned_bytes, report.peak_bytes
+    found = []
+    if not report.own:
+        found.append("peak not the run's own")
+    elif not plan - report.fragmentation <= peak <= plan * (1 + PLAN_TOLERANCE):
+        found.append(f"peak {peak / plan - 1:+.1%} of the plan")
+    if abs(report.off(named=True)) > TOLERANCE:
+        found.append(f"peak {report.off(named=True):+.1%} of the prediction")
+    return found
 
 
-def table(records: dict[str, dict]) -> str:
-    """The cases side by side, in GiB."""
-    lines = [f"{'GiB':<10}{'ahead of time':>18}{'planned':>10}{'peak':>10}  verdict"]
-    lines.append("-" * 72)
-    for case, record in records.items():
-        low, high = (end / GiB for end in record["interval"])
-        ahead = f"{low:.3f} - {high:.3f}"
-        plan, peak = record["planned_bytes"] / GiB, record["peak_bytes"] / GiB
-        lines.append(
-            f"{case:<10}{ahead:>18}{plan:>10.3f}{peak:>10.3f}  {verdict(record)}"
-        )
-    return "\n".join(lines)
+def table(reports: dict[str, LiveReport]) -> str:
+    """The programs side by side, in GiB; the peak against the prediction in percent."""
+    head = f"{'GiB':<12}{'ahead of time':>19}{'planned':>10}{'peak':>10}"
+    lines = [f"{head}{'off':>8}{'named':>8}  verdict", "─" * 88]
+    for case, report in reports.items():
+        low, high = (end / GiB for end in report.interval)
+        plan, peak = report.planned_bytes / GiB, report.peak_bytes / GiB
+        sizes = f"{f'{low:.3f} - {high:.3f}':>19}{plan:>10.3f}{peak:>10.3f}"
+        off = f"{report.off():>+8.1%}{report.off(named=True):>+8.1%}"
+        verdict = ", ".join(faults(report)) or "holds"
+        lines.append(f"{case:<12}{sizes}{off}  {verdict}")
+    plain, named = within(reports), within(reports, named=True)
+    words = f"{plain} of {len(reports)} as they are, {named} less the named terms"
+    return "\n".join([*lines, "", f"within {TOLERANCE:.0%} of the prediction: {words}"])
 
 
-def card_of(device: str) -> str | None:
-    """The name of the described GPU that the driver calls `device`."""
-    from jmem.targets import TARGETS
+def within(reports: dict[str, LiveReport], *, named: bool = False) -> int:
+    """How many peaks are within the tolerance of their prediction."""
+    return sum(abs(r.off(named=named)) <= TOLERANCE for r in reports.values())
 
-    return next((t.name for t in TARGETS.values() if t.description == device), None)
+
+def holds(reports: dict[str, LiveReport]) -> bool:
+    """Whether no program has a fault, and enough of them needed no further term."""
+    enough = within(reports) >= NEEDED * len(reports)
+    return enough and not any(map(faults, reports.values()))
 
 
 def check(sizes: Sizes, only: list[str], gpu: str | None, out: pathlib.Path) -> int:
-    """Measures the cases one by one, prints the table, writes the records."""
-    with tempfile.TemporaryDirectory(prefix="jmem-gpu-check-") as cache:
-        found = run_stage("probe", "", sizes, "", cache)
-        if "no_gpu" in found:
-            print(f"gpu_check: {found['no_gpu']}\nNothing was measured.")
-            return 0
-        gpu = gpu or card_of(found["device"])
-        if gpu is None:
-            print(
-                f"gpu_check: {found['device']!r} is not described; name one by --gpu."
-            )
-            return 2
-        print(f"{found['device']} as {gpu}, jax {found['versions']['jax']}", flush=True)
-        records = {}
-        for case in only or CASES:
-            start = time.monotonic()
-            records[case] = {}
-            for stage in ("planned", "ran", "predicted"):
-                records[case] |= run_stage(stage, case, sizes, gpu, cache)
-            print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
-    print("", table(records), sep="\n")
+    """Measures the programs one by one, prints the table, writes the records."""
+    try:
+        found = protocol.probe()
+    except NoGPUError as error:
+        print(f"gpu_check: {error}\nNothing was measured.")
+        return 0
+    known = described(found["device"])
+    gpu = gpu or (known.name if known else None)
+    if gpu is None:
+        print(f"gpu_check: {found['device']!r} is not described; name one by --gpu.")
+        return 2
+    print(f"{found['device']} as {gpu}, jax {found['versions']['jax']}", flush=True)
+    reports: dict[str, LiveReport] = {}
+    given = dataclasses.asdict(sizes)
+    for case in only or CASES:
+        start = time.monotonic()
+        reports[case] = protocol.confirm(build, case, given, gpu, target=gpu)
+        print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
+    print("", *(f"{report}\n" for report in reports.values()), sep="\n")
+    print(table(reports))
+    records = found | {
+        "gpu": gpu,
+        "date": time.strftime("%Y-%m-%d"),
+        "sizes": given,
+        "cases": {name: dataclasses.asdict(r) for name, r in reports.items()},
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
-    found |= {"gpu": gpu, "sizes": dataclasses.asdict(sizes), "cases": records}
-    found["date"] = time.strftime("%Y-%m-%d")
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(records, indent=1) + "\n")
     print(f"\nrecords: {out}")
-    return int(any(verdict(record) != "as planned" for record in records.values()))
+    return int(not holds(reports))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -275,10 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     for field in dataclasses.fields(Sizes):
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=type(field.default), default=field.default)
-    parser.add_argument("--stage", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.stage:
-        return answer(given.stage)
     names = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{name: getattr(given, name) for name in names})
     return check(sizes, given.only, given.gpu, pathlib.Path(given.out))

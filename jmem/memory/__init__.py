@@ -4,6 +4,7 @@
 
     jmem.memory.assert_fits(step, params, batch, target="rtx4090")     for tests and CI
     print(jmem.memory.diff(before, after))                             of two reports
+    print(jmem.memory.confirm(build, target="h200"))                   on a real GPU
 
 and `python -m jmem.memory module:program --gpu rtx4090` asks from a shell.
 """
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmem.memory.difference import diff
     from jmem.memory.guard import assert_fits
+    from jmem.memory.protocol import confirm
     from jmem.memory.xprof import export_xprof
 
-__all__ = ["assert_fits", "diff", "export_xprof"]
+__all__ = ["assert_fits", "confirm", "diff", "export_xprof"]
 
 _CALLS = {
     "assert_fits": "jmem.memory.guard",
+    "confirm": "jmem.memory.protocol",
     "diff": "jmem.memory.difference",
     "export_xprof": "jmem.memory.xprof",
 }

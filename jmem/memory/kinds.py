@@ -173,6 +173,8 @@ class Classifier:
         if holder.opcode == "custom-call":
             last = bool(index) and index[0] == len(holder.shape.parts) - 1
             return last and holder.shape.at(index).dtype in {"u8", "s8"}
+        if index and holder.opcode == "fusion" and self._is_call_s(holder, index):
+            return True
         if not holder.name.startswith("gemm_fusion"):
             return False
         readers = self._module.users.get(holder.id, [])
@@ -182,6 +184,14 @@ class Classifier:
             instruction.opcode == "reduce"
             and _SPLIT.search(self._module.names.get(instruction.called[0], ""))
             for instruction in [*readers, *inside]
+        )
+
+    def _is_call_s(self, fusion: Instruction, index: tuple[int, ...]) -> bool:
+        """The scratch of a call that XLA fused with the slices it reads and writes."""
+        shape = fusion.shape.at(index)
+        return shape.dtype in {"u8", "s8"} and any(
+            call.opcode == "custom-call" and call.shape.parts[-1:] == (shape,)
+            for call in self._module.fused(fusion)
         )
 
     def _through_bitcasts(self, reader: Instruction) -> list[Instruction]:

@@ -1,81 +1,183 @@
 """Live: what the allocator of an attached GPU really held while a program ran.
 
-The allocator counts the most bytes it ever held and cannot be reset, so the number is a
-program's own only in a process that has held no more before: one process a case.
+    report = jmem.live(train_step, params, opt_state, batch, donate=(0, 1))
+    print(report)         # prediction, plan and peak, and what lies between them
+
+The allocator counts the most bytes it ever held and cannot be reset, and autotuning
+raises that count. So the number is a program's own only in a process that has held no
+more before and finds the program compiled: `jmem.memory.confirm` starts such ones.
+
+Peak and plan differ by terms that are each measured by themselves, from the allocator's
+count at four moments and from the sizes of the very arrays:
+
+    start      JAX is up and has run one trivial program
+    loaded     the program is compiled, or loaded from JAX's cache
+    base       its arguments are made
+    end        it has run once, and its results are held
+
+What no term explains is a term too; nothing is fitted.
 """
 
 import dataclasses
 import gc
+import json
 import math
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
 
-from jmem.program import Program
-from jmem.targets import TARGETS
+from jmem.memory import kinds
+from jmem.memory.card import described, gpu
+from jmem.memory.measure import ATTACHED, measure
+from jmem.memory.report import MemoryReport, built, sized
+from jmem.program import HOST, Program
 
+ALIGNMENT = 256
+"""Bytes that JAX's GPU allocator rounds every request up to a multiple of."""
 
-class NoGPUError(RuntimeError):
-    """The machine has no GPU that JAX can use."""
+START = "in use before the program"
+ARGUMENTS = "arguments beyond the plan"
+ROUNDING = "rounding to 256 bytes"
+LOADED = "constants and code beyond the plan"
+UNEXPLAINED = "unexplained"
+TERMS = {
+    START: "by JAX itself, and by arrays of this process",
+    ARGUMENTS: "what making them left in use, less their planned and rounded bytes",
+    ROUNDING: "of every argument, new result and the temporary block",
+    LOADED: "what loading and the first run left in use, less the planned constants",
+    UNEXPLAINED: "the rest, held only while the program ran",
+}
+"""The terms of peak - plan, and what each is."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """An attached GPU as a report needs it; of a mesh, any one of its GPUs."""
-
-    name: str
-    compiler_bytes: int
-    usable_bytes: int
-    """What JAX's allocator may take in this process."""
-    devices: int
+OTHER_PLAN = "another plan"
+"""A term of plan - prediction: the GPU's plan was made twice, with other bytes."""
+SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class LiveReport:
-    """Bytes of the allocator around one run of a program."""
+    """One run of a program on a GPU, its plan there, and its prediction without it."""
 
     name: str
     device: str
-    base_bytes: int
-    """In use before the run: the arguments."""
+    versions: dict[str, str]
     peak_bytes: int
-    """The most in use, up to the end of the run."""
+    """The most bytes in use, up to the end of the run."""
     earlier_peak_bytes: int
     """The most in use before the run; compiling and autotuning count."""
     limit_bytes: int
     planned_bytes: int
     """XLA's `total_allocation_bytes` of the program that ran."""
+    terms: dict[str, int]
+    """`TERMS`, in bytes; they sum to `peak_bytes` - `planned_bytes`."""
+    target: str | None = None
+    """The described GPU of the prediction; None where none was made."""
+    interval: tuple[int, ...] = ()
+    """Predicted bytes without and with Triton matmuls, the smaller first."""
+    plan_terms: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By kind, what the GPU's plan holds more than the prediction."""
+    fragmentation: int = 0
+    """Of the plan: bytes that the peak may not need."""
 
     @property
     def own(self) -> bool:
         """Whether the peak is the run's; if not, it is only known to be below."""
         return self.peak_bytes > self.earlier_peak_bytes
 
+    @property
+    def named_bytes(self) -> int:
+        """Of peak - prediction, what is no fault of the prediction's buffers.
 
-def gpu() -> Any:
-    """The first attached GPU.
+        That is every term of the run but what is unexplained, and the workspaces and
+        the fragmentation that the autotuner's choices brought into the plan.
+        """
+        run = sum(held for term, held in self.terms.items() if term != UNEXPLAINED)
+        libraries = (kinds.WORKSPACE, kinds.FRAGMENTATION)
+        return run + sum(self.plan_terms.get(kind, 0) for kind in libraries)
 
-    Raises:
-      NoGPUError: there is none; says what there is.
-    """
-    try:
-        return jax.devices("gpu")[0]
-    except RuntimeError as error:
-        raise NoGPUError(
-            f"no GPU is attached (JAX sees {jax.devices()}). Measure ahead of time "
-            "instead: jmem.measure(..., target='h200')."
-        ) from error
+    def off(self, *, named: bool = False) -> float:
+        """The peak's distance from the predicted interval, as a share of it.
 
+        0 inside of it. With `named`, `named_bytes` are taken from the peak first.
 
-def attached(devices: int = 1) -> Card:
-    """The attached GPU, with its memory as JAX's allocator may use it."""
-    device = gpu()
-    limit = device.memory_stats()["bytes_limit"]
-    known = [t for t in TARGETS.values() if t.description == device.device_kind]
-    size = known[0].compiler_bytes if known else limit
-    return Card(device.device_kind, size, limit, devices)
+        Raises:
+          ValueError: no prediction was made.
+        """
+        if not self.interval:
+            raise ValueError(f"{self.name}: no prediction was made; see `compared`.")
+        peak = self.peak_bytes - (self.named_bytes if named else 0)
+        low, high = self.interval
+        nearest = min(max(peak, low), high)
+        return peak / nearest - 1
+
+    def compared(self, ahead: MemoryReport, plan: MemoryReport) -> "LiveReport":
+        """The report with its prediction, and with the plan that the GPU was given.
+
+        Args:
+          ahead: measured for the described GPU.
+          plan: measured for the attached one.
+        """
+        listed = dict.fromkeys([*ahead.by_kind, *plan.by_kind])
+        more = {
+            kind: plan.by_kind.get(kind, 0) - ahead.by_kind.get(kind, 0)
+            for kind in listed
+        }
+        more[OTHER_PLAN] = self.planned_bytes - plan.device_bytes
+        return dataclasses.replace(
+            self,
+            target=ahead.target,
+            interval=ahead.interval,
+            plan_terms={term: held for term, held in more.items() if held},
+            fragmentation=plan.fragmentation,
+        )
+
+    def __str__(self):
+        unit = 2**30 if self.peak_bytes >= 2**30 else 2**20
+        word = "GiB" if unit == 2**30 else "MiB"
+        rows = []
+        if self.interval:
+            low, high = (f"{end / unit:,.3f}" for end in self.interval)
+            both = low if low == high else f"{low} - {high}"
+            rows.append(("ahead of time", both, f"for {self.target}, without a GPU"))
+        rows += [
+            ("planned", f"{self.planned_bytes / unit:,.3f}", "by XLA for this GPU"),
+            ("peak", f"{self.peak_bytes / unit:,.3f}", "of JAX's allocator, one run"),
+        ]
+        lines = [
+            f"{self.name} on {self.device}, jax {self.versions['jax']}",
+            "",
+            *(f"{name:<16}{size:>24} {word}   {how}" for name, size, how in rows),
+        ]
+        if not self.own:
+            lines.append(
+                f"The peak is not the run's own: {sized(self.earlier_peak_bytes)} were "
+                "in use before it."
+            )
+        lines += _listed("peak - planned", self.terms)
+        if self.interval:
+            lines += _listed("planned - ahead of time", self.plan_terms)
+        return "\n".join(lines)
+
+    def to_json(self, path: str | pathlib.Path | None = None) -> str:
+        """The report as JSON; written to `path` when one is given."""
+        text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(self))
+        if path is not None:
+            pathlib.Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | pathlib.Path) -> "LiveReport":
+        """A report from `to_json`'s text, or from the path of a file of it.
+
+        Raises:
+          ValueError: not a report, or one of another version; the place is named.
+        """
+        return built(cls, text, SCHEMA)
 
 
 def live(
@@ -84,11 +186,9 @@ def live(
     donate: tuple[int, ...] = (),
     static: tuple[int, ...] = (),
     key: int | None = 0,
+    predict: bool = True,
 ) -> LiveReport:
     """Runs a program once on the attached GPU and reads its allocator.
-
-    Compile beforehand in another process with JAX's compilation cache on, so that
-    autotuning does not raise the peak; `own` says whether anything did.
 
     Args:
       what: a `Program`, or any function with its arguments.
@@ -97,47 +197,156 @@ def live(
       static: positions of hashable arguments that are compiled in.
       key: seed of the program's own `make`. None, or a program without one: zeros of
         the described shapes, which take no more memory to make than they have.
+      predict: also measure the program without the GPU, if the GPU is a described one,
+        and its plan with it: three more compilations, after the run.
 
     Raises:
       NoGPUError: there is no GPU.
     """
     program = what if isinstance(what, Program) else Program(what, args, donate, static)
     device = gpu()
-    compiled = program.compile()
-    analysis: Any = compiled.memory_analysis()
-    if program.make is None or key is None:
-        arguments = _zeros(program)
-    else:
-        arguments = jax.jit(program.make)(jax.random.key(key))
-    run = [a for n, a in enumerate(arguments) if n not in program.static]
-    jax.block_until_ready(run)
+    # What JAX takes at the first run of anything is not the program's.
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(0.0))
     gc.collect()
-    before = device.memory_stats()
-    result = compiled(*run)
-    jax.block_until_ready(result)
-    after = device.memory_stats()
-    return LiveReport(
+    start = device.memory_stats()
+    compiled = program.compile()
+    loaded = device.memory_stats()
+    arguments = jax.block_until_ready(made(program, key))
+    gc.collect()
+    base = device.memory_stats()
+    taken = list(_buffers(arguments))
+    results = jax.block_until_ready(compiled(*arguments))
+    end = device.memory_stats()
+    moments = [now["bytes_in_use"] for now in (start, loaded, base, end)]
+    returned = {place: size for _, place, size in _buffers(results)}
+    before = {place: size for _, place, size in taken}
+    freed = {
+        place: size
+        for array, place, size in taken
+        if array.is_deleted() and place not in returned
+    }
+    fresh = {place: size for place, size in returned.items() if place not in before}
+    report = LiveReport(
         name=program.name,
         device=device.device_kind,
-        base_bytes=before["bytes_in_use"],
-        peak_bytes=after["peak_bytes_in_use"],
-        earlier_peak_bytes=before["peak_bytes_in_use"],
-        limit_bytes=after["bytes_limit"],
-        planned_bytes=analysis.total_allocation_bytes,
+        versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
+        peak_bytes=end["peak_bytes_in_use"],
+        earlier_peak_bytes=base["peak_bytes_in_use"],
+        limit_bytes=end["bytes_limit"],
+        planned_bytes=_plan(compiled).total_allocation_bytes,
+        terms=terms(
+            _plan(compiled),
+            moments,
+            end["peak_bytes_in_use"],
+            arguments=list(before.values()),
+            results=list(fresh.values()),
+            freed=list(freed.values()),
+        ),
     )
+    known = described(device.device_kind) if predict else None
+    if known is None:
+        return report
+    del arguments, results, taken
+    plan = measure(program, target=ATTACHED)
+    target = known.name if plan.devices == 1 else f"{known.name}x{plan.devices}"
+    return report.compared(measure(program, target=target, cache=False), plan)
 
 
-def _zeros(program: Program) -> tuple:
-    """Arguments of zeros where the program wants them, one array at a time."""
+def terms(
+    plan: Any,
+    moments: list[int],
+    peak: int,
+    *,
+    arguments: list[int],
+    results: list[int],
+    freed: list[int],
+) -> dict[str, int]:
+    """`TERMS` of one run, which sum to `peak` less the plan's total.
+
+    Args:
+      plan: JAX's `memory_analysis()` of the program.
+      moments: bytes in use at start, loaded, base and end.
+      peak: the most bytes in use, up to the end.
+      arguments: bytes of every array on the device.
+      results: bytes of those that reuse no argument.
+      freed: bytes of the donated arguments that no result reuses.
+    """
+    start, loaded, base, end = moments
+    temporary = plan.temp_size_in_bytes
+    constants = plan.total_allocation_bytes - (
+        plan.argument_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes
+        + temporary
+    )
+    rounding = [_rounding(size) for size in arguments]
+    kept = end - base + sum(map(_rounded, freed)) - sum(map(_rounded, results))
+    found = {
+        START: start,
+        ARGUMENTS: base - loaded - sum(rounding) - plan.argument_size_in_bytes,
+        ROUNDING: sum(rounding) + sum(map(_rounding, results)) + _rounding(temporary),
+        LOADED: loaded - start + kept - constants,
+    }
+    rest = peak - plan.total_allocation_bytes - sum(found.values())
+    return found | {UNEXPLAINED: rest}
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _rounding(size: int) -> int:
+    return _rounded(size) - size
+
+
+def _plan(compiled: jax.stages.Compiled) -> Any:
+    return compiled.memory_analysis()
+
+
+def _buffers(tree: Any) -> Iterator[tuple[jax.Array, int, int]]:
+    """Array, address and bytes of a tree's arrays in the memory of one device."""
+    for array in jax.tree.leaves(tree):
+        plain = array
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            plain = jax.random.key_data(array)
+        if array.sharding.memory_kind != HOST and plain.size:
+            shard = plain.addressable_shards[0].data
+            yield array, shard.unsafe_buffer_pointer(), shard.on_device_size_in_bytes()
+
+
+def made(program: Program, key: int | None) -> list[Any]:
+    """The program's arguments but for static ones, in the memory it wants them in.
+
+    From its own `make`; zeros, one array at a time, where it or `key` is None.
+    """
     described, *_ = program.placed(None)
-
-    def zeros(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            keys = jax.random.split(jax.random.key(0), math.prod(leaf.shape))
-            return keys.reshape(leaf.shape)
-        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-
-    return tuple(
-        value if position in program.static else jax.tree.map(zeros, value)
-        for position, value in enumerate(described)
+    wanted = [d for n, d in enumerate(described) if n not in program.static]
+    if program.make is None or key is None:
+        return jax.tree.map(_zeros, wanted)
+    drawn = jax.jit(program.make)(jax.random.key(key))
+    given = [a for n, a in enumerate(drawn) if n not in program.static]
+    return jax.tree.map(
+        lambda array, like: (
+            array if like.sharding is None else jax.device_put(array, like.sharding)
+        ),
+        given,
+        wanted,
     )
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        keys = jax.random.split(jax.random.key(0), math.prod(like.shape))
+        return keys.reshape(like.shape)
+    if like.sharding is not None and like.sharding.memory_kind == HOST:
+        # Made by a program they would be on the device first.
+        return jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
+
+
+def _listed(title: str, terms: dict[str, int]) -> list[str]:
+    """A small table of terms, with their sum."""
+    total = sum(terms.values())
+    rows = [*terms.items(), ("together", total)] if terms else [("nothing", 0)]
+    lines = ["", f"{title:<40}{'bytes':>16}", "─" * 56]
+    return lines + [f"{term:<40}{held:>+16,}" for term, held in rows]

@@ -30,9 +30,10 @@ import jaxlib.version
 import numpy as np
 
 from jmem import targets
-from jmem.memory import breakdown, hlo, kinds, live, worker
+from jmem.memory import breakdown, hlo, kinds, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
+from jmem.memory.card import attached, gpu
 from jmem.memory.report import MemoryReport
 from jmem.program import (
     Label,
@@ -113,7 +114,7 @@ def _measure(
 ) -> MemoryReport:
     started = time.monotonic()
     if card is None:
-        live.gpu()
+        gpu()
     lowered = program.lower(card)
     text = lowered.as_text()
     if card and "python_gpu_callback" in text:
@@ -126,7 +127,13 @@ def _measure(
     if key and (kept := cached.load(key)):
         return kept
     # XLA compiles on little more than one core: the second runs beside the first.
-    with never_cached(), _without_noise(), futures.ThreadPoolExecutor(1) as beside:
+    tuned = contextlib.nullcontext() if card is None else _untuned()
+    with (
+        never_cached(),
+        tuned,
+        _without_noise(),
+        futures.ThreadPoolExecutor(1) as beside,
+    ):
         plain = beside.submit(lowered.compile, options | NO_TRITON) if bounds else None
         content, analysis = dumped(lowered, options)
         module = hlo.read(content)
@@ -135,7 +142,7 @@ def _measure(
             other: Any = plain.result().memory_analysis()
             ends.append(other.total_allocation_bytes)
     parts = breakdown.explain(module, program, analysis)
-    held = card or live.attached(lowered.device_count)
+    held = card or attached(lowered.device_count)
     host = (
         analysis.host_argument_size_in_bytes
         + analysis.host_output_size_in_bytes
@@ -196,6 +203,21 @@ def dumped(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
                 "GPU, or XLA's dump options are overridden in XLA_FLAGS."
             )
         return largest.read_bytes(), analysis
+
+
+@contextlib.contextmanager
+def _untuned() -> Iterator[None]:
+    """Keeps what was tuned on an attached GPU out of predictions for a described one.
+
+    With its compilation cache on, JAX also gives XLA a folder of autotuning results.
+    """
+    name = "jax_persistent_cache_enable_xla_caches"
+    before = getattr(jax.config, name)
+    jax.config.update(name, "")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 @contextlib.contextmanager

@@ -71,10 +71,11 @@ class Origins:
         written = next((i for i in trail if i.opcode == "dynamic-update-slice"), None)
         read = any(i.opcode == "dynamic-slice" for i in trail[: _place(trail, written)])
         named = next((i for i in reversed(trail) if i.op_name), None)
+        named = named or self._named_input(end)
         return Origin(
             instruction=end,
-            op_name=(named or self._named_input(end)).op_name.split(";")[0],
-            frame=next((i.frame for i in reversed(trail) if i.frame), 0),
+            op_name=named.op_name.split(";")[0],
+            frame=next((i.frame for i in reversed(trail) if i.frame), named.frame),
             argument=self._argument(end),
             fill=end.opcode in _FILLS,
             stack="" if written is None else "read" if read else "filled",
@@ -206,11 +207,18 @@ class Origins:
 
     def _named_input(self, at: Instruction) -> Instruction:
         """The nearest instruction with a name among those a value is computed from."""
-        for _ in range(8):
+        for _ in range(16):
             inside = [i for i in self._module.fused(at) if i.op_name]
-            if at.op_name or not (inside or at.operands):
+            if at.op_name:
                 break
-            at = inside[-1] if inside else self._operand(at, 0)[0]
+            if inside:
+                at = inside[-1]
+            elif at.operands:
+                at, _ = self._operand(at, 0)
+            elif at.opcode == "parameter" and (given := self._given(at, ())):
+                at, _ = given
+            else:
+                break
         return at
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -140,6 +141,16 @@ class MemoryReport:
             return f"{row.phase} {row.name}".strip() or row.kind
 
         return _summed((scope(row), row.total_bytes) for row in self.rows)
+
+    def by_layer(self) -> dict[str, int]:
+        """Device bytes at the peak by numbered layer, in order; "" holds the rest.
+
+        For models whose layers are modules of their own, as flax numbers them. Layers
+        that a scan walks share one name, and are in the rest.
+        """
+        held = _summed((layer_of(row.name), row.total_bytes) for row in self.rows)
+        last = {"": held.pop("", 0)}
+        return {name: held[name] for name in sorted(held, key=_by_number)} | last
 
     def by_source(self) -> dict[str, int]:
         """Device bytes at the peak by the line that made them, the largest first.
@@ -281,16 +292,45 @@ class MemoryReport:
         Raises:
           ValueError: not a report, or one of another version; the place is named.
         """
-        where = "report"
-        if isinstance(text, pathlib.Path):
-            where, text = str(text), text.read_text()
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from error
-        if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{where}: not a MemoryReport of schema {SCHEMA}.")
-        return _build(cls, values, where)
+        return built(cls, text, SCHEMA)
+
+
+def built[T](cls: type[T], text: str | pathlib.Path, schema: int) -> T:
+    """A dataclass of plain values from its JSON, or from the path of a file of it.
+
+    Raises:
+      ValueError: not a `cls`, or one of another schema; the place is named.
+    """
+    where = "report"
+    if isinstance(text, pathlib.Path):
+        where, text = str(text), text.read_text()
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(values, dict) or values.pop("schema", None) != schema:
+        raise ValueError(f"{where}: not a {cls.__name__} of schema {schema}.")
+    return _build(cls, values, where)
+
+
+def layer_of(name: str) -> str:
+    """The outermost numbered part of a scope or an argument's path; "" without one.
+
+    >>> layer_of("GPT/Block_3/Dense_0"), layer_of("state/0/mu/layers/11/up/kernel")
+    ('Block_3', 'layers/11')
+    >>> layer_of("blocks/mlp")
+    ''
+    """
+    found = _NUMBERED.search(name)
+    return found[1] if found else ""
+
+
+_NUMBERED = re.compile(r"(?:^|/)((?:blocks?|layers?|h)[/.]\d+|[A-Za-z]\w*_\d+)(?=/|$)")
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    word, number = re.split(r"[/._](?=\d+$)", name)
+    return word, int(number)
 
 
 def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:

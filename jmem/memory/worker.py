@@ -58,7 +58,7 @@ def measure(
     args, out_shardings, *_ = program.placed(card)
     try:
         request = {
-            "fn": _dotted(program.fn),
+            "fn": dotted(program.fn),
             "args": [
                 _encode(value) if n not in program.static else _plain(value)
                 for n, value in enumerate(args)
@@ -82,14 +82,10 @@ def measure(
         raise NoCompilerError(
             f"{cause}\n(A worker process is no way out: {error})", late=True
         ) from cause
-    environment = os.environ | {
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-    }
     done = subprocess.run(
         [sys.executable, "-m", "jmem.memory.worker"],
         input=json.dumps(request),
-        env=environment,
+        env=environment() | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -119,7 +115,7 @@ def main() -> None:
     for name, value in request["settings"].items():
         jax.config.update(name, value)
     program = Program(
-        _imported(request["fn"]),
+        imported(request["fn"]),
         tuple(_decode(value) for value in request["args"]),
         tuple(request["donate"]),
         tuple(request["static"]),
@@ -139,6 +135,12 @@ def main() -> None:
     print(report.to_json())
 
 
+def environment() -> dict[str, str]:
+    """That of this process, with its path: another imports what this one can."""
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return os.environ | {"PYTHONPATH": path}
+
+
 def _ended(status: int) -> str:
     if status >= 0:
         return f"failed with status {status}"
@@ -148,7 +150,7 @@ def _ended(status: int) -> str:
 # Functions ----------------------------------------------------------------------------
 
 
-def _dotted(thing: Any) -> str:
+def dotted(thing: Any) -> str:
     """`module:qualified.name` of something that can be imported by it."""
     module, name = getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
     found = _found(sys.modules[module], name) if module in sys.modules else None
@@ -168,8 +170,9 @@ def _found(module: Any, name: str) -> Any:
     return functools.reduce(lambda at, n: getattr(at, n, None), name.split("."), module)
 
 
-def _imported(dotted: str) -> Any:
-    module, name = dotted.split(":")
+def imported(name: str) -> Any:
+    """What `dotted` gave the name of."""
+    module, name = name.split(":")
     return _found(importlib.import_module(module), name)
 
 
@@ -185,7 +188,7 @@ def _encode(tree: Any) -> Any:
     if isinstance(tree, tuple | list):
         items = [_encode(item) for item in tree]
         if hasattr(tree, "_fields"):
-            return {"named": _dotted(type(tree)), "items": items}
+            return {"named": dotted(type(tree)), "items": items}
         return {"tuple" if isinstance(tree, tuple) else "list": items}
     if isinstance(tree, NamedSharding):
         spec = [list(axis) if isinstance(axis, tuple) else axis for axis in tree.spec]
@@ -219,7 +222,7 @@ def _decode(value: Any) -> Any:
     if "dict" in value:
         return {k: _decode(v) for k, v in value["dict"]}
     if "named" in value:
-        return _imported(value["named"])(*map(_decode, value["items"]))
+        return imported(value["named"])(*map(_decode, value["items"]))
     if "list" in value:
         return [_decode(item) for item in value["list"]]
     if "tuple" in value:

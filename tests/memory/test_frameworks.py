@@ -1,11 +1,14 @@
-"""`measure` on other libraries' models: training steps as their users write them."""
+"""`measure` on other libraries' models: training steps as their users write them.
+
+That of flax NNX is among the programs of test_programs.py.
+"""
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 
 import jmem
 from jmem.memory import kinds
@@ -22,41 +25,6 @@ def explained(report):
         for row in report.rows
         if row.kind != kinds.OTHER and ((row.op and row.source) or row.born is None)
     )
-
-
-class TestNNX:
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-            self.down = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
-
-        def __call__(self, x):
-            return self.down(jax.nn.relu(self.up(x)))
-
-    def test_a_training_step(self):
-        def make():
-            model = self.Model(nnx.Rngs(0))
-            return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-
-        graph, state = nnx.split(nnx.eval_shape(make))
-
-        def step(state, batch):
-            model, optimizer = nnx.merge(graph, state)
-
-            def loss(model):
-                return jnp.mean((model(batch) - batch) ** 2)
-
-            value, gradients = nnx.value_and_grad(loss)(model)
-            optimizer.update(model, gradients)
-            return nnx.state((model, optimizer)), value
-
-        labels = {"weights": (0, "0"), "optimizer": (0, "1/opt_state")}
-        report = jmem.measure(step, state, x, donate=(0,), labels=labels, bounds=False)
-        assert report.by_label["weights"] == PARAMETERS
-        assert report.alias_bytes >= 3 * PARAMETERS
-        assert report.by_kind[kinds.OPTIMIZER] >= 2 * PARAMETERS
-        assert report.device_bytes == sum(report.by_kind.values())
-        assert explained(report) > 0.98 * report.timeline.max()
 
 
 class TestEquinox:
@@ -87,6 +55,41 @@ class TestEquinox:
         assert report.by_kind[kinds.OPTIMIZER] >= 2 * PARAMETERS
         assert report.device_bytes == sum(report.by_kind.values())
         assert explained(report) > 0.98 * report.timeline.max()
+
+
+class TestLinen:
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x + nn.Dense(WIDTH)(jax.nn.gelu(nn.Dense(4 * WIDTH)(x)))
+
+    class Net(nn.Module):
+        block: type[nn.Module]
+
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(3):
+                x = self.block()(x)
+            return x
+
+    def test_bytes_by_numbered_layer(self):
+        net = self.Net(self.Block)
+
+        def step(params, batch):
+            def loss(params):
+                return jnp.mean(jnp.asarray(net.apply(params, batch)) ** 2)
+
+            return jax.tree.map(lambda w, g: w - g, params, jax.grad(loss)(params))
+
+        params = jax.eval_shape(net.init, jax.random.key(0), x)
+        report = jmem.measure(step, params, x, donate=(0,), bounds=False)
+        layers = report.by_layer()
+        assert list(layers) == ["Block_0", "Block_1", "Block_2", ""]
+        assert sum(layers.values()) == report.timeline.max()
+        weights = 4 * (8 * WIDTH * WIDTH + 5 * WIDTH)
+        hidden = 4 * BATCH * 4 * WIDTH
+        for name in ("Block_0", "Block_1", "Block_2"):
+            assert layers[name] >= weights + hidden
 
 
 @pytest.mark.parametrize("jit", [False, True])

@@ -1,0 +1,188 @@
+"""Prediction, plan and peak of a program, each from a process of its own.
+
+The allocator's peak cannot be reset and autotuning raises it, so one process compiles,
+which fills a cache of JAX, and another finds the program there and runs it. Beside
+them a third predicts, without the GPU and without the cache.
+
+    def build(layers: int) -> Program: ...                     # in a module, by name
+
+    report = jmem.memory.confirm(build, 24, target="h200")
+    print(report)
+
+This process must not hold the GPU itself: JAX takes most of it as soon as it starts.
+Set JAX_PLATFORMS=cpu, or use JAX only after.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import jax
+import jaxlib.version
+
+from jmem.memory import worker
+from jmem.memory.card import NoGPUError, attached, gpu
+from jmem.memory.live import LiveReport, live
+from jmem.memory.measure import ATTACHED, measure
+from jmem.memory.report import MemoryReport
+from jmem.program import Program
+
+FRACTION = "0.95"
+"""Of the GPU's memory, what JAX's allocator takes at the start of a stage."""
+NO_GPU = 3
+"""Exit status of a stage that found no GPU."""
+
+
+class StageError(RuntimeError):
+    """A stage's process failed: which, and the end of what it wrote."""
+
+
+def confirm(
+    builder: Callable[..., Program],
+    *arguments: Any,
+    target: str,
+    cache: str | None = None,
+) -> LiveReport:
+    """Predicts a program for `target`, plans it on the attached GPU, and runs it once.
+
+    Args:
+      builder: returns the program; a function that can be imported by name.
+      *arguments: the builder's arguments, as JSON can hold them.
+      target: the described GPU that the attached one is.
+      cache: folder of JAX's compilation cache; by default one that goes afterwards.
+
+    Raises:
+      NoGPUError: there is no GPU.
+      StageError: a stage failed.
+    """
+    request = {"builder": worker.dotted(builder), "arguments": arguments}
+    with _folder(cache) as folder, futures.ThreadPoolExecutor(1) as beside:
+        predicted = beside.submit(run_stage, "predict", request, target)
+        planned = run_stage("plan", request, folder)
+        ran = run_stage("run", request, folder)
+        ahead = MemoryReport.from_json(predicted.result())
+    plan = MemoryReport.from_json(planned)
+    return LiveReport.from_json(ran).compared(ahead, plan)
+
+
+def probe() -> dict[str, Any]:
+    """`{"device": ..., "versions": {...}}` of the attached GPU, from another process.
+
+    Raises:
+      NoGPUError: there is none.
+    """
+    return json.loads(run_stage("probe", {}, ""))
+
+
+# Stages: each runs in a process of its own and answers with one line of JSON ----------
+
+
+def _predict(program: Program, target: str) -> str:
+    return measure(program, target=target, cache=False).to_json()
+
+
+def _plan(program: Program, cache: str) -> str:
+    del cache  # JAX knows it from its environment, and keeps the program there
+    program.compile()
+    return measure(program, target=ATTACHED).to_json()
+
+
+def _run(program: Program, cache: str) -> str:
+    del cache
+    return live(program, key=None, predict=False).to_json()
+
+
+STAGES: dict[str, Callable[[Program, str], str]] = {
+    "predict": _predict,
+    "plan": _plan,
+    "run": _run,
+}
+
+
+def environment(stage: str, cache: str) -> dict[str, str]:
+    """What a stage's process is started with."""
+    kept = {
+        name: value
+        for name, value in worker.environment().items()
+        # Two spellings of one setting are an error in JAX.
+        if name not in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR")
+    }
+    if stage == "predict":
+        return kept | {"JAX_PLATFORMS": "cpu"}
+    kept |= {
+        "XLA_CLIENT_MEM_FRACTION": FRACTION,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if stage == "probe" else "true",
+    }
+    if stage == "probe":
+        return kept
+    return kept | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def run_stage(stage: str, request: dict, where: str) -> str:
+    """A stage's answer from a fresh process.
+
+    `where` is the target of "predict", and the folder of JAX's cache for the others.
+
+    Raises:
+      NoGPUError: it needs a GPU and found none.
+      StageError: the process failed; the end of what it wrote is the message.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "jmem.memory.protocol"],
+        input=json.dumps(request | {"stage": stage, "where": where}),
+        env=environment(stage, where),
+        capture_output=True,
+        text=True,
+        timeout=worker.TIMEOUT_S,
+    )
+    if done.returncode == NO_GPU:
+        raise NoGPUError(done.stdout.strip())
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
+        asked = [request.get("builder", ""), *request.get("arguments", ())]
+        said = " ".join(map(str, asked))
+        raise StageError(f"stage {stage!r} of {said} failed:\n{tail}")
+    return done.stdout.splitlines()[-1]
+
+
+def answer(request: dict) -> str:
+    """One stage, run in this process."""
+    if request["stage"] == "probe":
+        versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+        return json.dumps({"device": attached().name, "versions": versions})
+    if request["stage"] != "predict":
+        gpu()  # before anything is built
+    program = worker.imported(request["builder"])(*request["arguments"])
+    return STAGES[request["stage"]](program, request["where"])
+
+
+def main() -> int:
+    """Answers the request on stdin; exit status `NO_GPU` where there is none."""
+    try:
+        print(answer(json.load(sys.stdin)))
+    except NoGPUError as error:
+        print(error)
+        return NO_GPU
+    return 0
+
+
+@contextlib.contextmanager
+def _folder(path: str | None) -> Iterator[str]:
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="jmem-protocol-") as folder:
+        yield folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Stages in processes of their own; without a GPU, each up to where it needs one."""
+
+import json
+
+import jax
+import pytest
+
+from jmem.memory import card, protocol
+from jmem.memory import live as live_module
+from jmem.memory.card import NoGPUError
+from jmem.memory.protocol import StageError, answer, confirm, environment, run_stage
+from jmem.program import Program
+
+
+def increment(length: int) -> Program:
+    return Program(lambda x: x + 1, (jax.ShapeDtypeStruct((length,), "f4"),))
+
+
+class Allocator:
+    device_kind = "NVIDIA H200"
+
+    def __init__(self):
+        self.moments = [(0, 0), (0, 0), (4096, 4096), (8192, 8192)]
+
+    def memory_stats(self):
+        now, peak = self.moments.pop(0)
+        return {"bytes_in_use": now, "peak_bytes_in_use": peak, "bytes_limit": 9000}
+
+
+@pytest.fixture
+def attached(monkeypatch):
+    """A stand-in for a GPU, and stages that run in this process."""
+    for module in (card, live_module, protocol):
+        monkeypatch.setattr(module, "gpu", Allocator)
+    asked = []
+
+    def run(stage, request, where):
+        asked.append(stage)
+        if stage == "plan":  # XLA plans for the attached GPU only with one attached
+            stage, where = "predict", "h200"
+        return answer(
+            json.loads(json.dumps(request)) | {"stage": stage, "where": where}
+        )
+
+    monkeypatch.setattr(protocol, "run_stage", run)
+    return asked
+
+
+def test_one_report_of_three_stages(attached):
+    report = confirm(increment, 1024, target="h200")
+    assert sorted(attached) == ["plan", "predict", "run"]
+    assert attached.index("plan") < attached.index("run")  # which finds it compiled
+    assert report.interval == (8192, 8192)
+    assert report.target == "h200"
+    assert report.peak_bytes == report.planned_bytes == 8192
+    assert report.plan_terms == {}
+    assert not any(report.terms.values())
+    assert report.off() == 0
+
+
+class TestProcesses:
+    """Real ones; JAX_PLATFORMS=cpu hides a GPU from them."""
+
+    @pytest.fixture(autouse=True)
+    def module(self, tmp_path, monkeypatch):
+        (tmp_path / "elsewhere.py").write_text(
+            "import jax, jmem\n"
+            "def build(length):\n"
+            "    x = jax.ShapeDtypeStruct((length,), 'f4')\n"
+            "    return jmem.Program(lambda x: x + 1, (x,))\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        import elsewhere  # pyright: ignore[reportMissingImports]
+
+        return elsewhere
+
+    def test_without_a_gpu_a_stage_says_so(self, module):
+        with pytest.raises(NoGPUError, match="no GPU is attached"):
+            confirm(module.build, 8, target="h200")
+
+    def test_a_stage_that_fails_is_named_with_its_last_lines(self):
+        request = {"builder": "elsewhere:build", "arguments": ["long"]}
+        with pytest.raises(StageError) as raised:
+            run_stage("predict", request, "h200")
+        text = str(raised.value)
+        assert text.startswith("stage 'predict' of elsewhere:build long failed:")
+        assert "TypeError" in text
+
+
+def test_each_stage_has_the_environment_it_needs(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
+    told = environment("run", "/cache")
+    assert told["XLA_CLIENT_MEM_FRACTION"] == "0.95"
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in told  # both are an error in JAX
+    assert told["JAX_COMPILATION_CACHE_DIR"] == "/cache"
+    told = environment("predict", "h200")
+    assert told["JAX_PLATFORMS"] == "cpu"
+    assert "JAX_COMPILATION_CACHE_DIR" not in told  # it holds what was tuned on a GPU
