@@ -39,6 +39,8 @@ from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
+from jmem.nn.stack import Remat
+from jmem.offload import check_host, described, host_bytes
 from jmem.program import Program
 from jmem.targets import Target
 from jmem.train import metrics
@@ -86,12 +88,12 @@ class Config:
     dtype: Precision = "bfloat16"
     """Of weights and activations in the programs compiled for `gpu`; "mixed" keeps
     float32 weights and computes in bfloat16."""
-    remat: Literal["none", "dots", "block"] = "block"
+    remat: Remat = "block"
     """What full and LoRA keep for the backward pass on `gpu`: all, matrix products, or
     block inputs only, as LISA always does."""
     run_dtype: Precision = "float32"
     """As `dtype`, in what is trained here."""
-    run_remat: Literal["none", "dots", "block"] = "none"
+    run_remat: Remat = "none"
     """As `remat`, in what is trained here."""
     seed: int = 0
     """Of the order of the batches, of adapters and of draws."""
@@ -212,7 +214,9 @@ def start(config: Config, method: Method, model: Decoder, pretrained: dict):
         copied = jax.tree.map(jnp.copy, params)
         return getattr(config, method).init(model, copied, key)
 
-    return init(pretrained, jax.random.key(config.seed))
+    given = pretrained, jax.random.key(config.seed)
+    check_host(host_bytes(described(init, *given)), f"the state of {method}")
+    return init(*given)
 
 
 def attached() -> Target | None:

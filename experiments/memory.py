@@ -4,30 +4,38 @@
     python -m experiments.memory --method lora --gpu rtx4090
     python -m experiments.memory --model llama3-8b --program decode --seq-len 8192
     python -m experiments.memory --preset llama2_70b_lisa
+    python -m experiments.memory --model llama2-70b --method lora --weights host
 
 No GPU, no weights: XLA's GPU compiler lays the program out on this machine. Prints the
 kinds of memory, the largest buffers with the line that made them, and the verdict;
-writes the same, and a timeline of live bytes as PNG, to runs/memory/.
+writes the same, and a timeline of live bytes as PNG, to runs/memory/. Where saved
+activations are most of the peak, it measures the step under every other `remat` too.
 
 Expect  LLaMA-2-7B, batch 1, 1,024 tokens on an H200: full 75.7 GiB, lora (rank 128)
         16.9 GiB, lisa (2 layers) 19.3 GiB.
 """
 
 import dataclasses
-from typing import Literal
+import re
+from typing import Literal, get_args
+
+import jax
 
 import jmem
 from experiments.harness import cli
-from experiments.harness.report import GiB
+from experiments.harness.report import Column, GiB, gib
 from experiments.harness.run import Run
+from jmem import offload
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import loss_program, step_program
 from jmem.generate.decode import decode_program
+from jmem.memory.report import MemoryReport
 from jmem.models import zoo
-from jmem.models.decoder import Decoder
-from jmem.program import Program
+from jmem.models.decoder import PRECISIONS, Decoder, Precision
+from jmem.nn.stack import Remat
+from jmem.program import Program, key
 from jmem.targets import Target
 
 
@@ -43,10 +51,15 @@ class Config:
     """Sequences."""
     seq_len: int = 1024
     """Tokens a sequence; for decode, slots of the cache."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of weights and activations; moments have their own, --lisa.adamw.moment-dtype."""
-    remat: Literal["none", "dots", "block"] = "block"
-    """What the backward pass keeps: all, the matrix products, or only block inputs."""
+    dtype: Precision = "bfloat16"
+    """Of weights and activations, or "mixed": float32 weights under bfloat16 products.
+    Moments have their own, --lisa.adamw.moment-dtype."""
+    remat: Remat = "block"
+    """What the backward pass keeps: all, the matrix products, only block inputs, or
+    those in host memory ("offload")."""
+    weights: Literal["device", "host"] = "device"
+    """Where the blocks' weights live; on the host, a layer at a time visits the GPU. Of
+    training, only LoRA leaves them alone; --full.moments host moves full's moments."""
     full: Full = Full()
     lora: Lora = Lora(rank=128)
     lisa: Lisa = Lisa()
@@ -67,6 +80,14 @@ class Config:
         for name in ("batch_size", "top"):
             if getattr(self, name) < 1:
                 raise ValueError(f"memory: {name}={getattr(self, name)}; need >= 1.")
+        if self.weights == "host" and (self.program, self.method) in (
+            ("train", "full"),
+            ("train", "lisa"),
+        ):
+            raise ValueError(
+                f"memory: weights='host' is for weights that nothing changes, and "
+                f"method={self.method!r} trains them. Use --method lora."
+            )
         if not 0 <= self.reserve < 1024:
             raise ValueError(f"memory: reserve={self.reserve} GiB; need 0 to 1,024.")
 
@@ -74,22 +95,41 @@ class Config:
 def build(config: Config, target: Target) -> Decoder:
     """The model as it runs on `target`."""
     dims = zoo.get(config.model)
-    return Decoder.on(target, dims, dtype=config.dtype, remat=config.remat)
+    return Decoder.on(target, dims, remat=config.remat, **PRECISIONS[config.dtype])
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
     """The one program that is asked about, by name."""
+    built = _on_device(config, target)
+    if config.weights == "device":
+        return built
+    return {name: blocks_on_host(program) for name, program in built.items()}
+
+
+def blocks_on_host(program: Program) -> Program:
+    """The program, given the blocks of its weights in pinned host memory."""
+    blocks = re.compile("(params/)?blocks/")
+
+    def placed(path, leaf):
+        return offload.on_host(leaf) if blocks.match(key(path)) else leaf
+
+    first, *others = program.args
+    first = jax.tree.map_with_path(placed, first)
+    return dataclasses.replace(program, args=(first, *others), make=None)
+
+
+def _on_device(config: Config, target: Target) -> dict[str, Program]:
     model = build(config, target)
-    sizes = {"batch_size": config.batch_size}
+    batch, length = config.batch_size, config.seq_len
     match config.program:
         case "train":
             finetuner = getattr(config, config.method)
-            program = step_program(finetuner, model, seq_len=config.seq_len, **sizes)
+            program = step_program(finetuner, model, batch_size=batch, seq_len=length)
             return {f"train-{config.method}": program}
         case "forward":
-            return {"forward": loss_program(model, seq_len=config.seq_len, **sizes)}
+            return {"forward": loss_program(model, batch_size=batch, seq_len=length)}
         case "decode":
-            return {"decode": decode_program(model, slots=config.seq_len, **sizes)}
+            return {"decode": decode_program(model, batch_size=batch, slots=length)}
 
 
 def main(config: Config, run: Run) -> None:
@@ -108,6 +148,28 @@ def main(config: Config, run: Run) -> None:
     run.record(report, name, reserve=reserve)
     run.note(report.table(top=config.top, reserve=reserve))
     report.plot(run.picture("timeline"), reserve=reserve)
+    if "saved activations" in [advice.rule for advice in report.advice]:
+        compare_remat(config, run, report)
+
+
+def compare_remat(config: Config, run: Run, report: MemoryReport) -> None:
+    """A table of the same step under every `remat`; each is compiled."""
+    rows = []
+    for remat in get_args(Remat):
+        if remat != config.remat:
+            other = dataclasses.replace(config, remat=remat)
+            [program] = programs(other, run.target).values()
+            with run.console.status(f"compiling with remat {remat}"):
+                found = jmem.measure(program, target=run.target, bounds=False)
+        else:
+            found = report
+        saved = report.device_bytes - found.device_bytes
+        rows.append((remat, found.device_bytes, found.host_bytes, saved))
+    run.table(
+        "What the backward pass keeps",
+        ["remat", Column("device", gib), Column("host", gib), Column("saves", gib)],
+        rows,
+    )
 
 
 if __name__ == "__main__":

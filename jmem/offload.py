@@ -10,16 +10,17 @@ host is read and written one row at a time (`fetch_row`, `store_row`); the row, 
 the stack, takes device memory. The CPU backend has the same memories, so that programs
 run in tests as they run on a GPU.
 
-Two facts of XLA's GPU compiler (0.11.2, 0.12.0.1) shape this file:
+Facts of XLA's GPU compiler (0.11.2, 0.12.0.1) that shape this file:
 - A copy whose row is the counter of its loop is a plain asynchronous copy: all leaves
   of a row are on their way at once. Any other row, as `layer + 1`, is read by a kernel
   of which two are in flight, and each waits for the one before it.
 - The scheduler holds a copy back until something needs its result, unless the loop
   carries it to its next turn. `stream` does; `copies` shows what came of it.
+- For cards before Hopper nothing overlaps without `OVERLAP`.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,6 +72,15 @@ def check_host(needed_bytes: int, what: str) -> None:
             f"{available:,} are available. Free some, offload less, or keep it in 16 "
             "bits."
         )
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of a tree's leaves that are in host memory, arrays or descriptions."""
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if leaf.sharding is not None and leaf.sharding.memory_kind == HOST
+    )
 
 
 # Placing, before a program ------------------------------------------------------------
@@ -225,11 +235,24 @@ def update_rows(fn: Callable[..., Any], stacked: Any, *inputs: Any) -> Any:
 # What XLA made of it ------------------------------------------------------------------
 
 
-def copies(program: Program, target: str | Target = "h200") -> tuple[Copy, ...]:
+OVERLAP = {"xla_gpu_enable_latency_hiding_scheduler": True}
+"""XLA's option that lets copies travel while kernels run.
+
+For a GPU before Hopper XLA (0.12.0.1) leaves it off, and waits for each copy where it
+starts it. `jax.jit` takes it as `compiler_options`, `jmem.measure` and `copies` as
+`options`.
+"""
+
+
+def copies(
+    program: Program,
+    target: str | Target = "h200",
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Copy, ...]:
     """Every copy between host and device of a compiled program, in scheduled order.
 
     Each says how many kernels run between its start and the point that waits for it: 0
-    is a copy that nothing hides.
+    is a copy that nothing hides. `options` are XLA's compile options.
     """
-    content, _ = dumped(program.lower(resolve(target)), {})
+    content, _ = dumped(program.lower(resolve(target)), dict(options or {}))
     return of_module(hlo.read(content))

@@ -197,8 +197,7 @@ class Program:
         jitted = self._jit(out_shardings)
         with _explained(self), _on(devices), _in_mesh(mesh, named, devices):
             stage = jitted.trace(*args).lower(lowering_platforms=platforms)
-        size = math.prod(mesh.axis_sizes) if mesh else 1
-        return Lowered(stage, devices, size, self, args)
+        return Lowered(stage, devices, math.prod(mesh.axis_sizes) if mesh else 1, self)
 
     def compile(
         self, target: Target | None = None, options: Mapping[str, Any] | None = None
@@ -305,8 +304,6 @@ class Lowered:
     """Compile-only devices; None compiles for the attached ones."""
     device_count: int
     program: Program
-    args: tuple
-    """Descriptions of the arguments, placed as they were lowered."""
 
     def as_text(self) -> str:
         """StableHLO, free of line numbers: the same text in every process."""
@@ -325,7 +322,7 @@ class Lowered:
             )
         on_gpu = self.devices or jax.default_backend() != "cpu"  # a CPU has one memory
         if on_gpu and self.program.asks_for_host():
-            check_host_bytes(self.program, self.args, compiled.memory_analysis())
+            check_host_bytes(self.program, compiled.memory_analysis())
         return compiled
 
 
@@ -333,7 +330,7 @@ HOST = "pinned_host"
 """JAX's name of host memory a GPU can read and write."""
 
 
-def check_host_bytes(program: Program, args: tuple, analysis: Any) -> None:
+def check_host_bytes(program: Program, analysis: Any) -> None:
     """Refuses a program that XLA gave device memory for what lies on the host.
 
     Raises:
@@ -341,7 +338,7 @@ def check_host_bytes(program: Program, args: tuple, analysis: Any) -> None:
     """
     asked = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(args)
+        for *_, leaf in program.leaves()
         if _memory_kind(leaf) == HOST
     )
     found = analysis.host_argument_size_in_bytes

@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ["JMEM_CACHE_DIR"] = ""  # every test measures
+# LLVM's costly passes off: tests compile hundreds of programs and run each briefly.
+# The plan of a program's memory is made before LLVM sees it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

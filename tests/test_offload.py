@@ -194,6 +194,12 @@ class TestCompiledForAGPU:
         assert all(copy.to == "device" for copy in copies)
         assert min(copy.kernels_between for copy in looped) >= 5
 
+    @pytest.mark.parametrize("card", ["rtx4090", "a100-80"])
+    def test_older_cards_overlap_when_told_to(self, card):
+        copies = offload.copies(_streamed(), card, offload.OVERLAP)
+        looped = [copy for copy in copies if copy.times == LAYERS - 1]
+        assert min(copy.kernels_between for copy in looped) >= 5
+
     def test_two_layers_are_on_the_device(self):
         report = jmem.measure(_streamed(), target="h200", bounds=False, cache=False)
         blocks = _bytes(_streamed().args[0])
@@ -210,8 +216,6 @@ class TestCompiledForAGPU:
         assert report.host_bytes == 8 * WIDE.parameters
         piece = 4 * WIDE.hidden * WIDE.intermediate
         assert report.by_kind["optimizer"] < 7 * piece
-        back = [copy for copy in offload.copies(program) if copy.to == "host"]
-        assert sum(copy.bytes * copy.times for copy in back) == report.host_bytes
 
 
 def test_host_memory_lost_is_an_error():
@@ -221,7 +225,7 @@ def test_host_memory_lost_is_an_error():
         host_argument_size_in_bytes=0, host_output_size_in_bytes=0
     )
     with pytest.raises(ProgramError, match=r"64 bytes .* placed 0 bytes"):
-        check_host_bytes(program, (leaf,), held)
+        check_host_bytes(program, held)
 
 
 def test_a_copy_that_blocks_hides_behind_nothing():

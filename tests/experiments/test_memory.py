@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Literal
 
 import jax
 import pytest
@@ -49,6 +50,7 @@ def test_every_preset_is_a_config_for_a_known_gpu(name):
         ("seq_len", 4097, "seq_len=4097 is out of range; llama2-7b has positions"),
         ("batch_size", 0, "batch_size=0; need >= 1"),
         ("reserve", -1.0, "reserve=-1.0 GiB; need 0 to"),
+        ("weights", "host", "weights='host' is for weights that nothing changes"),
     ],
 )
 def test_refusals(field, value, words):
@@ -71,3 +73,23 @@ def test_a_run_prints_explains_and_draws(tmp_path, monkeypatch, capsys):
     assert saved["device"] is None  # nothing ran
     assert (folder / "timeline.png").stat().st_size > 10_000
     assert "what fills the peak" in (folder / "report.md").read_text()
+
+
+def test_saved_activations_are_measured_under_every_remat(
+    tmp_path, monkeypatch, capsys
+):
+    arguments = ["--model=tiny", "--method=lora", "--batch-size=64", "--seq-len=128"]
+    arguments += ["--remat=none", "--weights=host", f"--runs={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["memory", *arguments])
+    monkeypatch.setattr(memory, "Remat", Literal["none", "offload"])  # the two ends
+    cli.run(memory.main, memory.Config)
+    capsys.readouterr()
+    [folder] = (tmp_path / "memory").iterdir()
+    saved = json.loads((folder / "report.json").read_text())
+    table = saved["tables"]["What the backward pass keeps"]
+    rows = {remat: tuple(row.values()) for remat, row in table.items()}
+    assert list(rows) == ["none", "offload"]
+    report = MemoryReport.from_json(folder / "memory" / "train-lora.json")
+    assert rows["none"] == (report.device_bytes, report.host_bytes, 0)
+    assert rows["offload"][0] < rows["none"][0]
+    assert rows["offload"][1] > rows["none"][1] > 0  # saved inputs; the blocks
