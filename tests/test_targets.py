@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+from mutations import count, damage_bytes, damage_text
 
 from jmem.targets import TARGETS, GiB, Target, resolve
 
@@ -176,3 +178,19 @@ def test_a_target_is_checked_when_it_is_made():
     with pytest.raises(ValueError, match=r"cores=0 is refused"):
         dataclasses.replace(resolve("h200"), cores=0)
     assert isinstance(resolve("h200"), Target)
+
+
+def test_mutated_files_are_a_card_or_refused_by_name(tmp_path):
+    path, original = tmp_path / "mycard.toml", CARD.encode()
+    outcomes = {"card": 0, "refused": 0}
+    for case in range(count(200)):
+        damage = damage_text if case % 4 else damage_bytes
+        path.write_bytes(damage(original, np.random.default_rng([case, 7])))
+        try:
+            assert resolve(str(path)).compiler_bytes > 0
+        except ValueError as error:
+            outcomes["refused"] += str(error).startswith(str(path))
+        else:
+            outcomes["card"] += 1
+    assert sum(outcomes.values()) == count(200), "an error that does not name the file"
+    assert min(outcomes.values()) > 10, outcomes

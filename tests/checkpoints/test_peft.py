@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from mutations import count
 from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
@@ -359,7 +360,7 @@ class TestFiles:
         originals = {path.name: path.read_bytes() for path in folder.iterdir()}
         whole = checkpoints.load_adapter(folder, TINY).adapters
         errors = results = 0
-        for case in range(200):
+        for case in range(count(200)):
             random = np.random.default_rng(case)
             name = sorted(originals)[case % 2]
             (folder / name).write_bytes(damaged(name, originals[name], random))
@@ -372,7 +373,7 @@ class TestFiles:
                 Lora(**found.settings)
                 results += 1
             (folder / name).write_bytes(originals[name])
-        assert errors + results == 200, "an error that does not name the file"
+        assert errors + results == count(200), "an error that does not name the file"
         assert min(errors, results) > 20
 
 

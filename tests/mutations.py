@@ -1,0 +1,63 @@
+"""Seeded damage to files: nothing but an error of ours may come of it.
+
+`JMEM_MUTATIONS=10000 uv run pytest -k "mutated or damaged"` takes as many of each kind.
+"""
+
+import os
+
+import numpy as np
+
+ODD = (0, 1, 0x7F, 0xFF, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
+TOKENS = (
+    b"=",
+    b'"',
+    b"[",
+    b"]",
+    b"\n",
+    b"nan",
+    b"1e999",
+    b"-1",
+    b"9" * 40,
+    b"\0",
+    b"\xe9",
+)
+
+
+def count(usual: int) -> int:
+    """How many mutants a test makes."""
+    return int(os.environ.get("JMEM_MUTATIONS", usual))
+
+
+def damage_bytes(raw: bytes, random: np.random.Generator) -> bytes:
+    """One to three small injuries, most of them near the start, where headers are."""
+    data = bytearray(raw)
+    for _ in range(random.integers(1, 4)):
+        reach = len(data) if random.random() < 0.2 else min(len(data), 4096)
+        at = int(random.integers(0, max(reach, 1)))
+        span = int(random.integers(1, 40))
+        match random.integers(0, 6):
+            case 0:
+                data[at : at + 1] = bytes([random.integers(0, 256)])
+            case 1:
+                width = int(random.choice([1, 2, 4, 8]))
+                value = ODD[random.integers(0, len(ODD))] % (1 << 8 * width)
+                data[at : at + width] = value.to_bytes(width, "little")
+            case 2:
+                del data[at : at + (span if random.random() < 0.5 else len(data))]
+            case 3:
+                data[at:at] = random.bytes(span)
+            case 4:
+                data += random.bytes(span)
+            case 5:
+                data[at:at] = data[at : at + span]
+    return bytes(data)
+
+
+def damage_text(raw: bytes, random: np.random.Generator) -> bytes:
+    """One or two places where a piece of syntax is put in, or a few bytes go."""
+    data = bytearray(raw)
+    for _ in range(random.integers(1, 3)):
+        at = int(random.integers(0, len(data) + 1))
+        gone = int(random.integers(0, 4))
+        data[at : at + gone] = TOKENS[random.integers(0, len(TOKENS))]
+    return bytes(data)
