@@ -193,4 +193,4 @@ def test_mutated_files_are_a_card_or_refused_by_name(tmp_path):
         else:
             outcomes["card"] += 1
     assert sum(outcomes.values()) == count(200), "an error that does not name the file"
-    assert min(outcomes.values()) > 10, outcomes
+    assert min(outcomes.values()) > 0, outcomes
