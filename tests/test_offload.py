@@ -19,6 +19,7 @@ from jmem.finetune.program import step_program
 from jmem.memory.schedule import Copy
 from jmem.models.decoder import Decoder
 from jmem.program import HOST, Program, ProgramError, check_host_bytes
+from jmem.train.checkpoint import Checkpoints, abstract
 from jmem.train.loss import next_token_loss
 
 LAYERS = 4
@@ -150,6 +151,16 @@ class TestMomentsOnTheHost:
         )
         moments = jax.tree.leaves(found["host"]["optimizer"])
         assert {offload.is_on_host(x) for x in moments if x.ndim > 1} == {True}
+
+    def test_a_checkpoint_goes_back_to_where_it_was(self, tmp_path):
+        here = jnp.arange(6.0).reshape(2, 3)
+        state = {"here": here, "there": offload.on_host(here + 1), "step": jnp.int32(3)}
+        kept = Checkpoints(tmp_path)
+        kept.save(3, state, data="text")
+        _, found = kept.restore(abstract(state), data="text")
+        placed = jax.tree.map(lambda leaf: leaf.sharding.memory_kind, found)
+        assert placed == {"here": "device", "there": HOST, "step": "device"}
+        jax.tree.map(np.testing.assert_array_equal, found, state)
 
     def test_an_unknown_place_is_refused(self):
         with pytest.raises((ValueError, TypeError), match="disk"):
