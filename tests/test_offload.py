@@ -20,6 +20,7 @@ from jmem.memory.schedule import Copy
 from jmem.models.decoder import Decoder
 from jmem.program import HOST, Program, ProgramError, check_host_bytes
 from jmem.train.checkpoint import Checkpoints, abstract
+from jmem.train.loop import _compile_step
 from jmem.train.loss import next_token_loss
 
 LAYERS = 4
@@ -150,6 +151,17 @@ class TestMomentsOnTheHost:
             found["host"]["params"],
         )
         moments = jax.tree.leaves(found["host"]["optimizer"])
+        assert {offload.is_on_host(x) for x in moments if x.ndim > 1} == {True}
+
+    def test_the_training_loop_s_executable_keeps_them_there(self, random_batch):
+        """Lowered for descriptions it would take them to the device, and abort."""
+        model, method = Decoder(TINY), Full(moments="host")
+        params = jax.tree.map(jnp.asarray, random_params(TINY, scale=0.1))
+        state = jax.jit(lambda p: method.init(model, p, None))(params)
+        batch = random_batch(model)
+        step = _compile_step(method, model, state, batch)
+        state, _ = step(step(state, batch)[0], batch)
+        moments = jax.tree.leaves(state["optimizer"])
         assert {offload.is_on_host(x) for x in moments if x.ndim > 1} == {True}
 
     def test_a_checkpoint_goes_back_to_where_it_was(self, tmp_path):

@@ -167,8 +167,8 @@ def train[State](
         )
         began = time.perf_counter()
         first = data.batch(start)
-        step = _compile_step(finetuner, model, like, first)
-        held_out_loss = _compile_evaluation(finetuner, model, like, held_out, evaluate)
+        step = _compile_step(finetuner, model, state, first)
+        held_out_loss = _compile_evaluation(finetuner, model, state, held_out, evaluate)
         compiling = time.perf_counter() - began
 
         lines = progresses.choose(folder.name, steps, start=start, silent=not progress)
@@ -242,15 +242,19 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _compile_step(finetuner, model, like, batch) -> jax.stages.Compiled:
-    """`finetuner.step` for this model, state donated: an executable, not a jit."""
+def _compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
+    """`finetuner.step` for this model, state donated: an executable, not a jit.
+
+    Lowered for the arrays themselves: of a description JAX (0.12) forgets host memory.
+    """
 
     def train_step(state, batch):
         return finetuner.step(model, state, batch)
 
-    lowered = jax.jit(train_step, donate_argnums=0, keep_unused=True).lower(like, batch)
-    state, metrics = lowered.out_info
-    if changed := difference(like, state):
+    jitted = jax.jit(train_step, donate_argnums=0, keep_unused=True)
+    lowered = jitted.lower(state, batch)
+    following, metrics = lowered.out_info
+    if changed := difference(state, following):
         name, before, after = changed
         raise TrainingError(
             f"{type(finetuner).__name__}.step: leaf {name!r} of the state is {before} "
@@ -278,7 +282,7 @@ def _plan(step: jax.stages.Compiled) -> dict[str, Any]:
     }
 
 
-def _compile_evaluation(finetuner, model, like, held_out, evaluate) -> Callable:
+def _compile_evaluation(finetuner, model, state, held_out, evaluate) -> Callable:
     """State -> mean loss over `held_out`, each batch counted by its weights."""
     if not held_out:
         return lambda state: math.nan
@@ -288,7 +292,7 @@ def _compile_evaluation(finetuner, model, like, held_out, evaluate) -> Callable:
 
     for number, batch in enumerate(held_out):
         _check_batch(batch, held_out[0], number, "held_out")
-    compiled = jax.jit(evaluate or held_out_loss).lower(like, held_out[0]).compile()
+    compiled = jax.jit(evaluate or held_out_loss).lower(state, held_out[0]).compile()
     weights = np.array([np.sum(batch.weights, dtype=np.float64) for batch in held_out])
 
     def mean(state) -> float:
