@@ -95,8 +95,7 @@ def on_host(tree: Any) -> Any:
       HostMemoryError: the arrays do not fit; nothing has been copied.
     """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    there = [x for x in arrays if x.sharding.memory_kind == HOST]
-    check_host(sum(x.nbytes for x in arrays) - sum(x.nbytes for x in there), "on_host")
+    check_host(sum(x.nbytes for x in arrays) - host_bytes(arrays), "on_host")
     return jax.tree.map(lambda leaf: _placed(leaf, HOST), tree)
 
 

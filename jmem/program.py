@@ -315,7 +315,7 @@ class Lowered:
         if options.get("xla_gpu_deterministic_ops") and self.devices:
             raise ProgramError(_DETERMINISTIC)
         # Without _on JAX hands compile-only devices to the CPU client, which crashes.
-        cache = never_cached() if self.devices else contextlib.nullcontext()
+        cache = ahead_of_time() if self.devices else contextlib.nullcontext()
         with _explained(self.program), _on(self.devices), cache:
             compiled = self.stage.compile(
                 compiler_options=options, device_assignment=self.devices
@@ -351,18 +351,34 @@ def check_host_bytes(program: Program, analysis: Any) -> None:
 
 
 @contextlib.contextmanager
-def never_cached() -> Iterator[None]:
-    """Keeps what is compiled inside out of JAX's persistent compilation cache.
-
-    An executable that no client can load is an entry that JAX warns of at each read.
-    """
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
+def _configured(**values: Any) -> Iterator[None]:
+    """JAX's settings as given, inside."""
+    before = {name: getattr(jax.config, name) for name in values}
     try:
+        for name, value in values.items():
+            jax.config.update(name, value)
         yield
     finally:
-        jax.config.update(name, before)
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+_NEVER_CACHED = {"jax_persistent_cache_min_compile_time_secs": math.inf}
+
+
+def never_cached() -> contextlib.AbstractContextManager[None]:
+    """Keeps what is compiled inside out of JAX's persistent compilation cache."""
+    return _configured(**_NEVER_CACHED)
+
+
+def ahead_of_time() -> contextlib.AbstractContextManager[None]:
+    """Keeps what is compiled for a described GPU apart from that cache, both ways.
+
+    An executable that no client can load is an entry that JAX warns of at each read.
+    And with the cache on, JAX also gives XLA a folder of autotuning results, found on
+    an attached GPU.
+    """
+    return _configured(**_NEVER_CACHED, jax_persistent_cache_enable_xla_caches="")
 
 
 @contextlib.contextmanager

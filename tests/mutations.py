@@ -4,6 +4,9 @@
 """
 
 import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -61,3 +64,34 @@ def damage_text(raw: bytes, random: np.random.Generator) -> bytes:
         gone = int(random.integers(0, 4))
         data[at : at + gone] = TOKENS[random.integers(0, len(TOKENS))]
     return bytes(data)
+
+
+def toml_mutants(raw: bytes, number: int, seed: int) -> Iterator[bytes]:
+    """Damaged copies of a TOML file, three in four of them by pieces of syntax."""
+    for case in range(number):
+        damage = damage_text if case % 4 else damage_bytes
+        yield damage(raw, np.random.default_rng([case, seed]))
+
+
+def outcomes(
+    mutants: Iterable[bytes],
+    path: pathlib.Path,
+    read: Callable[[pathlib.Path], Any],
+    error: type[Exception],
+) -> dict[str, int]:
+    """How many mutants, each written to `path`, are read and how many refused.
+
+    A refusal is an `error` that begins with the file's name; any other exception, and a
+    failed assertion of `read`, goes through.
+    """
+    found = {"read": 0, "refused": 0}
+    for content in mutants:
+        path.write_bytes(content)
+        refusals = []
+        try:
+            read(path)
+        except error as refusal:
+            refusals = [str(refusal)]
+        assert all(text.startswith(str(path)) for text in refusals), refusals
+        found["refused" if refusals else "read"] += 1
+    return found

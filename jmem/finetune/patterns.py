@@ -22,7 +22,8 @@ def matching(pattern: str, paths: Iterable[str], name: str) -> set[str]:
     """Those of `paths` that `pattern` means.
 
     Raises:
-      ValueError: none; `name` is the setting that holds the pattern.
+      ValueError: it means none of them; `name`, the setting that holds the pattern,
+        begins the message.
     """
     paths = list(paths)
     found = {

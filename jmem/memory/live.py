@@ -20,7 +20,6 @@ What no term explains is a term too; nothing is fitted.
 
 import dataclasses
 import gc
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ import numpy as np
 from jmem.memory import kinds
 from jmem.memory.card import described, gpu
 from jmem.memory.measure import ATTACHED, measure
-from jmem.memory.report import MemoryReport, built, sized
+from jmem.memory.report import MemoryReport, built, sized, stored
 from jmem.program import HOST, Program
 
 ALIGNMENT = 256
@@ -165,10 +164,7 @@ class LiveReport:
 
     def to_json(self, path: str | pathlib.Path | None = None) -> str:
         """The report as JSON; written to `path` when one is given."""
-        text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(self))
-        if path is not None:
-            pathlib.Path(path).write_text(text + "\n")
-        return text
+        return stored(self, SCHEMA, path)
 
     @classmethod
     def from_json(cls, text: str | pathlib.Path) -> "LiveReport":

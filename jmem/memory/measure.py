@@ -40,6 +40,7 @@ from jmem.program import (
     Lowered,
     Program,
     ProgramError,
+    ahead_of_time,
     is_described,
     never_cached,
 )
@@ -127,13 +128,8 @@ def _measure(
     if key and (kept := cached.load(key)):
         return kept
     # XLA compiles on little more than one core: the second runs beside the first.
-    tuned = contextlib.nullcontext() if card is None else _untuned()
-    with (
-        never_cached(),
-        tuned,
-        _without_noise(),
-        futures.ThreadPoolExecutor(1) as beside,
-    ):
+    apart = never_cached() if card is None else ahead_of_time()
+    with apart, _without_noise(), futures.ThreadPoolExecutor(1) as beside:
         plain = beside.submit(lowered.compile, options | NO_TRITON) if bounds else None
         content, analysis = dumped(lowered, options)
         module = hlo.read(content)
@@ -203,21 +199,6 @@ def dumped(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
                 "GPU, or XLA's dump options are overridden in XLA_FLAGS."
             )
         return largest.read_bytes(), analysis
-
-
-@contextlib.contextmanager
-def _untuned() -> Iterator[None]:
-    """Keeps what was tuned on an attached GPU out of predictions for a described one.
-
-    With its compilation cache on, JAX also gives XLA a folder of autotuning results.
-    """
-    name = "jax_persistent_cache_enable_xla_caches"
-    before = getattr(jax.config, name)
-    jax.config.update(name, "")
-    try:
-        yield
-    finally:
-        jax.config.update(name, before)
 
 
 @contextlib.contextmanager

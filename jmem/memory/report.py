@@ -280,10 +280,7 @@ class MemoryReport:
 
     def to_json(self, path: str | pathlib.Path | None = None) -> str:
         """The whole report as JSON; written to `path` when one is given."""
-        text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(self))
-        if path is not None:
-            pathlib.Path(path).write_text(text + "\n")
-        return text
+        return stored(self, SCHEMA, path)
 
     @classmethod
     def from_json(cls, text: str | pathlib.Path) -> "MemoryReport":
@@ -293,6 +290,14 @@ class MemoryReport:
           ValueError: not a report, or one of another version; the place is named.
         """
         return built(cls, text, SCHEMA)
+
+
+def stored(report: Any, schema: int, path: str | pathlib.Path | None) -> str:
+    """A dataclass of plain values as JSON; written to `path` when one is given."""
+    text = json.dumps({"schema": schema} | dataclasses.asdict(report))
+    if path is not None:
+        pathlib.Path(path).write_text(text + "\n")
+    return text
 
 
 def built[T](cls: type[T], text: str | pathlib.Path, schema: int) -> T:

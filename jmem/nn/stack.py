@@ -24,13 +24,6 @@ def depth(stacked: Any) -> int:
     return jax.tree.leaves(stacked)[0].shape[0]
 
 
-def row(stacked: Any, layer: jax.Array) -> Any:
-    """The parameters of one layer; `layer` may be traced (out of range: clamped)."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked
-    )
-
-
 def init_stack(block: nn.Module, key: jax.Array, layers: int, *inputs: Any) -> Any:
     """Parameters of `layers` blocks, every leaf [layers, ...]."""
     return jax.vmap(lambda k: block.init(k, *inputs)["params"])(

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
-from mutations import count
+from mutations import count, outcomes
 
 from jmem.data.document import DataError
 from jmem.data.text import read
@@ -83,13 +83,13 @@ class TestJsonLines:
             read(path)
         assert str(caught.value).startswith(str(path))
 
-    def test_mutated_files_are_read_or_refused(self, write):
+    def test_mutated_files_are_read_or_refused(self, tmp_path):
         """Never another exception, and never a text that the named line lacks."""
         draw = random.Random(20)
         rows = [{"text": f"héllo {i}", "meta": {"k": [i, None]}} for i in range(4)]
         original = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        outcomes = {"read": 0, "refused": 0}
-        for _ in range(count(300)):
+
+        def mutant():
             content = bytearray(original.encode())
             for _ in range(draw.randint(1, 2)):
                 place, kind = draw.randrange(len(content)), draw.randrange(4)
@@ -101,22 +101,21 @@ class TestJsonLines:
                     content[place:place] = draw.choice([b"\n", b'"', b"\\ud800", b"}"])
                 else:
                     content = content[: place + 1]
-            path = write("m.jsonl", bytes(content))
-            try:
-                data = read(path)
-            except DataError as error:
-                outcomes["refused"] += str(error).startswith(str(path))
-                continue
-            outcomes["read"] += 1
+            return bytes(content)
+
+        def texts_of_their_lines(path):
+            data = read(path)
             lines = path.read_bytes().split(b"\n")
             for row in data.to_list():
                 number = int(row["source"].rpartition(":")[2])
                 line = lines[number - 1].decode("utf-8-sig")
                 assert json.loads(line)["text"] == row["text"]
-        assert sum(outcomes.values()) == count(300), (
-            "an error that does not name the file"
-        )
-        assert min(outcomes.values()) > 20, outcomes
+
+        mutants = (mutant() for _ in range(count(300)))
+        path = tmp_path / "m.jsonl"
+        found = outcomes(mutants, path, texts_of_their_lines, DataError)
+        assert sum(found.values()) == count(300)
+        assert min(found.values()) > 20, found
 
 
 class TestPlainText:

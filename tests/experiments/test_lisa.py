@@ -9,9 +9,8 @@ import dataclasses
 import json
 import pathlib
 
-import numpy as np
 import pytest
-from mutations import count, damage_bytes, damage_text
+from mutations import count, outcomes, toml_mutants
 from tiny_decoder import TINY, random_params
 
 import jmem.checkpoints
@@ -238,18 +237,13 @@ def test_every_preset_is_listed():
 
 
 def test_mutated_presets_are_read_or_refused_by_name(tmp_path):
-    path = tmp_path / "preset.toml"
     folder = pathlib.Path(lisa.__file__).parents[1] / "configs" / "lisa"
     original = (folder / "tinyllama.toml").read_bytes()
-    outcomes = {"read": 0, "refused": 0}
-    for case in range(count(60)):
-        damage = damage_text if case % 4 else damage_bytes
-        path.write_bytes(damage(original, np.random.default_rng([case, 9])))
-        try:
-            configs.read(path, lisa.Config())
-        except configs.ConfigError as error:
-            outcomes["refused"] += str(error).startswith(str(path))
-        else:
-            outcomes["read"] += 1
-    assert sum(outcomes.values()) == count(60), "an error that does not name the file"
-    assert min(outcomes.values()) > 0, outcomes
+    found = outcomes(
+        toml_mutants(original, count(60), 9),
+        tmp_path / "preset.toml",
+        lambda path: configs.read(path, lisa.Config()),
+        configs.ConfigError,
+    )
+    assert sum(found.values()) == count(60)
+    assert min(found.values()) > 0, found

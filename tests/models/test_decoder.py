@@ -20,7 +20,8 @@ from jmem.generate.decode import decode_program
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder
 from jmem.nn.rope import LinearScaling, Llama3Scaling, YarnScaling
-from jmem.nn.stack import depth, row, run_stack
+from jmem.nn.stack import depth, run_stack
+from jmem.offload import fetch_row
 from jmem.targets import resolve
 from jmem.train.loss import token_positions
 
@@ -209,7 +210,7 @@ def test_blocks_are_stacked_from_birth_and_differ(tiny_params):
     assert depth(blocks) == 5
     kernel = blocks["attention"]["q"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
-    assert row(blocks, jnp.int32(3))["mlp"]["up"]["kernel"].shape == (32, 64)
+    assert fetch_row(blocks, jnp.int32(3))["mlp"]["up"]["kernel"].shape == (32, 64)
 
 
 def test_a_70b_model_is_described_without_memory():
