@@ -17,6 +17,8 @@ import dataclasses
 import inspect
 import math
 import operator
+import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -422,7 +424,24 @@ def _explained(program: Program) -> Iterator[None]:
             if mark in str(error):
                 reason = reason.format(error=str(error).splitlines()[0])
                 raise ProgramError(f"{program.name}: {reason}") from error
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise ProgramError(f"{program.name}: {_refusal(error)}") from error
         raise
+
+
+def _refusal(error: Exception) -> str:
+    """What XLA says first, and the path of a new file with all that it says.
+
+    A message can hold a whole program, of which a terminal keeps the end.
+    """
+    text = str(error)
+    code, _, first = text.partition("\n")[0].partition(": ")
+    reason = textwrap.shorten(first or code, 200, placeholder=" ...")
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="jmem-refused-", suffix=".txt", delete=False
+    ) as file:
+        file.write(text + "\n")
+    return f"XLA cannot compile it: {reason}\nThe whole message is in {file.name}"
 
 
 _DETERMINISTIC = (

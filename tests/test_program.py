@@ -1,5 +1,6 @@
 """A program's construction refuses what cannot be compiled, and its compiling works."""
 
+import tempfile
 from typing import Any
 
 import jax
@@ -279,6 +280,30 @@ class TestRefusals:
 
         monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
         self.refused(lambda a: a @ a, "XLA_FLAGS sets xla_gpu_deterministic_ops")
+
+    def test_what_xla_refuses_is_a_sentence_and_a_file(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+        def fn(a):
+            return jax.ffi.ffi_call("not_there", jax.typeof(a))(a)
+
+        self.refused(fn, "XLA cannot compile it: No FFI handler registered for not_th")
+        (kept,) = tmp_path.glob("jmem-refused-*.txt")
+        assert kept.read_text().startswith("NOT_FOUND: No FFI handler")
+
+    def test_a_long_refusal_is_shortened(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        module = "too much " * 200 + "\nHloModule jit_fn\n" + "  %dot = f32[8]\n" * 500
+
+        def refuse(*args, **kwargs):
+            raise jax.errors.JaxRuntimeError(f"INTERNAL: {module}")
+
+        monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+        with pytest.raises(ProgramError, match=r"too much too \.\.\.\n") as raised:
+            Program(lambda a: a, (x,)).compile(resolve("h200"))
+        assert len(str(raised.value)) < 400
+        (kept,) = tmp_path.glob("jmem-refused-*.txt")
+        assert kept.read_text() == f"INTERNAL: {module}\n"
 
     def test_a_mesh_of_this_machine_inside(self):
         here = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))

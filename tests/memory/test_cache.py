@@ -1,6 +1,8 @@
 """A kept report is the one that measuring again would give, or it is not taken."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,32 @@ def test_a_damaged_entry_is_measured_again_and_replaced(folder):
     assert not ask().cached
     assert ask().device_bytes == first.device_bytes
     assert ask().cached
+
+
+def test_two_processes_share_it(folder):
+    """One keeps replacing the entry that the other reads: it is whole at every read."""
+    ask()
+    (entry,) = folder.iterdir()
+    replacing = (
+        "from jmem.memory import cache\n"
+        f"report = cache.load({entry.stem!r})\n"
+        "print('ready', flush=True)\n"
+        f"while True: cache.store({entry.stem!r}, report)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", replacing], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout
+        assert other.stdout.readline() == "ready\n"
+        versions = set()
+        for _ in range(200):
+            assert cache.load(entry.stem) is not None
+            versions.add(entry.stat().st_ino)
+    finally:
+        other.kill()
+        other.communicate()
+    assert len(versions) > 1  # it was replaced in between
 
 
 def test_failures_are_not_kept(folder):
