@@ -132,36 +132,55 @@ def decode(sizes: Sizes, target: Target) -> Program:
     from jmem.generate.decode import decode_program
 
     model = decoder(sizes.model, target)
-    return decode_program(model, batch_size=sizes.decode_batch, slots=sizes.slots)
+    return decode_program(model, cache_plan(model, sizes))
+
+
+def cache_plan(model, sizes: Sizes):
+    """Of a plain cache."""
+    from jmem.kvcache.full import Full
+
+    return Full().plan(
+        model, prompt=sizes.slots, new_tokens=0, batch_size=sizes.decode_batch
+    )
 
 
 def rebuilt(sizes: Sizes, target: Target) -> Program:
     """The same, but the cache is scanned over and stacked anew: the classic fault."""
     import jax
+    import jax.numpy as jnp
 
-    from jmem.generate.cache import Cache, decode_attend
+    from jmem.kvcache.cache import decode_attend, empty
     from jmem.nn.linear import dense
     from jmem.nn.ops import Ops
 
     model = decoder(sizes.model, target)
-    ops = Ops(attend=decode_attend(model.config.sliding_window), linear=dense)
+    layers = model.config.layers
+    single = dataclasses.replace(model.config, layers=1)
+    plan = cache_plan(dataclasses.replace(model, config=single), sizes)
+    ops = Ops(attend=decode_attend(plan, model.config.sliding_window), linear=dense)
+    carried = decode(sizes, target)
+
+    def make(key):
+        assert carried.make is not None
+        rows = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), empty(plan))
+        return *carried.make(key)[:3], rows
 
     def step(params, tokens, positions, cache):
         positions = positions[:, None]
 
         def body(x, xs):
             layer_params, row = xs
-            alone = jax.tree.map(lambda leaf: leaf[None], row)
-            first = jax.numpy.int32(0)
-            done: Any = model.block(layer_params, x, positions, first, ops, alone)
-            x, alone, _ = done
-            return x, jax.tree.map(lambda leaf: leaf[0], alone)
+            first = jnp.int32(0)
+            done: Any = model.block(layer_params, x, positions, first, ops, row)
+            x, row, _ = done
+            return x, row
 
         x = model.embed(params, tokens[:, None], positions)
-        x, rows = jax.lax.scan(body, x, (params["blocks"], cache))
-        return model.head(params, x[:, 0], ops), Cache(*rows)
+        x, cache = jax.lax.scan(body, x, (params["blocks"], cache))
+        return model.head(params, x[:, 0], ops), cache
 
-    return dataclasses.replace(decode(sizes, target), fn=step)
+    args = jax.eval_shape(make, jax.random.key(0))
+    return dataclasses.replace(carried, fn=step, args=args, make=make)
 
 
 def offloaded(sizes: Sizes, target: Target) -> Program:

@@ -31,6 +31,7 @@ from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import loss_program, step_program
 from jmem.generate.decode import decode_program
+from jmem.kvcache.full import Full as FullCache
 from jmem.memory.report import MemoryReport
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder, Precision
@@ -129,7 +130,10 @@ def _on_device(config: Config, target: Target) -> dict[str, Program]:
         case "forward":
             return {"forward": loss_program(model, batch_size=batch, seq_len=length)}
         case "decode":
-            return {"decode": decode_program(model, batch_size=batch, slots=length)}
+            plan = FullCache().plan(
+                model, prompt=length, new_tokens=0, batch_size=batch
+            )
+            return {"decode": decode_program(model, plan)}
 
 
 def main(config: Config, run: Run) -> None:

@@ -27,8 +27,8 @@ _CALLS = {
     "measure": "jmem.memory.measure",
 }
 _MODULES = {
-    *("checkpoints", "data", "finetune", "generate", "kernels", "memory", "methods"),
-    *("models", "nn", "program", "targets", "train"),
+    *("checkpoints", "data", "finetune", "generate", "kernels", "kvcache", "memory"),
+    *("methods", "models", "nn", "program", "targets", "train"),
 }
 
 

@@ -21,8 +21,9 @@ LAYERS = (
     ("offload",),
     ("nn",),
     ("models", "checkpoints", "data"),
+    ("kvcache",),
     ("train", "generate"),
-    tuple(typing.get_args(Family)),
+    tuple(family for family in typing.get_args(Family) if family != "kvcache"),
 )
 """Parts of `jmem`, lowest first; a part imports its own layer or lower ones."""
 FREE = ("methods",)

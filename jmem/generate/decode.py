@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jmem.generate.cache import Cache, decode_attend, init_cache, prefill_attend
 from jmem.generate.sampling import Sampling
+from jmem.kvcache.cache import Cache, decode_attend, empty, prefill_attend
+from jmem.kvcache.full import Full
+from jmem.kvcache.plan import Plan
+from jmem.kvcache.policy import Policy
 from jmem.nn.ops import Ops
 from jmem.nn.quantised import linear
 from jmem.nn.stack import run_stack
@@ -27,21 +30,32 @@ def prefill_step(
     params: dict,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
-    cache: Cache,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after each row's last token, and the cache filled with the prompts."""
+    caches: tuple[Cache, ...],
+    plans: tuple[Plan, ...],
+) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
+    """Logits after each row's last token, and the caches filled with the prompts.
+
+    Rows are padded on the right to T tokens; `lengths` counts each one's own. Attention
+    is computed once, whatever the number of plans.
+    """
     positions = token_positions(tokens)
-    ops = Ops(
-        attend=prefill_attend(model.attention, model.config.sliding_window),
-        linear=linear,
+    attend = prefill_attend(
+        plans, lengths, model.attention, model.config.sliding_window, model.chunk
+    )
+    ops = Ops(attend, linear)
+    carry = tuple(
+        (cache, plan.policy.begin(plan))
+        for plan, cache in zip(plans, caches, strict=True)
     )
     x = model.embed(params, tokens, positions)
-    x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
+    x, carry, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.head(params, last, ops), cache
+    return model.head(params, last, ops), tuple(cache for cache, _ in carry)
 
 
-prefill = jax.jit(prefill_step, static_argnames="model", donate_argnames="cache")
+prefill = jax.jit(
+    prefill_step, static_argnames=("model", "plans"), donate_argnames="caches"
+)
 
 
 def decode_step(
@@ -50,9 +64,10 @@ def decode_step(
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     cache: Cache,
+    plan: Plan,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after one more token a row, which lands in slot `positions` of its row."""
-    ops = Ops(attend=decode_attend(model.config.sliding_window), linear=linear)
+    """Logits after one more token a row, which enters the cache as `positions`."""
+    ops = Ops(decode_attend(plan, model.config.sliding_window), linear)
     positions = positions[:, None]
     x = model.embed(params, tokens[:, None], positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
@@ -61,7 +76,7 @@ def decode_step(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "steps", "sampling", "stop_token"),
+    static_argnames=("model", "plan", "steps", "sampling", "stop_token"),
     donate_argnames="cache",
 )
 def extend(
@@ -72,6 +87,7 @@ def extend(
     cache: Cache,
     key: jax.Array,
     *,
+    plan: Plan,
     steps: int,
     sampling: Sampling = GREEDY,
     stop_token: int | None = None,
@@ -87,7 +103,7 @@ def extend(
         if stop_token is not None:
             token = jnp.where(done, stop_token, token)
             done = done | (token == stop_token)
-        logits, cache = decode_step(model, params, token, lengths + index, cache)
+        logits, cache = decode_step(model, params, token, lengths + index, cache, plan)
         return (logits, done, cache), token
 
     start = (logits, jnp.zeros(lengths.shape, bool), cache)
@@ -107,12 +123,14 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     stop_token: int | None = None,
+    policy: Policy | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by at most `max_new_tokens` tokens.
 
     Rows may differ in length; each gets what it would get alone. A row ends with
     `stop_token` if it produced one. `temperature`, `top_k` and `top_p` are those of
-    `jmem.generate.sampling.Sampling`.
+    `jmem.generate.sampling.Sampling`. `policy` says what of the prompts is kept for
+    decoding (`jmem.kvcache`); None keeps all.
 
     Raises:
       ValueError: no or empty prompts, a token outside the vocabulary, sampling out of
@@ -124,8 +142,12 @@ def generate(
     tokens = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    cache = init_cache(model, len(prompts), longest + max_new_tokens)
-    logits, cache = prefill(model, params, jnp.asarray(tokens), lengths, cache)
+    plan = (policy or Full()).plan(
+        model, prompt=longest, new_tokens=max_new_tokens, batch_size=len(prompts)
+    )
+    logits, (cache,) = prefill(
+        model, params, jnp.asarray(tokens), lengths, (empty(plan),), plans=(plan,)
+    )
     answer, _ = extend(
         model,
         params,
@@ -133,6 +155,7 @@ def generate(
         lengths,
         cache,
         jax.random.key(0) if key is None else key,
+        plan=plan,
         steps=max_new_tokens,
         sampling=sampling,
         stop_token=stop_token,
@@ -173,10 +196,8 @@ def _check(model, prompts, max_new_tokens, temperature, key) -> int:
     return longest
 
 
-def decode_program(
-    model, *, batch_size: int, slots: int, params: dict | None = None
-) -> Program:
-    """One decoding step with a donated cache of `slots` tokens a row.
+def decode_program(model, plan: Plan, *, params: dict | None = None) -> Program:
+    """One decoding step at the end of a full cache, which is donated.
 
     `params` may be others than those of `model.init`, arrays or descriptions, such as
     packed ones (`jmem.nn.quantised.abstract`).
@@ -184,32 +205,35 @@ def decode_program(
 
     def inputs(key):
         del key
-        tokens = jnp.zeros((batch_size,), jnp.int32)
-        positions = jnp.full((batch_size,), slots - 1, jnp.int32)
-        return tokens, positions, init_cache(model, batch_size, slots)
+        tokens = jnp.zeros((plan.batch_size,), jnp.int32)
+        last = jnp.full(
+            (plan.batch_size,), plan.prompt + plan.new_tokens - 1, jnp.int32
+        )
+        return tokens, last, empty(plan)
 
     def step(params, tokens, positions, cache):
-        return decode_step(model, params, tokens, positions, cache)
+        return decode_step(model, params, tokens, positions, cache, plan)
 
     return _program(step, model, params, inputs)
 
 
-def prefill_program(
-    model, *, batch_size: int, seq_len: int, slots: int, params: dict | None = None
-) -> Program:
-    """The forward pass over prompts of `seq_len` tokens into a donated cache.
+def prefill_program(model, plan: Plan, *, params: dict | None = None) -> Program:
+    """The forward pass over the plan's longest prompts into a donated cache.
 
     `params` as in `decode_program`.
     """
 
     def inputs(key):
-        shape = (batch_size, seq_len)
+        shape = (plan.batch_size, plan.prompt)
         tokens = jax.random.randint(key, shape, 0, model.config.vocab_size, jnp.int32)
-        lengths = jnp.full((batch_size,), seq_len, jnp.int32)
-        return tokens, lengths, init_cache(model, batch_size, slots)
+        lengths = jnp.full((plan.batch_size,), plan.prompt, jnp.int32)
+        return tokens, lengths, empty(plan)
 
     def step(params, tokens, lengths, cache):
-        return prefill_step(model, params, tokens, lengths, cache)
+        logits, (cache,) = prefill_step(
+            model, params, tokens, lengths, (cache,), (plan,)
+        )
+        return logits, cache
 
     return _program(step, model, params, inputs)
 

@@ -9,8 +9,9 @@ from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
 from jmem.checkpoints.files import CheckpointError
-from jmem.generate.cache import init_cache
 from jmem.generate.decode import decode_step, prefill
+from jmem.kvcache.cache import empty
+from jmem.kvcache.full import Full
 from jmem.models.decoder import Decoder
 from jmem.nn.quantised import unpacked
 
@@ -66,19 +67,21 @@ def test_prompts_and_new_tokens_have_the_dequantised_model_s_logits(tmp_path):
     packed, params = checkpoint.params(packed=True), checkpoint.params()
     model = Decoder(TINY)
     tokens = jnp.array([[5, 9, 1, 30, 7, 11]], jnp.int32)
+    plan = Full().plan(model, prompt=6, new_tokens=2)
 
     def read(params, count):
         lengths = jnp.full((1,), count, jnp.int32)
-        return prefill(model, params, tokens, lengths, init_cache(model, 1, 8))
+        return prefill(model, params, tokens, lengths, (empty(plan),), plans=(plan,))
 
     expected, _ = read(params, 6)
     found, _ = read(packed, 6)
     assert jnp.std(expected) > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     # The last token again, alone: its products are those of a single row.
-    _, cache = read(packed, 5)
-    step = jax.jit(decode_step, static_argnums=0)
-    found, _ = step(model, packed, tokens[:, 5], jnp.array([5], jnp.int32), cache)
+    _, (cache,) = read(packed, 5)
+    step = jax.jit(decode_step, static_argnames=("model", "plan"))
+    last = jnp.array([5], jnp.int32)
+    found, _ = step(model, packed, tokens[:, 5], last, cache, plan)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -14,8 +14,9 @@ import pytest
 from tiny_decoder import random_params
 
 from jmem.generate import decode
-from jmem.generate.cache import cache_bytes, init_cache
 from jmem.generate.decode import decode_program, generate, prefill_program
+from jmem.kvcache.cache import empty
+from jmem.kvcache.full import Full
 from jmem.models.decoder import Decoder
 from jmem.nn.stack import run_stack
 from jmem.train.loss import token_positions
@@ -105,12 +106,10 @@ def test_more_tokens_compile_nothing_new(model, params):
 
 @pytest.mark.parametrize("builder", [decode_program, prefill_program])
 def test_the_cache_is_donated_and_has_the_promised_bytes(model, builder):
-    shape = {"seq_len": 8} if builder is prefill_program else {}
-    program = builder(model, batch_size=3, slots=24, **shape)
-    plan = program.compile().memory_analysis()
-    cache = init_cache(model, 3, 24)
-    assert cache_bytes(model, 3, 24) == sum(leaf.nbytes for leaf in cache)
-    assert plan.alias_size_in_bytes == cache_bytes(model, 3, 24)
+    plan = Full().plan(model, prompt=16, new_tokens=8, batch_size=3)
+    analysis = builder(model, plan).compile().memory_analysis()
+    assert plan.bytes() == sum(leaf.nbytes for leaf in empty(plan))
+    assert analysis.alias_size_in_bytes == plan.bytes()
 
 
 REFUSED = {

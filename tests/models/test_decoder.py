@@ -15,8 +15,8 @@ import pytest
 from tiny_decoder import random_params
 
 from jmem.finetune.lora import Lora, attach, lora_linear
-from jmem.generate.cache import cache_bytes
 from jmem.generate.decode import decode_program
+from jmem.kvcache.full import Full
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder
 from jmem.nn.rope import LinearScaling, Llama3Scaling, YarnScaling
@@ -269,9 +269,10 @@ class TestAttendDoor:
         config = dataclasses.replace(zoo.get(name), layers=8, vocab_size=1024)
         model = Decoder(config, dtype=jnp.bfloat16)
         batch_size, slots = 4, 8192
-        program = decode_program(model, batch_size=batch_size, slots=slots)
+        sizes = Full().plan(model, prompt=slots, new_tokens=0, batch_size=batch_size)
+        program = decode_program(model, sizes)
         plan = program.compile(resolve("h200")).memory_analysis()
-        cache = cache_bytes(model, batch_size, slots)
+        cache = sizes.bytes()
         blocks = jax.tree.leaves(model.abstract()["blocks"])
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in blocks)
         assert plan.alias_size_in_bytes >= cache

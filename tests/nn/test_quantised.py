@@ -14,6 +14,7 @@ import jmem
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lora import Lora
 from jmem.generate.decode import decode_program
+from jmem.kvcache.full import Full
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
 from jmem.nn import quantised
@@ -132,7 +133,8 @@ def test_one_layer_s_maps_are_dequantised_at_a_time(batch_size, kernels):
     config = dataclasses.replace(zoo.get("llama3-8b"), layers=8)
     model = Decoder(config, dtype=jnp.bfloat16)
     params = quantised.abstract(model.abstract(), Q4_K_M)
-    program = decode_program(model, batch_size=batch_size, slots=64, params=params)
+    plan = Full().plan(model, prompt=64, new_tokens=0, batch_size=batch_size)
+    program = decode_program(model, plan, params=params)
     report = jmem.measure(program, target="h200", bounds=False)
     given = sum(leaf.size * leaf.dtype.itemsize for *_, leaf in program.leaves())
     largest = config.hidden * config.intermediate * 2  # of 3.7 a layer, in bfloat16

@@ -1,0 +1,279 @@
+"""The arrays of a cache, how a prompt enters it, and how a new token attends it.
+
+Layout   One region of slots a layer, `[selected | tail]`, all regions on one axis
+         behind the heads: [B, K, slots, D]. Slots before heads would make XLA transpose
+         the whole cache around the layer loop of a grouped-query model (seen in 0.12).
+Memory   `Plan.bytes()`. The cache is carried through the layer scan and addressed by
+         the traced layer: donated, it is updated in place. A layer's region is copied
+         to be read, the largest layer's size for every layer.
+See      tests/kvcache, which asserts both on compiled programs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int
+
+from jmem.kvcache.plan import Plan
+from jmem.kvcache.policy import Seen
+from jmem.nn.attention import Implementation, causal_attention, grouped_attention
+from jmem.nn.chunk import by_chunks
+from jmem.nn.ops import Attend
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, and which tokens they are."""
+
+    keys: Float[Array, "B K slots D"]
+    """Rotated by their true position, unless the policy rotates inside the cache."""
+    values: Float[Array, "B K slots D"]
+    positions: Int[Array, "B U selected"]
+    """True positions of the selected tokens, ascending in a layer; -1: empty slot."""
+    start: Int[Array, " B"]
+    """The row's first position that lies in the tail, slot `(position - start) % tail`;
+    the latest token overwrites the oldest."""
+
+
+class Region(NamedTuple):
+    """A layer's slots among those of all layers, as one slice of static length."""
+
+    begin: Int[Array, ""]
+    """Where the slice begins: moved back where it would end beyond the last layer."""
+    slots: Int[Array, " N"]
+    """Which of the layer's own slots each is; below 0 or too high: another layer's."""
+
+
+def empty(plan: Plan) -> Cache:
+    """A cache of zeros that holds no token."""
+    arrays = {n: jnp.zeros(a.shape, a.dtype) for n, a in plan.arrays().items()}
+    return Cache(**arrays)._replace(positions=arrays["positions"] - 1)
+
+
+def region(sizes: tuple[int, ...], layer: jax.Array) -> Region:
+    """That of a traced `layer`, as long as the largest layer's."""
+    longest, ends = max(sizes), np.cumsum(sizes)
+    offset = jnp.asarray(ends - sizes, jnp.int32)[layer]
+    begin = jnp.minimum(offset, int(ends[-1]) - longest)
+    return Region(begin, jnp.arange(longest, dtype=jnp.int32) + begin - offset)
+
+
+def tail_start(plan: Plan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The first position of each prompt that is kept unselected, in the tail."""
+    return jnp.maximum(lengths - plan.recent, jnp.minimum(plan.sinks, lengths))
+
+
+def tail_positions(
+    plan: Plan,
+    start: Int[Array, " B"],
+    last: Int[Array, " B"],
+    slots: Int[Array, " N"],
+) -> Int[Array, "B N"]:
+    """Positions held by slots of the tail once the row's token `last` is in it.
+
+    Below `start` for a slot nothing has been written to.
+    """
+    start, last, slots = start[:, None], last[:, None], slots[None]
+    return last - (last - start - slots) % plan.tail
+
+
+def prefill_attend(
+    plans: tuple[Plan, ...],
+    lengths: Int[Array, " B"],
+    implementation: Implementation,
+    window: int | None,
+    chunk: int | None = None,
+) -> Attend:
+    """Causal attention among the prompt's own tokens, which then enter the caches.
+
+    The carry is a tuple of (cache, what the policy hands from layer to layer), one for
+    each plan: attention is computed once for all of them. Prompts are padded on the
+    right; padding is never seen and never selected. `chunk` is the decoder's.
+    """
+
+    def attend(q, k, v, rope, positions, layer, carry):
+        turned = by_chunks(rope, k, positions, size=chunk)
+        q = by_chunks(rope, q, positions, size=chunk)
+        kept = []
+        for plan, (cache, shared) in zip(plans, carry, strict=True):
+            chosen = None
+            if max(plan.selected):
+                seen = observed(plan, q, turned, lengths)
+                chosen, shared = plan.policy.choose(plan, seen, layer, shared)
+            stored = k if plan.policy.rope == "cache" else turned
+            cache = write(plan, cache, stored, v, chosen, lengths, layer)
+            kept.append((cache, shared))
+        # Caches first: what writing them needs is gone when attention begins.
+        q, turned, v, kept = jax.lax.optimization_barrier((q, turned, v, tuple(kept)))
+        return causal_attention(q, turned, v, implementation, window=window), kept
+
+    return attend
+
+
+def observed(
+    plan: Plan,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    lengths: Int[Array, " B"],
+) -> Seen:
+    """What a policy selects by: all keys, and the queries of the recent tokens."""
+    width = min(plan.recent, q.shape[1])
+    at = lengths[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
+    queries = jnp.take_along_axis(q, jnp.maximum(at, 0)[:, :, None, None], axis=1)
+    return Seen(queries, at, k, tail_start(plan, lengths))
+
+
+def write(
+    plan: Plan,
+    cache: Cache,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    chosen: Int[Array, "B U N"] | None,
+    lengths: Int[Array, " B"],
+    layer: jax.Array,
+) -> Cache:
+    """The prompt's chosen and recent tokens in the layer's region, in place.
+
+    `chosen` are positions, ascending, -1 behind the last; N is the largest layer's
+    number of selected slots, and those beyond this layer's own are -1.
+    """
+    k, v = (_stored(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
+    start = tail_start(plan, lengths)
+    begin, slots = region(plan.sizes, layer)
+    if chosen is None and plan.tail >= k.shape[2]:  # nothing is left out
+        # Else XLA lays the cache out as `k` is, and copies it on entry and exit (0.12).
+        k, v = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (k, v))
+        at = (0, 0, begin, 0)
+        return cache._replace(
+            keys=jax.lax.dynamic_update_slice(cache.keys, k, at),
+            values=jax.lax.dynamic_update_slice(cache.values, v, at),
+            start=start,
+        )
+    count = jnp.asarray(plan.selected, jnp.int32)[layer]
+    source = tail_positions(plan, start, lengths - 1, slots - count)[:, None]
+    positions = cache.positions
+    if chosen is not None:
+        at, own = region(plan.selected, layer)
+        mine = (own >= 0) & (own < count)
+        size = max(plan.selected)
+        filled = jnp.take(chosen, jnp.clip(own, 0, size - 1), axis=-1)
+        before = jax.lax.dynamic_slice_in_dim(positions, at, size, axis=2)
+        positions = jax.lax.dynamic_update_slice_in_dim(
+            positions, jnp.where(mine, filled, before), at, axis=2
+        )
+        picked = jnp.take(chosen, jnp.clip(slots, 0, size - 1), axis=-1)
+        source = jnp.where(slots < count, picked, source)
+    mine = (slots >= 0) & (slots < count + plan.tail)
+    source = jnp.maximum(source, 0)[..., None]  # [B, U, N, 1]
+
+    def written(whole, x):
+        rows = jnp.take_along_axis(x, source, axis=2)
+        before = jax.lax.dynamic_slice_in_dim(whole, begin, len(slots), axis=2)
+        rows = jnp.where(mine[None, None, :, None], rows, before)
+        return jax.lax.dynamic_update_slice_in_dim(whole, rows, begin, axis=2)
+
+    return Cache(written(cache.keys, k), written(cache.values, v), positions, start)
+
+
+def _stored(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
+    """Repeated for a cache that stores every query head (only to compare with)."""
+    return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def held(
+    plan: Plan, cache: Cache, last: Int[Array, " B"], layer: jax.Array
+) -> tuple[Int[Array, "B U N"], Bool[Array, "B U N"]]:
+    """Positions of the tokens in the slice of a layer's region, and which are there.
+
+    `last` is the row's latest token, the one that is attending.
+    """
+    _, slots = region(plan.sizes, layer)
+    count = jnp.asarray(plan.selected, jnp.int32)[layer]
+    positions = tail_positions(plan, cache.start, last, slots - count)[:, None]
+    there = (slots >= count) & (slots < count + plan.tail)
+    there = there[None, None] & (positions >= cache.start[:, None, None])
+    if size := max(plan.selected):
+        at, own = region(plan.selected, layer)
+        chosen = jax.lax.dynamic_slice_in_dim(cache.positions, at, size, axis=2)
+        chosen = jnp.take(chosen, jnp.clip(slots - own[0], 0, size - 1), axis=-1)
+        selected = (slots >= 0) & (slots < count)
+        there = jnp.where(selected[None, None], chosen >= 0, there)
+        positions = jnp.where(selected[None, None], chosen, positions)
+    return positions, there
+
+
+def append(
+    plan: Plan,
+    cache: Cache,
+    k: Float[Array, "B 1 K D"],
+    v: Float[Array, "B 1 K D"],
+    last: Int[Array, " B"],
+    layer: jax.Array,
+) -> Cache:
+    """A new token of position `last` in every row's tail, in place."""
+    begin, slots = region(plan.sizes, layer)
+    first = begin - slots[0] + jnp.asarray(plan.selected, jnp.int32)[layer]
+    slot = first + (last - cache.start) % plan.tail
+    rows, heads = jnp.arange(len(last))[:, None], jnp.arange(plan.heads)[None]
+    at = (rows, heads, slot[:, None])  # [B, K]: one slot a row and head
+    k, v = (_stored(jnp.swapaxes(x, 1, 2), plan.heads)[:, :, 0] for x in (k, v))
+    return cache._replace(
+        keys=cache.keys.at[at].set(k), values=cache.values.at[at].set(v)
+    )
+
+
+def decode_attend(plan: Plan, window: int | None) -> Attend:
+    """One new token a row enters its row's tail and attends all that is kept.
+
+    The carry is the cache. With a sliding `window` it sees that many positions, its own
+    among them.
+    """
+
+    def attend(q, k, v, rope, positions, layer, cache):
+        last = positions[:, 0]
+        held_positions, seen = held(plan, cache, last, layer)
+        if window is not None:
+            seen &= held_positions > (last - window)[:, None, None]
+        inside = plan.policy.rope == "cache"
+        cache = append(plan, cache, k if inside else rope(k, positions), v, last, layer)
+        begin, slots = region(plan.sizes, layer)
+        keys, values = (
+            jax.lax.dynamic_slice_in_dim(whole, begin, len(slots), axis=2)
+            for whole in (cache.keys, cache.values)
+        )
+        if inside:
+            order, positions = cache_order(
+                plan, cache.start, held_positions, seen, last
+            )
+            keys = jnp.swapaxes(rope(jnp.swapaxes(keys, 1, 2), order), 1, 2)
+        q = rope(q, positions)
+        return grouped_attention(q, keys, values, seen[:, :, None]), cache
+
+    return attend
+
+
+def cache_order(
+    plan: Plan,
+    start: Int[Array, " B"],
+    positions: Int[Array, "B 1 N"],
+    seen: Bool[Array, "B 1 N"],
+    last: Int[Array, " B"],
+) -> tuple[Int[Array, "B N"], Int[Array, "B 1"]]:
+    """The rank of every held token among its row's, and that of the token `last`."""
+    positions, seen, start, last = (
+        positions[:, 0],
+        seen[:, 0],
+        start[:, None],
+        last[:, None],
+    )
+    selected = seen & (positions < start)
+    oldest = jnp.maximum(start, last - plan.tail + 1)
+    before = jnp.sum(selected, axis=-1, keepdims=True)
+    rank = jnp.where(
+        positions < start,
+        jnp.cumsum(selected, axis=-1) - 1,
+        before + positions - oldest,
+    )
+    return rank, before + last - oldest
