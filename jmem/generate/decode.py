@@ -9,9 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jmem.generate.sampling import Sampling
+from jmem.kvcache import gemfilter
 from jmem.kvcache.cache import Cache, decode_attend, empty, prefill_attend
 from jmem.kvcache.full import Full
 from jmem.kvcache.plan import Plan
@@ -23,6 +24,19 @@ from jmem.program import Program
 from jmem.train.loss import token_positions
 
 GREEDY = Sampling()
+
+
+def padded_right(
+    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Rows with their padding moved behind, and their lengths, as `prefill` takes them.
+
+    `mask` is true for a row's own tokens, which lie together: Hugging Face's attention
+    mask, padded on either side.
+    """
+    first = jnp.argmax(mask, axis=1)
+    moved = jax.vmap(jnp.roll)(tokens, -first)
+    return moved, jnp.sum(mask, axis=1, dtype=jnp.int32)
 
 
 def prefill_step(
@@ -124,29 +138,35 @@ def generate(
     key: jax.Array | None = None,
     stop_token: int | None = None,
     policy: Policy | None = None,
+    shorten: gemfilter.GemFilter | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by at most `max_new_tokens` tokens.
 
     Rows may differ in length; each gets what it would get alone. A row ends with
     `stop_token` if it produced one. `temperature`, `top_k` and `top_p` are those of
     `jmem.generate.sampling.Sampling`. `policy` says what of the prompts is kept for
-    decoding (`jmem.kvcache`); None keeps all.
+    decoding (`jmem.kvcache`); None keeps all. `shorten` cuts longer prompts to their
+    best tokens first: the answer continues those, counted from position 0.
 
     Raises:
       ValueError: no or empty prompts, a token outside the vocabulary, sampling out of
         range or without `key`, or more positions than the model has.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    longest = _check(model, prompts, max_new_tokens, temperature, key)
+    longest = _check(model, prompts, max_new_tokens, temperature, key, shorten)
     lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
     tokens = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
+    tokens = jnp.asarray(tokens)
+    if shorten is not None:
+        short = gemfilter.shorten(model, params, shorten, tokens, lengths)
+        tokens, lengths, longest = short.tokens, short.lengths, short.tokens.shape[1]
     plan = (policy or Full()).plan(
         model, prompt=longest, new_tokens=max_new_tokens, batch_size=len(prompts)
     )
     logits, (cache,) = prefill(
-        model, params, jnp.asarray(tokens), lengths, (empty(plan),), plans=(plan,)
+        model, params, tokens, lengths, (empty(plan),), plans=(plan,)
     )
     answer, _ = extend(
         model,
@@ -167,7 +187,7 @@ def generate(
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
-def _check(model, prompts, max_new_tokens, temperature, key) -> int:
+def _check(model, prompts, max_new_tokens, temperature, key, shorten) -> int:
     config = model.config
     if not prompts or not all(prompts):
         raise ValueError(
@@ -188,9 +208,10 @@ def _check(model, prompts, max_new_tokens, temperature, key) -> int:
             "jax.random.key(seed), or temperature=0 for the likeliest tokens."
         )
     longest = max(map(len, prompts))
-    if longest + max_new_tokens > config.max_positions:
+    kept = longest if shorten is None else min(longest, shorten.tokens)
+    if kept + max_new_tokens > config.max_positions:
         raise ValueError(
-            f"generate: {longest} prompt tokens + max_new_tokens={max_new_tokens} "
+            f"generate: {kept} prompt tokens + max_new_tokens={max_new_tokens} "
             f"exceed the model's max_positions={config.max_positions}."
         )
     return longest

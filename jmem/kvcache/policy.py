@@ -113,7 +113,7 @@ class Policy(abc.ABC):
         if new_tokens < 0:
             raise ValueError(f"plan: new_tokens={new_tokens} must not be negative.")
         config = model.config
-        rest = max(prompt - self.recent, 0)
+        rest = max(prompt - self.recent, min(self.sinks, prompt))
         budgets = self.budgets(config.layers, prompt)
         selected = tuple(min(budget, rest) for budget in budgets)
         if rest and all(size == rest for size in selected):

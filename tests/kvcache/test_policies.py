@@ -1,0 +1,329 @@
+"""What must hold of every policy, whatever it keeps: one suite, run over the list."""
+
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from every_policy import POLICIES
+from tiny_decoder import TINY, random_params
+
+from jmem.generate.decode import (
+    decode_program,
+    decode_step,
+    extend,
+    padded_right,
+    prefill,
+    prefill_program,
+)
+from jmem.kvcache.cache import Cache, empty, prefill_attend
+from jmem.kvcache.full import Full
+from jmem.kvcache.plan import Plan
+from jmem.models.decoder import Decoder
+from jmem.nn.linear import dense
+from jmem.nn.ops import Ops
+from jmem.nn.stack import run_stack
+from jmem.targets import resolve
+from jmem.train.loss import token_positions
+
+MODEL = Decoder(dataclasses.replace(TINY, layers=4))
+LENGTHS = (50, 37, 3)
+NEW = 12
+NAMES = tuple(POLICIES)
+
+
+@functools.cache
+def params() -> dict:
+    return jax.tree.map(jnp.asarray, random_params(MODEL.config, scale=0.3))
+
+
+@functools.cache
+def prompts(width: int = max(LENGTHS)) -> tuple[jax.Array, jax.Array]:
+    """Tokens of three rows, padded on the right with what must not matter."""
+    random = np.random.default_rng(7)
+    tokens = random.integers(0, TINY.vocab_size, (len(LENGTHS), max(LENGTHS)))
+    padded = np.full((len(LENGTHS), width), 1, np.int32)
+    for row, length in enumerate(LENGTHS):
+        padded[row, :length] = tokens[row, :length]
+    return jnp.asarray(padded), jnp.asarray(LENGTHS, jnp.int32)
+
+
+def plan_of(name: str, **more) -> Plan:
+    policy = POLICIES[name]
+    if "capacity" in more:
+        if not hasattr(policy, "capacity"):
+            return plan_of(name)
+        policy = dataclasses.replace(policy, capacity=more.pop("capacity"))
+    sizes = {"prompt": max(LENGTHS), "new_tokens": NEW, "batch_size": len(LENGTHS)}
+    return policy.plan(MODEL, **(sizes | more))
+
+
+step = jax.jit(decode_step, static_argnames=("model", "plan"), donate_argnames="cache")
+
+
+def read(plans: tuple[Plan, ...], tokens, lengths):
+    caches = tuple(empty(plan) for plan in plans)
+    logits, caches = prefill(MODEL, params(), tokens, lengths, caches, plans=plans)
+    return np.asarray(logits), dict(zip(NAMES, caches, strict=False))
+
+
+def answered(plan: Plan, cache: Cache, lengths, steps: int = NEW) -> np.ndarray:
+    """Logits [steps, B, V] after feeding given tokens to a copy of the cache."""
+    cache = jax.tree.map(jnp.copy, cache)
+    random, found = np.random.default_rng(9), []
+    for number in range(steps):
+        tokens = jnp.asarray(random.integers(0, TINY.vocab_size, len(lengths)))
+        logits, cache = step(
+            MODEL, params(), tokens.astype(jnp.int32), lengths + number, cache, plan
+        )
+        found.append(np.asarray(logits))
+    return np.stack(found)
+
+
+@functools.cache
+def narrow() -> tuple[np.ndarray, dict[str, Cache]]:
+    """Logits after the prompts, and the caches of all policies: one prefill."""
+    return read(tuple(plan_of(name) for name in NAMES), *prompts())
+
+
+def held(plan: Plan, cache: Cache, layer: int, row: int, head: int) -> dict[int, list]:
+    """Position: key and value, of what one head of a layer holds of a prompt."""
+    begin, chosen = sum(plan.sizes[:layer]), sum(plan.selected[:layer])
+    count, start = plan.selected[layer], int(cache.start[row])
+    unit = head * plan.units // plan.heads
+    positions = list(cache.positions[row, unit, chosen : chosen + count])
+    slots = [begin + number for number, at in enumerate(positions) if at >= 0]
+    positions = [int(at) for at in positions if at >= 0]
+    assert positions == sorted(set(positions)), "not ascending, or twice"
+    recent = range(start, LENGTHS[row])
+    slots += [begin + count + (at - start) % plan.tail for at in recent]
+    numbers = np.concatenate(
+        [cache.keys[row, head, slots], cache.values[row, head, slots]], axis=-1
+    )
+    return dict(zip([*positions, *recent], numbers, strict=True))
+
+
+def assert_same(plan: Plan, found: Cache, expected: Cache, row: int, atol=1e-5):
+    """Both hold the same tokens of a row, with the same keys and values."""
+    for layer in range(plan.layers):
+        for head in range(plan.heads):
+            one = held(plan, found, layer, row, head)
+            other = held(plan, expected, layer, row, head)
+            assert list(one) == list(other)
+            for at in one:
+                np.testing.assert_allclose(one[at], other[at], atol=atol)
+
+
+every_policy = pytest.mark.parametrize("name", NAMES)
+
+
+@every_policy
+def test_a_cache_that_holds_everything_is_the_full_one(name):
+    """Bit for bit, unless keys are turned again or other heads are stored."""
+    tokens, lengths = prompts()
+    plain = plan_of("full")
+    enough = max(LENGTHS) + NEW if "streaming" in name else 10 * max(LENGTHS)
+    plan = plan_of(name, capacity=enough)
+    assert plan.sizes == plain.sizes
+    _, (cache,) = prefill(
+        MODEL, params(), tokens, lengths, (empty(plan),), plans=(plan,)
+    )
+    found = answered(plan, cache, lengths)
+    expected = answered(plain, narrow()[1]["full"], lengths)
+    exact = plan.policy.rope == "absolute" and plan.heads == TINY.kv_heads
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-5)
+
+
+@every_policy
+def test_what_is_kept_lies_in_the_prompt_and_ends_with_its_end(name):
+    plan, cache = plan_of(name), narrow()[1][name]
+    for layer in range(plan.layers):
+        for row, length in enumerate(LENGTHS):
+            for head in range(plan.heads):
+                found = list(held(plan, cache, layer, row, head))
+                assert len(found) <= plan.sizes[layer]
+                last = range(max(length - plan.recent, 0), length)
+                assert set(last) <= set(found) <= set(range(length))
+                if length == min(LENGTHS):
+                    assert found == [0, 1, 2]
+                elif name != "full":
+                    assert len(found) < length
+
+
+def test_padding_is_neutral():
+    """The same prompts in a wider batch: nothing moves."""
+    plans = tuple(plan_of(name) for name in NAMES)
+    logits, caches = read(plans, *prompts(max(LENGTHS) + 14))
+    np.testing.assert_allclose(logits, narrow()[0], atol=1e-5)
+    for name, plan in zip(NAMES, plans, strict=True):
+        for row in range(len(LENGTHS)):
+            assert_same(plan, caches[name], narrow()[1][name], row)
+
+
+def test_padding_on_the_left_is_moved_to_the_right():
+    tokens, lengths = prompts()
+    width = tokens.shape[1]
+    left = jnp.stack([jnp.roll(row, width - n) for row, n in zip(tokens, LENGTHS)])
+    mask = jnp.arange(width)[None] >= (width - lengths)[:, None]
+    moved, counted = padded_right(left, mask)
+    np.testing.assert_array_equal(moved, tokens)
+    np.testing.assert_array_equal(counted, lengths)
+
+
+def test_rows_are_read_alone():
+    tokens, lengths = prompts()
+    plans = tuple(plan_of(name, batch_size=1) for name in NAMES)
+    for row in range(len(LENGTHS)):
+        one = slice(row, row + 1)
+        logits, caches = read(plans, tokens[one], lengths[one])
+        np.testing.assert_allclose(logits[0], narrow()[0][row], atol=1e-5)
+        for name, plan in zip(NAMES, plans, strict=True):
+            alone = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 3), caches[name])
+            assert_same(plan, alone, narrow()[1][name], row)
+
+
+@every_policy
+def test_rows_are_answered_alone(name):
+    """Another row's cache is not a number, and nobody notices."""
+    plan, cache, lengths = plan_of(name), narrow()[1][name], prompts()[1]
+    spoilt = cache._replace(keys=cache.keys.at[1].set(jnp.nan))
+    found = answered(plan, spoilt, lengths, 3)
+    expected = answered(plan, cache, lengths, 3)
+    np.testing.assert_array_equal(found[:, ::2], expected[:, ::2])
+    assert np.isnan(found[:, 1]).all()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "kv" in n])
+def test_the_order_of_slots_is_of_no_account(name):
+    plan, cache, lengths = plan_of(name), narrow()[1][name], prompts()[1]
+    random, begin, chosen = np.random.default_rng(3), 0, 0
+    order, slots = np.arange(sum(plan.selected)), np.arange(sum(plan.sizes))
+    for selected in plan.selected:
+        turn = random.permutation(selected)
+        order[chosen : chosen + selected] = chosen + turn
+        slots[begin : begin + selected] = begin + turn
+        begin, chosen = begin + selected + plan.tail, chosen + selected
+    shuffled = Cache(
+        cache.keys[:, :, slots],
+        cache.values[:, :, slots],
+        cache.positions[:, :, order],
+        cache.start,
+    )
+    np.testing.assert_allclose(
+        answered(plan, shuffled, lengths, 3),
+        answered(plan, cache, lengths, 3),
+        atol=1e-5,
+    )
+
+
+def test_a_scan_over_layers_is_a_loop_over_layers():
+    plans = tuple(plan_of(name) for name in NAMES)
+    tokens, lengths = prompts()
+    positions = token_positions(tokens)
+    ops = Ops(prefill_attend(plans, lengths, "xla", None), dense)
+    layer_step = jax.jit(lambda *given: MODEL.block(*given[:4], ops, given[4])[:2])
+    x = MODEL.embed(params(), tokens)
+    carry = tuple((empty(plan), plan.policy.begin(plan)) for plan in plans)
+    for layer in range(MODEL.config.layers):
+        row = jax.tree.map(lambda leaf: leaf[layer], params()["blocks"])  # noqa: B023
+        x, carry = layer_step(row, x, positions, jnp.int32(layer), carry)
+    for name, plan, (cache, _) in zip(NAMES, plans, carry, strict=True):
+        for row in range(len(LENGTHS)):
+            assert_same(plan, cache, narrow()[1][name], row)
+
+
+def test_the_first_new_token_is_exact():
+    """A prompt attends all of itself, whatever is kept of it afterwards."""
+    tokens, _ = prompts()
+
+    @jax.jit
+    def forward(params):
+        x = MODEL.embed(params, tokens)
+        positions = token_positions(tokens)
+        x, *_ = run_stack(MODEL.block, params["blocks"], x, positions, MODEL.ops)
+        return MODEL.head(params, x, MODEL.ops)
+
+    expected = forward(params())
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(
+            narrow()[0][row], expected[row, length - 1], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["full", "streaming_llm", "windowkv"])
+def test_a_thousand_tokens_compile_nothing_new(name):
+    """And a ring goes on for ever: more tokens than slots."""
+    config = dataclasses.replace(MODEL.config, max_positions=2048)
+    model, steps = dataclasses.replace(MODEL, config=config), 1000
+    plan = POLICIES[name].plan(model, prompt=40, new_tokens=steps)
+    tokens, lengths = (x[:1] for x in prompts())
+    before = step._cache_size()
+    logits, (cache,) = prefill(
+        model,
+        params(),
+        tokens[:, :40],
+        jnp.minimum(lengths, 40),
+        (empty(plan),),
+        plans=(plan,),
+    )
+    for number in range(steps):
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        at = jnp.array([40 + number], jnp.int32)
+        logits, cache = step(model, params(), token, at, cache, plan)
+    assert step._cache_size() == before + 1
+    assert np.isfinite(logits).all()
+    assert (plan.tail < 20) == (name == "streaming_llm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("full", marks=pytest.mark.compat),
+        "pyramidkv",
+        pytest.param("windowkv", marks=pytest.mark.compat),
+    ],
+)
+def test_bytes_are_the_compiler_s_and_the_cache_is_never_copied(name):
+    """For an H200: a donated cache is updated in place, layer by layer."""
+    config = dataclasses.replace(
+        TINY, layers=16, hidden=64, head_dim=64, kv_heads=4, max_positions=4096
+    )
+    model, policy = Decoder(config, dtype=jnp.bfloat16), POLICIES[name]
+    if name != "full":
+        policy = dataclasses.replace(policy, capacity=512)
+    plan = policy.plan(model, prompt=1024, new_tokens=256, batch_size=2)
+    for builder in (prefill_program, decode_program):
+        analysis = builder(model, plan).compile(resolve("h200")).memory_analysis()
+        assert analysis.alias_size_in_bytes == plan.bytes()
+        if builder is decode_program:
+            assert analysis.temp_size_in_bytes < plan.bytes() / 4
+
+
+def test_decoding_is_prefilling_when_nothing_is_dropped():
+    tokens, lengths = prompts()
+    plan = plan_of("full")
+    answer, _ = extend(
+        MODEL,
+        params(),
+        jnp.asarray(narrow()[0]),
+        lengths,
+        jax.tree.map(jnp.copy, narrow()[1]["full"]),
+        jax.random.key(0),
+        plan=plan,
+        steps=NEW,
+    )
+    whole = jnp.concatenate([tokens[:1], answer[:1, : NEW - 1]], axis=1)
+    longer = Full().plan(MODEL, prompt=whole.shape[1], new_tokens=1)
+    logits, _ = prefill(
+        MODEL,
+        params(),
+        whole,
+        jnp.array([whole.shape[1]], jnp.int32),
+        (empty(longer),),
+        plans=(longer,),
+    )
+    assert int(jnp.argmax(logits[0])) == int(answer[0, -1])

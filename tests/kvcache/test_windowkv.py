@@ -1,0 +1,184 @@
+"""WindowKV's budgets, window scores and shared choice; goldens are in test_goldens."""
+
+# pyright: reportArgumentType=false
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_llama import load
+from tiny_decoder import TINY
+
+from jmem.kvcache.policy import Seen
+from jmem.kvcache.snapkv import SnapKV
+from jmem.kvcache.windowkv import WindowKV
+from jmem.models import zoo
+from jmem.models.decoder import Decoder
+
+LLAMA = Decoder(zoo.get("llama3-8b"), dtype=jnp.bfloat16)
+
+
+def test_budgets_of_the_official_code():
+    """Sheet values for 32 layers in groups of 8."""
+    policy = WindowKV(capacity=2048)
+    assert policy.group_budgets(32) == (2926, 2341, 1756, 1170)
+    steep = dataclasses.replace(policy, pyramid="paper")
+    assert steep.group_budgets(32) == (3950, 2682, 1414, 146)
+    assert WindowKV(pyramid="flat").group_budgets(32) == (1024,) * 4
+
+
+@pytest.mark.parametrize("capacity, megabytes", [(1024, 140), (2048, 275)])
+def test_bytes_of_the_paper_s_setting(capacity, megabytes):
+    """Llama-3-8B, 7,950 tokens; the official layout holds four times the bytes."""
+    plan = WindowKV(capacity=capacity).plan(LLAMA, prompt=7950, new_tokens=0)
+    assert plan.bytes() < megabytes * 1e6
+    budgets = plan.policy.group_budgets(32)
+    closed = 8 * sum(-(-b // 8) * 8 + 32 for b in budgets) * 4096
+    assert plan.bytes() == closed + 4 * sum(plan.selected) + 4
+
+
+def seen_of(seed: int, length: int, start: int, width: int, heads=4) -> Seen:
+    random = np.random.default_rng(seed)
+    queries = random.standard_normal((1, width, heads, 8), np.float32)
+    keys = random.standard_normal((1, length, 2, 8), np.float32)
+    at = np.arange(start, start + width, dtype=np.int32)[None]
+    return Seen(*map(jnp.asarray, (queries, at, keys)), jnp.array([start], jnp.int32))
+
+
+@pytest.mark.parametrize("best", [1, 3, None])
+def test_window_scores_by_hand(best):
+    """The mean over heads of the best tokens' mean, in float64."""
+    policy = WindowKV(capacity=20, window=4, observation=5, best=best)
+    seen = seen_of(0, 27, 22, 5)
+    found = policy.window_scores(seen)[0]
+    keys = np.repeat(np.asarray(seen.keys[0], np.float64), 2, axis=1)
+    raw = np.einsum("whd,shd->hws", np.asarray(seen.queries[0]), keys) / np.sqrt(8)
+    raw = np.where(np.arange(27) <= np.asarray(seen.at[0])[:, None], raw, -np.inf)
+    weights = np.exp(raw) / np.exp(raw).sum(axis=-1, keepdims=True)
+    mass = weights.sum(axis=1)[:, :22]
+    windows = [mass[:, begin : begin + 4] for begin in range(0, 22, 4)]
+    expected = [
+        -np.sort(-window, axis=1)[:, : best or 4].mean(axis=1).mean()
+        for window in windows
+    ]
+    np.testing.assert_allclose(found[:6], expected, rtol=1e-5)
+    assert (found[6:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("task", ["localization", "aggregation"])
+def test_window_scores_of_the_official_code_order_its_windows(task):
+    config, arrays = load(f"windowkv__{task}")
+    scores = arrays["window_scores"]
+    for group, count in enumerate(arrays["num_selected_windows"]):
+        chosen = arrays["selected_windows"][group][:count]
+        assert set(np.argsort(-scores[group])[:count]) == set(chosen)
+    assert config["strategy"] == {"localization": "max", "aggregation": "average"}[task]
+
+
+def test_windows_of_one_token_are_snapkv_without_pooling():
+    """Shared by all heads, in every layer: invariant 2 of the method's sheet."""
+    seen = seen_of(1, 40, 34, 6)
+    flat = {"window": 1, "observation": 6, "best": 1, "group": 1, "pyramid": "flat"}
+    windowed = WindowKV(capacity=9, **flat)
+    snap = SnapKV(capacity=15, window=6, kernel=1, pooling="average", select="shared")
+    model = Decoder(TINY)
+    picked = []
+    for policy in (windowed, snap):
+        plan = policy.plan(model, prompt=40, new_tokens=0)
+        layer = jnp.int32(2)
+        begun = policy.begin(plan)
+        if policy is windowed:
+            layer = jnp.int32(0)
+        picked.append(policy.choose(plan, seen, layer, begun)[0])
+    np.testing.assert_array_equal(picked[0], picked[1])
+    assert (picked[0] >= 0).sum() == 9
+
+
+def test_followers_keep_what_their_leader_chose():
+    model = Decoder(dataclasses.replace(TINY, layers=4))
+    policy = WindowKV(capacity=12, window=4, observation=5, group=2, divisor=4)
+    plan = policy.plan(model, prompt=40, new_tokens=0)
+    led, shared = policy.choose(
+        plan, seen_of(2, 40, 35, 5), jnp.int32(0), policy.begin(plan)
+    )
+    other = seen_of(3, 40, 35, 5)
+    followed, still = policy.choose(plan, other, jnp.int32(1), shared)
+    np.testing.assert_array_equal(followed, led)
+    np.testing.assert_array_equal(still, shared)
+    again, _ = policy.choose(plan, other, jnp.int32(0), shared)
+    assert (again != led).any()
+
+
+def test_a_larger_capacity_keeps_more_of_the_same():
+    model, kept = Decoder(dataclasses.replace(TINY, layers=4)), []
+    for capacity in (8, 12, 16, 200):
+        policy = WindowKV(
+            capacity=capacity, window=4, observation=5, group=2, divisor=4
+        )
+        plan = policy.plan(model, prompt=40, new_tokens=0)
+        found, _ = policy.choose(
+            plan, seen_of(4, 40, 35, 5), jnp.int32(0), policy.begin(plan)
+        )
+        kept.append({int(at) for at in found[0, 0] if at >= 0})
+    assert kept[0] < kept[1] < kept[2] < kept[3] == set(range(35))
+
+
+@pytest.mark.parametrize("length", range(6, 41, 5))
+def test_the_number_of_tokens_is_the_official_one(length):
+    """Between the budget less a window and the budget plus one, or everything."""
+    model = Decoder(dataclasses.replace(TINY, layers=4))
+    policy = WindowKV(capacity=12, window=4, observation=5, group=2, divisor=4)
+    plan = policy.plan(model, prompt=40, new_tokens=0)
+    rest, budget = length - 5, policy.group_budgets(4)[0]
+    found, _ = policy.choose(
+        plan, seen_of(5, 40, rest, 5), jnp.int32(0), policy.begin(plan)
+    )
+    windows = -(-rest // 4) - max(-(-(rest - budget) // 4), 0)
+    count = int((found >= 0).sum())
+    assert (windows - 1) * 4 < count <= windows * 4
+    assert count == rest or budget - 4 < count < budget + 4
+
+
+def test_settings_for_the_two_tasks():
+    one, many = WindowKV.localization(window=16), WindowKV.aggregation(window=16)
+    assert (one.best, one.observation) == (8, 32)
+    assert (many.best, many.observation) == (None, 16)
+    assert WindowKV.aggregation(best=2).best == 2
+
+
+def test_equal_bytes_with_policies_that_count_the_window():
+    plain = SnapKV(capacity=512, select="shared").plan(LLAMA, prompt=4096, new_tokens=1)
+    policy = WindowKV(capacity=512, count_recent=True, pyramid="flat")
+    assert policy.plan(LLAMA, prompt=4096, new_tokens=1).bytes() == plain.bytes()
+
+
+REFUSED = {
+    "no window": ({"window": 0}, "window=0 must be at least 1"),
+    "best above window": ({"best": 9}, r"best=9 must lie in \[1, window=8\]"),
+    "no room": ({"capacity": 7}, "capacity=7 leaves 7 tokens for windows of window=8"),
+    "counted": ({"capacity": 36, "count_recent": True}, "leaves 4 tokens"),
+    "pyramid": ({"pyramid": "steep"}, "pyramid='steep' is not one of code, paper"),
+}
+
+
+@pytest.mark.parametrize("given, message", REFUSED.values(), ids=list(REFUSED))
+def test_refuses(given, message):
+    policy = WindowKV()
+    for name, value in given.items():  # the tests' type check would be first
+        object.__setattr__(policy, name, value)
+    with pytest.raises(ValueError, match=message):
+        policy.__post_init__()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"group": 5}, r"group=5 does not divide .* 32 layers.* 1, 2, 4, 8, 16, 32"),
+        ({"group": 16}, "stands on its head"),
+        ({"group": 32}, "one group makes no pyramid"),
+    ],
+)
+def test_a_plan_refuses_groups(given, message):
+    with pytest.raises(ValueError, match=message):
+        WindowKV(**given).plan(LLAMA, prompt=4096, new_tokens=1)
