@@ -47,6 +47,8 @@ from jmem.train import metrics
 from jmem.train.loop import train
 
 Method = Literal["full", "lora", "lisa", "embedding"]
+SEPARATOR = "<|endoftext|>"
+"""What stood between the documents that many models were pretrained on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,7 @@ def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, 
     tokenise = functools.partial(
         jmem.data.tokenise,
         tokenizer=checkpoint.tokenizer,
+        end=end_token(config, checkpoint),
         vocab_size=checkpoint.config.vocab_size,
         add_special_tokens=not config.chat,
     )
@@ -281,6 +284,20 @@ def reader(config: Config, checkpoint) -> Callable[[str], Iterable]:
         completion=config.completion or None,
         unit="file" if config.held_out else "paragraph",
     )
+
+
+def end_token(config: Config, checkpoint) -> str:
+    """The token that closes a document.
+
+    A completion ends where generation stops, at the first of the checkpoint's
+    `eos_ids`. A text or a chat, whose template ends each turn, ends in SEPARATOR where
+    the tokenizer knows it, and else as a completion does.
+    """
+    tokenizer = checkpoint.tokenizer
+    known = [end for end in map(tokenizer.id_to_token, checkpoint.eos_ids) if end]
+    if not config.completion and tokenizer.token_to_id(SEPARATOR) is not None:
+        return SEPARATOR
+    return known[0] if known else SEPARATOR
 
 
 def keep_back(config: Config, sequences: list) -> tuple[list, list]:

@@ -28,7 +28,7 @@ _CALLS = {
 }
 _MODULES = {
     *("checkpoints", "data", "finetune", "generate", "kernels", "kvcache", "memory"),
-    *("methods", "models", "nn", "program", "targets", "train"),
+    *("methods", "models", "nn", "offload", "program", "targets", "train"),
 }
 
 

@@ -4,7 +4,7 @@
     checkpoint.config, checkpoint.tokenizer             # no weights are read for these
     params = checkpoint.params()                        # the decoder's stacked tree
     small = checkpoint.params(packed=True)              # GGUF's types kept as they are
-    jmem.checkpoints.save(params, checkpoint.config, "exported", checkpoint.tokenizer)
+    jmem.checkpoints.save(params, checkpoint.config, "exported", like=checkpoint)
     jmem.checkpoints.load_adapter("my-lora", checkpoint.config)  # and save_adapter
 
     files        bounded reads, strict JSON, atomic writes
@@ -24,7 +24,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 _CONFIG_LIMIT = 1 << 24
-"""Longest config.json, in bytes."""
+"""Longest config.json or generation_config.json, in bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,9 @@ class Checkpoint:
     """None if the checkpoint carries none."""
     eos_ids: tuple[int, ...]
     """Tokens that end a text; may be empty."""
+    tokenizer_files: Mapping[str, str] = dataclasses.field(repr=False)
+    """What transformers reads beside tokenizer.json, by file name: special tokens and
+    the chat template. Of a GGUF file, made from its metadata."""
     tensors: Mapping[str, tuple[LazyTensor, ...]] = dataclasses.field(repr=False)
     """The stored tensors of each parameter ("blocks/mlp/up/kernel"), layer by layer."""
 
@@ -145,7 +148,8 @@ def save(
     path: str | os.PathLike[str],
     tokenizer: "Tokenizer | None" = None,
     *,
-    eos_ids: tuple[int, ...] = (),
+    eos_ids: tuple[int, ...] | None = None,
+    like: Checkpoint | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
     """Writes a Hugging Face folder: model.safetensors, config.json, tokenizer.json.
@@ -153,12 +157,17 @@ def save(
     Weights keep their dtype and go out one tensor at a time. The folder appears whole
     or not at all.
 
+        jmem.checkpoints.save(tuned, checkpoint.config, "tuned", like=checkpoint)
+
     Args:
       params: the decoder's tree, JAX or NumPy arrays.
       config: the decoder.
       path: a folder that is absent or empty.
-      tokenizer: written beside the weights, if given.
-      eos_ids: tokens that end a text.
+      tokenizer: written beside the weights; None: that of `like`, if given. Beside it
+        goes tokenizer_config.json, by which transformers opens it.
+      eos_ids: tokens that end a text; None: those of `like`, if given.
+      like: the checkpoint that `params` were loaded from. Its chat template and special
+        tokens are written as well.
       max_shard_bytes: most bytes of values in a file. More are cut into
         model-00001-of-0000N.safetensors ..., with model.safetensors.index.json saying
         what lies where; a tensor above the limit has a file of its own. None: one file.
@@ -166,7 +175,8 @@ def save(
     Raises:
       CheckpointError: `params` is not the tree of `config`, the folder exists and is
         not empty, or it cannot be written.
-      ValueError: `max_shard_bytes` is not a positive integer.
+      ValueError: `max_shard_bytes` is not a positive integer, or `eos_ids` are not ids
+        of the vocabulary.
     """
     path = Path(path)
     if max_shard_bytes is not None and max_shard_bytes < 1:
@@ -174,19 +184,37 @@ def save(
             f"save: max_shard_bytes={max_shard_bytes} holds nothing; need at least 1, "
             "or None for one file."
         )
+    if like is not None:
+        tokenizer = like.tokenizer if tokenizer is None else tokenizer
+        eos_ids = like.eos_ids if eos_ids is None else eos_ids
+    eos_ids = tuple(eos_ids or ())
+    if not all(0 <= i < config.vocab_size for i in eos_ids):
+        raise ValueError(
+            f"save: eos_ids={eos_ids} must be ids below vocab_size={config.vocab_size}."
+        )
     tensors = layout.disassemble(config, params)
     dtype = layout.widest(tensors)
     must_be_free(path)
     raw = huggingface.render_config(config, dtype, eos_ids)
     texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
+    beside = {} if like is None else like.tokenizer_files
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str()
+        special = _end_token(tokenizer, eos_ids)
+        beside = tokenizer_files.with_config(beside, config.max_positions, special)
+    texts |= beside
     nbytes = layout.total_bytes(tensors) + sum(map(len, texts.values()))
     with staged(path, nbytes) as stage:
         stage.mkdir()
         for name, text in texts.items():
             write_text(stage / name, text)
         safetensors.write_folder(stage, tensors, max_shard_bytes)
+
+
+def _end_token(tokenizer: "Tokenizer", eos_ids: tuple[int, ...]) -> dict[str, str]:
+    """The first token that ends a text, under Hugging Face's name; {} if none does."""
+    known = [token for token in map(tokenizer.id_to_token, eos_ids) if token]
+    return {"eos_token": known[0]} if known else {}
 
 
 def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
@@ -207,7 +235,8 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
         tokenizer=tokenizer_files.from_json(text, config.vocab_size)
         if text.exists()
         else None,
-        eos_ids=huggingface.parse_eos(raw, config.vocab_size, str(where)),
+        eos_ids=_stated_eos(raw, config.vocab_size, folder),
+        tokenizer_files=tokenizer_files.files_beside(folder),
         tensors=found,
     )
 
@@ -223,8 +252,26 @@ def _open_gguf(path: Path, expect: DecoderConfig | None) -> Checkpoint:
         dtype=_stored_dtype(found),
         tokenizer=tokenizer_files.from_gguf(source.metadata, config.vocab_size, path),
         eos_ids=llamacpp.parse_eos(source, config.vocab_size),
+        tokenizer_files=tokenizer_files.files_of_gguf(
+            source.metadata, config.max_positions, path
+        ),
         tensors=found,
     )
+
+
+def _stated_eos(
+    raw: Mapping[str, Any], vocab_size: int, folder: Path
+) -> tuple[int, ...]:
+    """Ids that end a text by config.json, then those that chat models add.
+
+    Those stand in generation_config.json, which transformers generates by.
+    """
+    ids = huggingface.parse_eos(raw, vocab_size, str(folder / "config.json"))
+    path = folder / "generation_config.json"
+    if path.exists():
+        more = parse_json(read_whole(path, _CONFIG_LIMIT), str(path))
+        ids += huggingface.parse_eos(more, vocab_size, str(path))
+    return tuple(dict.fromkeys(ids))
 
 
 def _matched(

@@ -9,20 +9,29 @@ each as the model's own `tokenizer.json` has it (`tokenizer.ggml.model` / `.pre`
     gpt2 / qwen2       NFC, then Llama 3's pattern with single digits; no BOS
     llama              SentencePiece BPE with byte fallback (Llama 1 and 2, TinyLlama,
                        Mistral); BOS. Its merges follow from the scores.
+
+The files beside `tokenizer.json` change no token: they tell transformers which class
+to make and which tokens are special, and hold the chat template.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmem.checkpoints.files import CheckpointError, read_whole
+from jmem.checkpoints.files import CheckpointError, parse_json, read_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _JSON_LIMIT = 1 << 28
 """Longest tokenizer.json, in bytes; the largest published ones take 35 MB."""
+_CONFIG = "tokenizer_config.json"
+_FILES = (_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+"""What transformers reads beside tokenizer.json."""
+_FILE_LIMIT = 1 << 26
+"""Longest of them, in bytes (the first may list every added token)."""
 _LEAST_COVER = 0.5
 """Share of the model's ids that its tokenizer must know. Published models pad their
 tables by under 3 %; a tokenizer of half the size belongs to another model."""
@@ -38,6 +47,10 @@ _LLAMA3 = (
 )
 _BYTE_LEVEL = {"gpt-2": False, "smollm": False, "llama-bpe": True, "qwen2": False}
 """Byte-level pre-tokenizers; whether a text starts with BOS unless the file says."""
+_SPECIAL = {"unknown": "unk", "padding": "pad", "seperator": "sep"} | {
+    name: name for name in ("bos", "eos", "cls", "mask")
+}
+"""GGUF's names of special tokens (the spelling is its own), and Hugging Face's."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """GGUF token types; the last two are matched whole, before the text is split."""
 
@@ -56,6 +69,70 @@ def from_json(path: Path, vocab_size: int) -> "Tokenizer":
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return _checked(tokenizer, vocab_size, path)
+
+
+def files_beside(folder: Path) -> dict[str, str]:
+    """The files of a Hugging Face folder that go with its tokenizer, as they are.
+
+    Raises:
+      CheckpointError: one that is too long, not UTF-8 or, if it should be, not JSON.
+    """
+    found = {}
+    for path in (folder / name for name in _FILES):
+        if not path.exists():
+            continue
+        raw = read_whole(path, _FILE_LIMIT)
+        if path.suffix == ".json":
+            parse_json(raw, str(path))
+        try:
+            found[path.name] = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: not UTF-8 ({error}).") from error
+    return found
+
+
+def files_of_gguf(
+    metadata: Mapping[str, Any], max_positions: int, path: Path
+) -> dict[str, str]:
+    """The same for GGUF metadata: their special tokens and chat template.
+
+    Raises:
+      CheckpointError: a chat template that is not a string.
+    """
+    if "tokenizer.ggml.model" not in metadata:
+        return {}
+    tokens, special = metadata.get("tokenizer.ggml.tokens"), {}
+    known = dict(enumerate(tokens)) if isinstance(tokens, list) else {}
+    for theirs, ours in _SPECIAL.items():
+        # Writers put -1 for none; llama.cpp passes over an id without a token, too.
+        number = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if type(number) is int and isinstance(token := known.get(number), str):
+            special[f"{ours}_token"] = token
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise CheckpointError(f"{path}: tokenizer.chat_template is not a string.")
+    return with_config({}, max_positions, special, template)
+
+
+def with_config(
+    files: Mapping[str, str],
+    max_positions: int,
+    special: Mapping[str, str],
+    template: str | None = None,
+) -> dict[str, str]:
+    """The files, and a `tokenizer_config.json` if there is none.
+
+    `special` names special tokens: {"eos_token": "</s>"}.
+    """
+    config = {
+        # Takes tokenizer.json as it is; by model_type, a class would change it.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        **special,
+        **({} if template is None else {"chat_template": template}),
+    }
+    return {_CONFIG: json.dumps(config, indent=2) + "\n"} | dict(files)
 
 
 def from_gguf(metadata: Mapping[str, Any], vocab_size: int, path: Path):

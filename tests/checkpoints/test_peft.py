@@ -472,16 +472,6 @@ class TestSave:
         back = checkpoints.load_adapter(tmp_path / "a", config)
         chex.assert_trees_all_equal(back.adapters, adapters)
 
-    def test_a_fused_map_is_refused(self, tmp_path):
-        config, _ = FAMILIES["gpt2"]
-        folder = folder_of(
-            tmp_path / "a", {}, target_modules=["c_attn"], fan_in_fan_out=True
-        )
-        with pytest.raises(
-            CheckpointError, match=r"\['c_attn'\]; .*c_proj, c_fc, c_pr"
-        ):
-            checkpoints.load_adapter(folder, config)
-
     def test_trees_that_are_not_adapters_of_the_configuration(self, tmp_path, adapters):
         def refused(message, tree, alpha=1.0, dropout=0.0):
             with pytest.raises(CheckpointError, match=message):
@@ -516,7 +506,7 @@ class TestSave:
         def fail(*_):
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr("jmem.checkpoints.peft._row", fail)
+        monkeypatch.setattr("jmem.checkpoints.lowrank._row", fail)
         with pytest.raises(RuntimeError, match="the device is gone"):
             checkpoints.save_adapter(adapters, TINY, tmp_path / "b", alpha=1.0)
         assert os.listdir(tmp_path) == ["a"]

@@ -21,6 +21,7 @@ import pytest
 from jmem import checkpoints
 from jmem.checkpoints import smollm2
 from jmem.checkpoints.files import CheckpointError
+from jmem.data.chat import ChatTemplate
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
 from jmem.nn.stack import run_stack
@@ -100,6 +101,22 @@ def test_tokenizer(checkpoint, golden):
     assert len(encode("1998").ids) == 4  # every digit on its own
     greedy = " Emily. I am a 35-year-old woman. I am"
     assert decode(golden["greedy_ids"]) == greedy
+
+
+def test_chat_template(checkpoint):
+    raw = json.loads(checkpoint.tokenizer_files["tokenizer_config.json"])
+    tokens = {name: raw[f"{name}_token"] for name in ("bos", "eos", "unk", "pad")}
+    assert tokens == {
+        "bos": "<|im_start|>",
+        "eos": "<|im_end|>",
+        "unk": "<|endoftext|>",
+        "pad": "<|im_end|>",
+    }
+    messages = [{"role": "user", "content": "1+1?"}]
+    messages.append({"role": "assistant", "content": "Two."})
+    document = ChatTemplate(raw["chat_template"]).render(messages)
+    (answer,) = document.get("loss_spans", [])
+    assert document["text"][slice(*answer)] == "Two.<|im_end|>\n"
 
 
 def test_weights(params, golden):

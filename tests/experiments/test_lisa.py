@@ -8,6 +8,8 @@
 import dataclasses
 import json
 import pathlib
+import shutil
+import types
 
 import pytest
 from mutations import count, outcomes, toml_mutants
@@ -161,6 +163,58 @@ def test_of_prompts_and_chats_the_answers_are_learnt(
         assert set(learnt) <= set(row["a"] + "|")
     counted = [batch.weights.sum() for batch in held_out]
     assert sum(counted[:-1]) < 100 <= sum(counted)
+
+
+@pytest.mark.parametrize(
+    ("known", "ids", "columns", "end"),
+    [
+        ({"<|endoftext|>", "</s>"}, (1,), {"prompt": "q", "completion": "a"}, "</s>"),
+        ({"<|endoftext|>", "</s>"}, (1,), {}, "<|endoftext|>"),
+        ({"<|endoftext|>", "</s>"}, (1,), {"chat": "turns"}, "<|endoftext|>"),
+        ({"<s>", "</s>"}, (7, 1, 0), {}, "</s>"),  # 7 is a row of padding
+        ({"<s>", "</s>"}, (1, 0), {"chat": "turns"}, "</s>"),
+    ],
+    ids=str,
+)
+def test_a_completion_ends_where_generation_stops(config, known, ids, columns, end):
+    from tokenizers import Tokenizer, models
+
+    words = {word: i for i, word in enumerate(sorted(known, reverse=True))}
+    words = {word: int(word == "</s>") for word in words}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    opened = types.SimpleNamespace(tokenizer=tokenizer, eos_ids=ids)
+    config = dataclasses.replace(config, **columns)
+    assert lisa.end_token(config, opened) == end
+
+
+def test_a_saved_checkpoint_keeps_its_template_and_its_end(
+    config, checkpoint, tmp_path
+):
+    """Trained, saved `like` what it was, and given to the experiment again."""
+    folder = tmp_path / "first"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    raw = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 40}
+    (folder / "config.json").write_text(json.dumps(raw))
+    first = jmem.checkpoints.load(folder)
+    saved = tmp_path / "saved"
+    jmem.checkpoints.save(first.params(), first.config, saved, like=first)
+
+    row = {"q": "what? ", "a": "THIS", "turns": [{"role": "user", "content": "hm"}]}
+    row["turns"].append({"role": "assistant", "content": "THIS"})
+    data = tmp_path / "rows.jsonl"
+    data.write_text(f"{json.dumps(row)}\n" * 30)
+    config = dataclasses.replace(config, data=str(data), held_out_tokens=20, seq_len=32)
+    for columns in ({"prompt": "q", "completion": "a"}, {"chat": "turns"}):
+        asked = dataclasses.replace(config, **columns)
+        loaders = [
+            lisa.batches(asked, jmem.checkpoints.load(path))[0]
+            for path in (folder, saved)
+        ]
+        first_batch, saved_batch = (loader.batch(0) for loader in loaders)
+        assert first_batch.targets.tolist() == saved_batch.targets.tolist()
+        ends = (saved_batch.targets == (40 if "prompt" in columns else 0)).sum()
+        assert ends >= 1
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,0 +1,75 @@
+"""The linear maps of the decoder's blocks, as PEFT names the modules that compute them.
+
+A module computes one map, or GPT-2's `c_attn` three: q, k and v side by side.
+"""
+
+import dataclasses
+from collections.abc import Container, Iterable, Iterator
+
+from jmem.checkpoints.names import leaves
+from jmem.models.decoder import DecoderConfig
+
+_PREFIX = "base_model.model."
+"""PEFT's two wrappers around a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module of every block that computes linear maps [in, out]."""
+
+    paths: tuple[str, ...]
+    """Its maps in the tree of a block, in the order of its outputs: "attention/q"."""
+    shape: tuple[int, ...]
+    """[in, out] of each of them."""
+    names: tuple[str, ...]
+    """Hugging Face's, layer by layer: "model.layers.0.self_attn.q_proj"."""
+    transposed: bool
+    """Stored [out, in], as a torch Linear is; GPT-2's Conv1D is stored [in, out]."""
+
+    @property
+    def short_name(self) -> str:
+        """The last part of its name: "q_proj"."""
+        return self.names[0].rpartition(".")[2]
+
+    def halves(self, rank: int) -> Iterator[tuple[str, tuple[int, int], list[str]]]:
+        """(our name, PEFT's shape, PEFT's names by layer) of A and of B."""
+        inputs, outputs = self.shape[0], len(self.paths) * self.shape[1]
+        for half, shape in (("a", (rank, inputs)), ("b", (outputs, rank))):
+            yield f"lora_{half}", shape, [_tensor(name, half) for name in self.names]
+
+
+def modules(config: DecoderConfig) -> tuple[Module, ...]:
+    """The modules of the decoder's blocks that compute linear maps."""
+    suffix = "/kernel"
+    found: dict[tuple[str, ...], Module] = {}
+    for leaf in leaves(config):
+        if not leaf.stacked or not leaf.path.endswith(suffix):
+            continue
+        stored = leaf.names("huggingface", config.layers)
+        names = tuple(name.removesuffix(".weight") for name in stored)
+        path = leaf.path.removeprefix("blocks/").removesuffix(suffix)
+        before = found[names].paths if names in found else ()
+        paths = (*before, path)
+        found[names] = Module(paths, leaf.shape, names, leaf.transposed)
+    return tuple(found.values())
+
+
+def holds(tensors: Container[str], name: str) -> bool:
+    """Whether A or B of the module `name` is among the tensors."""
+    return any(_tensor(name, half) in tensors for half in "ab")
+
+
+def target(one: Module, others: Iterable[Module]) -> str:
+    """The shortest name of a module that names none of `others`."""
+    taken = set().union(*(suffixes(other.names[0]) for other in others))
+    return min(suffixes(one.names[0]) - taken, key=len)
+
+
+def suffixes(name: str) -> set[str]:
+    """The names by which PEFT knows a module: whole, or from any dot on."""
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
+def _tensor(name: str, half: str) -> str:
+    return f"{_PREFIX}{name}.lora_{half.upper()}.weight"
