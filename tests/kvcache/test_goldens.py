@@ -1,5 +1,7 @@
 """Every policy against arrays that its official code made; tests/golden/README.md."""
 
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
 import functools
 
 import jax

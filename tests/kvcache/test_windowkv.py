@@ -1,6 +1,7 @@
 """WindowKV's budgets, window scores and shared choice; goldens are in test_goldens."""
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
 
 import dataclasses
 

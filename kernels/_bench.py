@@ -1,0 +1,86 @@
+"""What every kernel's bench does alike: find the GPU, time on it, know its bandwidth.
+
+Times are of the device alone, as CUPTI reports them: the median of many runs, and how
+far they spread. A share of bandwidth is of a copy measured in the same process, not of
+a data sheet.
+"""
+
+import dataclasses
+import importlib
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmem.targets import GiB
+
+WARM_UP = 3
+RUNS = 30
+L2_BYTES = 50 * 2**20
+"""Level-2 cache of an H100 or H200: what a bench must not read again from."""
+
+
+class NoGPUError(RuntimeError):
+    """There is no GPU to time a kernel on."""
+
+
+def attached(capability: str) -> str:
+    """The name of the attached GPU, which must have that compute capability.
+
+    Raises:
+      NoGPUError: names what is attached instead.
+    """
+    device = jax.devices()[0]
+    found = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or found != capability:
+        words = f"{device.platform}, {device.device_kind!r}" + (
+            f" of compute capability {found}" if found else ""
+        )
+        raise NoGPUError(
+            f"needs an attached GPU of compute capability {capability}, and found "
+            f"{words}. Nothing was timed; the tests compile the kernel without one."
+        )
+    return device.device_kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Time:
+    """Milliseconds of one run on the device."""
+
+    median: float
+    low: float
+    """10th percentile."""
+    high: float
+    """90th percentile."""
+
+    def __truediv__(self, parts: int) -> "Time":
+        return Time(self.median / parts, self.low / parts, self.high / parts)
+
+    @classmethod
+    def of(cls, runs: list[float]) -> "Time":
+        """Of at least two runs.
+
+        >>> Time.of([1.0, 2.0, 3.0, 4.0, 5.0]).median
+        3.0
+        """
+        tenths = statistics.quantiles(runs, n=10, method="inclusive")
+        return cls(statistics.median(runs), tenths[0], tenths[-1])
+
+
+def time(fn: Callable, *args: Any) -> Time:
+    """Device time of `fn(*args)`, all of its kernels together."""
+    profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+    compiled = jax.jit(fn).lower(*args).compile()
+    for _ in range(WARM_UP):
+        jax.block_until_ready(compiled(*args))
+    _, runs = profiler.measure(compiled, iterations=RUNS)(*args)
+    return Time.of(runs)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy of 4 GiB moves, reads and writes together."""
+    x = jax.random.normal(jax.random.key(0), (GiB,), jnp.float32)
+    taken = time(lambda x: -x, x)
+    return 2 * x.nbytes / (taken.median / 1e3)

@@ -1,0 +1,459 @@
+"""GemFilter: the official arrays, what it may read, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_llama import llama, load
+from tiny_decoder import TINY, random_params
+
+from jmem.generate.decode import decode_step, generate, prefill
+from jmem.kvcache.cache import empty
+from jmem.kvcache.full import Full
+from jmem.kvcache.gemfilter import (
+    GemFilter,
+    best,
+    calibrate_filter_layer,
+    explain,
+    filter_program,
+    join,
+    shorten,
+    split,
+    token_scores,
+)
+from jmem.kvcache.snapkv import SnapKV
+from jmem.memory.live import made
+from jmem.models.decoder import Decoder
+from jmem.nn.ops import Ops
+from jmem.nn.quantised import KINDS, linear, unpacked
+from jmem.nn.stack import run_stack
+from jmem.offload import host_bytes, on_device, on_host
+
+GEM = GemFilter(layer=2, tokens=12)
+CONFIG = dataclasses.replace(TINY, max_positions=42)
+MODEL = Decoder(CONFIG)
+LENGTHS = np.array([33, 7, 40], np.int32)
+TOKENS = np.random.default_rng(5).integers(1, CONFIG.vocab_size, (3, 40))
+TOKENS = np.where(np.arange(40) < LENGTHS[:, None], TOKENS, 0).astype(np.int32)
+PROMPTS = [row[:n].tolist() for row, n in zip(TOKENS, LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(jnp.asarray, random_params(CONFIG, scale=0.3))
+
+
+votes = jax.jit(token_scores, static_argnums=0)
+choose = jax.jit(best, static_argnums=0)
+
+
+def shortened(params, gem=GEM, model=MODEL, rows=slice(None)):
+    return shorten(
+        model, params, gem, jnp.asarray(TOKENS[rows]), jnp.asarray(LENGTHS[rows])
+    )
+
+
+# The official code's arrays -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "short_prompt"])
+def test_the_official_arrays(name):
+    config, arrays = load(f"gemfilter__{name}")
+    model, params = llama(config, arrays)
+    gem = GemFilter(
+        layer=config["filter_layer_index0"],
+        tokens=config["topk"],
+        kernel=config["pool_kernel"],
+    )
+    prompt = arrays["input_ids"]
+    length = jnp.array([prompt.shape[1]], jnp.int32)
+    short = shorten(model, params, gem, jnp.asarray(prompt), length)
+    scores = np.asarray(short.scores[0])
+    np.testing.assert_allclose(scores, arrays["pooled_scores"], atol=1e-3)
+    order = np.argsort(-scores, kind="stable")[: config["topk"]]
+    np.testing.assert_array_equal(order, arrays["topk_indices"])
+    np.testing.assert_array_equal(short.positions[0], arrays["selected_positions"])
+    np.testing.assert_array_equal(short.tokens, arrays["selected_ids"])
+
+    kept = short.tokens.shape[1]
+    plan = Full().plan(model, prompt=kept, new_tokens=config["decode_steps"])
+    logits, (cache,) = prefill(
+        model, params, short.tokens, short.lengths, (empty(plan),), plans=(plan,)
+    )
+    for layer, begin in enumerate(range(0, sum(plan.sizes), plan.sizes[0])):
+        slots = slice(begin, begin + kept)
+        for found, key in ((cache.keys, "cache_k"), (cache.values, "cache_v")):
+            expected = arrays[key][layer]
+            np.testing.assert_allclose(found[0, :, slots], expected, atol=1e-4)
+    found = [logits[0]]
+    step = jax.jit(decode_step, static_argnames=("model", "plan"))
+    for number, token in enumerate(arrays["decode_tokens"]):
+        at = jnp.array([kept + number], jnp.int32)
+        logits, cache = step(model, params, jnp.array([token]), at, cache, plan)
+        found.append(logits[0])
+    np.testing.assert_allclose(np.stack(found), arrays["logits"], atol=1e-4)
+    if kept == prompt.shape[1]:
+        whole = arrays["full_prompt_last_logits"]
+        np.testing.assert_allclose(found[0], whole, atol=1e-4)
+
+    answer = [row.argmax() for row in found[:-1]]
+    np.testing.assert_array_equal(answer, arrays["decode_tokens"])
+
+
+# What the pass reads ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 2, CONFIG.layers - 1])
+def test_early_weights_choose_as_all_weights_do_and_join_again(layer):
+    """They are all there is: nothing above the filter layer, nor its v, o and MLP."""
+    gem = dataclasses.replace(GEM, layer=layer)
+    weights = random_params(CONFIG, scale=0.3)
+    early, late = split(weights, layer)
+    depths = {
+        "/".join(entry.key for entry in path): len(leaf)
+        for path, leaf in jax.tree.leaves_with_path(early["blocks"])
+    }
+    voting = {"attention_norm/scale", "attention/q/kernel", "attention/k/kernel"}
+    assert voting == {name for name, rows in depths.items() if rows == layer + 1}
+    assert set(depths.values()) == {layer, layer + 1}
+    cut = early["blocks"]["attention"]["q"]["kernel"]
+    assert np.shares_memory(cut, weights["blocks"]["attention"]["q"]["kernel"])
+
+    late = on_host(late)
+    assert host_bytes(late) == sum(leaf.nbytes for leaf in jax.tree.leaves(late))
+    whole = on_device(weights)
+    expected = shortened(whole, gem)
+    early = on_device(early)
+    found = shortened(early, gem)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    again = join(early, late)
+    jax.tree.map(np.testing.assert_array_equal, again, weights)
+    assert not host_bytes(again)
+    if layer:
+        assert early["blocks"]["mlp"]["up"]["kernel"].is_deleted()
+
+
+def test_the_program_does_not_depend_on_the_models_depth():
+    deep = Decoder(dataclasses.replace(CONFIG, layers=50))
+    programs = [filter_program(m, GEM, prompt=40) for m in (MODEL, deep)]
+    texts = {program.lower().as_text() for program in programs}
+    assert len(texts) == 1
+    early = jax.eval_shape(lambda p: split(p, GEM.layer)[0], deep.abstract())
+    found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), programs[1].args[0])
+    assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), early)
+    args = made(programs[0], None)
+    positions, scores = programs[0].jit()(*args)
+    assert positions.shape == (1, GEM.tokens)
+    assert scores.shape == (1, 40)
+
+
+VARIANTS = {
+    "window": dataclasses.replace(TINY, sliding_window=6),
+    "gpt2": dataclasses.replace(
+        TINY,
+        kv_heads=TINY.heads,
+        positions="learned",
+        norm="layer",
+        gated=False,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+    ),
+    "phi": dataclasses.replace(
+        TINY, parallel=True, norm="layer", gated=False, rotary_dim=4, qkv_bias=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_scores_are_of_what_the_models_own_layer_attends_by(name):
+    config = VARIANTS[name]
+    model = Decoder(config, chunk=16)
+    params = jax.tree.map(jnp.asarray, random_params(config, scale=0.3))
+    positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32)[None], (3, 40))
+
+    def attend(q, k, v, rope, positions, layer, carry):
+        out, _ = MODEL_OPS.attend(q, k, v, rope, positions, layer, None)
+        mine = rope(q, positions), rope(k, positions)
+        keep = layer == GEM.layer
+        return out, jax.tree.map(
+            lambda new, old: jnp.where(keep, new, old), mine, carry
+        )
+
+    MODEL_OPS = Decoder(config).ops
+    shape = (3, 40)
+    carry = (
+        jnp.zeros((*shape, config.heads, config.head_dim)),
+        jnp.zeros((*shape, config.kv_heads, config.head_dim)),
+    )
+    x = model.embed(params, jnp.asarray(TOKENS), positions)
+    ops = Ops(attend, linear)
+    block = Decoder(config).block
+    _, (q, k), _ = run_stack(block, params["blocks"], x, positions, ops, carry)
+    q, k = np.asarray(q), np.asarray(k)
+    k = np.repeat(k, config.heads // config.kv_heads, axis=2)
+    found = shortened(params, dataclasses.replace(GEM, kernel=1), model)
+    for row, length in enumerate(LENGTHS):
+        expected = np.einsum("hd,thd->t", q[row, length - 1], k[row, :length])
+        # Sums of some hundred float32 products.
+        np.testing.assert_allclose(found.scores[row, :length], expected, atol=1e-3)
+        assert np.all(np.asarray(found.scores[row, length:]) == -np.inf)
+
+
+def test_packed_weights_choose_as_their_values_do(params):
+    random = np.random.default_rng(0)
+
+    def packed(kernel):
+        layers, inputs, outputs = kernel.shape
+        blocks = inputs // KINDS["Q8_0"].values
+        scale = np.full((layers, outputs, blocks, 1), 0.003, np.float16)
+        values = random.integers(-128, 128, (layers, outputs, blocks, 32), np.int8)
+        parts = (scale.view(np.uint8), values.view(np.uint8))
+        rows = np.concatenate(parts, axis=-1).reshape(layers, outputs, -1)
+        flags = {"Q8_0": jnp.ones((layers,), bool)}
+        return {"packed": jnp.asarray(rows), "kind": flags}
+
+    attention = params["blocks"]["attention"]
+    attention = {name: packed(leaf["kernel"]) for name, leaf in attention.items()}
+    compact = params | {"blocks": params["blocks"] | {"attention": attention}}
+    wide = unpacked(compact, jnp.float32)
+    early, _ = split(compact, GEM.layer)
+    found, expected = shortened(early), shortened(wide)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found.positions, expected.positions)
+
+
+# What it keeps ------------------------------------------------------------------------
+
+
+def test_rows_get_what_they_get_alone_in_chunks_or_whole(params):
+    chunked = dataclasses.replace(MODEL, chunk=16)
+    together = shortened(params, model=chunked)
+    assert together.positions.shape == (3, GEM.tokens)
+    tokens, lengths = jnp.asarray(TOKENS[:2, :33]), jnp.asarray(LENGTHS[:2])
+    alone = [
+        shorten(MODEL, params, GEM, tokens[row : row + 1], lengths[row : row + 1])
+        for row in range(2)
+    ]
+    for row, count in enumerate([12, 7]):
+        kept = np.asarray(together.positions[row])
+        assert together.lengths[row] == alone[row].lengths[0] == count
+        np.testing.assert_array_equal(kept, alone[row].positions[0])
+        assert np.all(np.diff(kept[:count]) > 0)
+        assert np.all(kept[count:] == -1)
+        expected = [*TOKENS[row, kept[:count]], *[0] * (12 - count)]
+        np.testing.assert_array_equal(together.tokens[row], expected)
+    assert together.prompts()[1] == PROMPTS[1]  # shorter than GEM.tokens: whole
+
+
+def random_votes(width=3, length=30):
+    random = np.random.default_rng(1)
+    queries = random.standard_normal((2, width, 4, 8), np.float32)
+    keys = random.standard_normal((2, length, 2, 8), np.float32)
+    lengths = np.array([length, 2], np.int32)  # the second has fewer than voters
+    at = lengths[:, None] - width + np.arange(width, dtype=np.int32)
+    return tuple(map(jnp.asarray, (queries, at, keys, lengths)))
+
+
+@pytest.mark.parametrize("score", ["raw", "probability"])
+def test_votes_of_several_queries(score):
+    gem = GemFilter(tokens=4, kernel=3, queries=3, score=score, edge="renormalize")
+    queries, at, keys, lengths = random_votes()
+    found = np.asarray(votes(gem, queries, at, keys, lengths))
+    for row in range(2):
+        length = int(lengths[row])
+        k = np.repeat(np.asarray(keys[row, :length], np.float64), 2, axis=1)
+        mass, voters = np.zeros(length), np.zeros(length)
+        for query, position in zip(np.asarray(queries[row]), np.asarray(at[row])):
+            if position < 0:
+                continue
+            raw = np.einsum("hd,thd->ht", query, k[: position + 1])
+            if score == "probability":
+                raw = np.exp(raw / np.sqrt(8))
+                raw /= raw.sum(axis=1, keepdims=True)
+            mass[: position + 1] += raw.sum(axis=0)
+            voters[: position + 1] += 1
+        mass /= voters if score == "raw" else 1
+        mean = [mass[max(t - 1, 0) : t + 2].mean() for t in range(length)]
+        np.testing.assert_allclose(found[row, :length], mean, rtol=1e-5, atol=1e-5)
+        assert np.all(found[row, length:] == -np.inf)
+
+
+def test_edges_differ_at_the_edges_only_and_a_kernel_of_one_has_none():
+    arrays = random_votes(width=1)
+
+    def scores(**more):
+        return np.asarray(votes(GemFilter(**more), *arrays))[0]
+
+    zeros, renormalised = scores(), scores(edge="renormalize")
+    inner = slice(2, -2)
+    np.testing.assert_allclose(zeros[inner], renormalised[inner], rtol=1e-6)
+    ends = np.array([0, 1, -2, -1])
+    share = np.array([3, 4, 4, 3]) / 5
+    np.testing.assert_allclose(zeros[ends], renormalised[ends] * share, rtol=1e-5)
+    alone = scores(kernel=1)
+    assert np.array_equal(alone, scores(kernel=1, edge="renormalize"))
+    padded = np.pad(alone, 2)
+    mean = np.convolve(padded, np.ones(5) / 5, "valid")
+    np.testing.assert_allclose(zeros, mean, rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_queries_choose_the_same_and_more_tokens_choose_a_superset():
+    queries, at, keys, lengths = random_votes(width=1)
+
+    def kept(tokens, scale=1.0):
+        gem = GemFilter(tokens=tokens)
+        scores = votes(gem, queries * scale, at, keys, lengths)
+        return [set(row[row >= 0]) for row in np.asarray(choose(gem, scores, lengths))]
+
+    assert kept(9) == kept(9, scale=4.0)
+    assert [len(row) for row in kept(9)] == [9, 2]
+    for few, many in zip(kept(5), kept(9)):
+        assert few <= many
+
+
+def test_kept_ends_and_whole_windows():
+    random = np.random.default_rng(2)
+    lengths = jnp.array([30, 21, 3], jnp.int32)
+    scores = random.standard_normal((3, 30), np.float32) - 100
+    scores = jnp.where(jnp.arange(30)[None] < lengths[:, None], scores, -jnp.inf)
+    ends = GemFilter(tokens=9, keep_first=2, keep_last=3)
+    for row, kept in enumerate(np.asarray(choose(ends, scores, lengths))):
+        n = int(lengths[row])
+        assert {0, 1, n - 3, n - 2, n - 1} <= set(kept)
+        assert (kept >= 0).sum() == min(n, 9)
+    windows = GemFilter(tokens=16, window=4, keep_first=1, keep_last=2)
+    for row, kept in enumerate(np.asarray(choose(windows, scores, lengths))):
+        n = int(lengths[row])
+        chosen = {int(p) // 4 for p in kept if p >= 0}
+        whole = {p for w in chosen for p in range(4 * w, min(4 * w + 4, n))}
+        assert whole == {int(p) for p in kept if p >= 0}
+        assert {0, (n - 2) // 4, (n - 1) // 4} <= chosen
+        free = [
+            w for w in range(-(-n // 4)) if w not in (0, (n - 2) // 4, (n - 1) // 4)
+        ]
+        means = {w: float(scores[row, 4 * w : 4 * w + 4].mean()) for w in free}
+        taken = [w for w in free if w in chosen]
+        assert set(taken) == set(sorted(free, key=lambda w: -means[w])[: len(taken)])
+        assert len(chosen) == min(4, -(-n // 4))
+
+
+# With the rest ------------------------------------------------------------------------
+
+
+def test_any_policy_reads_the_shortened_prompts(params):
+    """Which need room for the answer, where the whole prompts had none."""
+    assert max(LENGTHS) + 6 > CONFIG.max_positions
+    policy = SnapKV(capacity=8, window=4)
+    found = generate(
+        MODEL, params, PROMPTS, max_new_tokens=6, shorten=GEM, policy=policy
+    )
+    by_hand = shortened(params).prompts()
+    assert found == generate(MODEL, params, by_hand, max_new_tokens=6, policy=policy)
+    with pytest.raises(ValueError, match=r"43 tokens a row exceed .*max_positions=42"):
+        generate(MODEL, params, [[1] * 43], max_new_tokens=6, shorten=GEM)
+    with pytest.raises(ValueError, match=r"12 prompt tokens \+ max_new_tokens=31"):
+        generate(MODEL, params, PROMPTS, max_new_tokens=31, shorten=GEM)
+
+
+def test_one_pass_calibrates_every_layer(params):
+    spans = [(4, 9), (0, 7), (30, 38)]
+    recall = calibrate_filter_layer(MODEL, params, GEM, PROMPTS, spans)
+    assert recall.shape == (CONFIG.layers,)
+    for layer in (0, 4):
+        kept = shortened(params, dataclasses.replace(GEM, layer=layer)).positions
+        shares = [
+            np.isin(np.arange(*span), row).mean() for span, row in zip(spans, kept)
+        ]
+        np.testing.assert_allclose(recall[layer], np.mean(shares), rtol=1e-6)
+    assert len(set(recall.tolist())) > 1
+
+
+class Words:
+    def decode(self, ids, skip_special_tokens=True):
+        assert not skip_special_tokens
+        return " ".join(f"w{n}" for n in ids)
+
+
+def test_explains_what_was_kept():
+    positions, scores = jnp.array([1, 2, 5, -1]), jnp.arange(8, dtype=jnp.float32)
+    assert explain(range(10, 18), positions, scores, Words()).splitlines() == [
+        "3 of 8 tokens, in 2 spans",
+        "    ... 1 left out",
+        "1 to 2  score 1.5  'w11 w12'",
+        "    ... 2 left out",
+        "5 to 5  score 5  'w15'",
+        "    ... 2 left out",
+    ]
+    whole = explain([1, 2], jnp.array([0, 1]), scores, Words())
+    assert whole.splitlines() == [
+        "2 of 2 tokens, in 1 spans",
+        "0 to 1  score 0.5  'w1 w2'",
+    ]
+
+
+# Refusals -----------------------------------------------------------------------------
+
+
+SETTINGS = {
+    "layer=-1": {"layer": -1},
+    "tokens=0": {"tokens": 0},
+    "kernel=4": {"kernel": 4},
+    "edge='wrap'": {"edge": "wrap"},
+    "score='prob'": {"score": "prob"},
+    "queries=0": {"queries": 0},
+    "window=0": {"window": 0},
+    "keep_first=-1": {"keep_first": -1},
+    "tokens=10 must be a multiple of window=4": {"tokens": 10, "window": 4},
+    "keep_first=5 and keep_last=4": {"tokens": 8, "keep_first": 5, "keep_last": 4},
+    "can take 12 tokens": {"tokens": 8, "window": 4, "keep_first": 1, "keep_last": 2},
+}
+
+
+@pytest.mark.parametrize("message", SETTINGS)
+def test_refuses_settings(message):
+    gem = GemFilter()
+    for name, value in SETTINGS[message].items():  # the type check would be first
+        object.__setattr__(gem, name, value)
+    with pytest.raises(ValueError, match=message):
+        gem.__post_init__()
+
+
+def test_refuses_layers_that_are_not_there(params):
+    for gem in (GemFilter(layer=5), GemFilter(layer=13)):
+        with pytest.raises(ValueError, match=f"layer={gem.layer} .* 5 layers"):
+            shortened(params, gem)
+        with pytest.raises(ValueError, match=f"layer={gem.layer} .* 5 layers"):
+            filter_program(MODEL, gem, prompt=8)
+    with pytest.raises(ValueError, match="layer=5 is not one of the 5"):
+        split(params, 5)
+    early, _ = split(params, 1)
+    with pytest.raises(ValueError, match=r"params hold 1 and 2.*split again"):
+        shortened(early)
+
+
+@pytest.mark.parametrize("lengths", [[0, 7, 40], [33, 7, 41]])
+def test_refuses_lengths(params, lengths):
+    lengths = jnp.array(lengths, jnp.int32)
+    with pytest.raises(ValueError, match=r"lengths=.* must lie in \[1, 40\]"):
+        shorten(MODEL, params, GEM, jnp.asarray(TOKENS), lengths)
+
+
+def test_names_the_layer_whose_scores_are_no_numbers(params):
+    params = jax.tree.map(lambda leaf: leaf, params)
+    params["embed"]["embedding"] = (
+        params["embed"]["embedding"].at[TOKENS[1, 3]].set(jnp.nan)
+    )
+    with pytest.raises(ValueError, match="scores of layer 2 are not finite, first"):
+        shortened(params)
+
+
+@pytest.mark.parametrize(
+    "prompts, spans", [([[1, 2]], []), ([[1, 2]], [(1, 3)]), ([[1, 2]], [(1, 1)])]
+)
+def test_calibration_refuses_spans(params, prompts, spans):
+    with pytest.raises(ValueError, match="span"):
+        calibrate_filter_layer(MODEL, params, GEM, prompts, spans)
