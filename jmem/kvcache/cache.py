@@ -4,11 +4,13 @@ Layout   One region of slots a layer, `[selected | tail]`, all regions on one ax
          behind the heads: [B, K, slots, D]. Slots before heads would make XLA transpose
          the whole cache around the layer loop of a grouped-query model (seen in 0.12).
 Memory   `Plan.bytes()`. The cache is carried through the layer scan and addressed by
-         the traced layer: donated, it is updated in place. A layer's region is copied
-         to be read, the largest layer's size for every layer.
+         the traced layer: donated, it is updated in place. XLA copies a layer's region
+         to read it, the largest layer's size for every layer; the kernel reads it where
+         it lies.
 See      tests/kvcache, which asserts both on compiled programs.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
+from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.policy import Seen
 from jmem.nn.attention import Implementation, causal_attention, grouped_attention
@@ -238,6 +241,9 @@ def decode_attend(plan: Plan, window: int | None) -> Attend:
             seen &= held_positions > (last - window)[:, None, None]
         inside = plan.policy.rope == "cache"
         cache = append(plan, cache, k if inside else rope(k, positions), v, last, layer)
+        if plan.attention == "mosaic_gpu":
+            q = rope(q, positions)[:, 0]
+            return in_place(plan, q, cache, seen, last, layer)[:, None], cache
         begin, slots = region(plan.sizes, layer)
         keys, values = (
             jax.lax.dynamic_slice_in_dim(whole, begin, len(slots), axis=2)
@@ -252,6 +258,41 @@ def decode_attend(plan: Plan, window: int | None) -> Attend:
         return grouped_attention(q, keys, values, seen[:, :, None]), cache
 
     return attend
+
+
+def in_place(
+    plan: Plan,
+    q: Float[Array, "B H D"],
+    cache: Cache,
+    seen: Bool[Array, "B U N"],
+    last: Int[Array, " B"],
+    layer: jax.Array,
+) -> Float[Array, "B H D"]:
+    """Attention by the kernel, which reads a layer's region where it lies.
+
+    Selected tokens fill a layer's slots from the first on, as many for every head.
+    """
+    begin, slots = region(plan.sizes, layer)
+    offset = begin - slots[0]
+    count = jnp.asarray(plan.selected, jnp.int32)[layer]
+    window = math.gcd(*plan.selected, 64)
+    number = max(plan.selected) // window
+    starts = offset + window * jnp.arange(number, dtype=jnp.int32)
+    rows = plan.batch_size
+    out = windowed_attention(
+        q,
+        cache.keys,
+        cache.values,
+        jnp.broadcast_to(starts[None], (rows, number)),
+        jnp.sum(seen[:, 0] & (slots < count)[None], axis=-1, dtype=jnp.int32),
+        jnp.broadcast_to(offset + count, (rows,)),
+        jnp.minimum(last - cache.start + 1, plan.tail),
+        window=window,
+        max_tail=plan.tail,
+        implementation=plan.attention,
+    )
+    assert isinstance(out, jax.Array)  # a pair with return_lse
+    return out
 
 
 def cache_order(

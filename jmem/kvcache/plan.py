@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jmem.kernels.windowed_attention import Implementation
+
 if TYPE_CHECKING:
     from jmem.kvcache.policy import Policy
 
@@ -40,6 +42,8 @@ class Plan:
     """The prompt's first tokens, which are never recent."""
     tail: int
     """Slots of every layer for the recent tokens and new ones; a ring."""
+    attention: Implementation = "xla"
+    """How a new token attends; "mosaic_gpu" is the kernel `windowed_attention`."""
 
     @property
     def layers(self) -> int:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jmem.kernels.windowed_attention import ALIGNMENT, Implementation, choose
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.select import select
+from jmem.targets import Target
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +100,25 @@ class Policy(abc.ABC):
         """Slots for the latest tokens; with fewer than come, the oldest are dropped."""
         return min(self.recent, prompt) + new_tokens
 
-    def plan(self, model, *, prompt: int, new_tokens: int, batch_size: int = 1) -> Plan:
+    def attention(self, target: Target | None, config, dtype) -> Implementation:
+        """How a new token attends on `target`; None is the CPU."""
+        plain = self.rope == "absolute" and config.sliding_window is None
+        return choose(target, dtype, config.head_dim) if plain else "xla"
+
+    def plan(
+        self,
+        model,
+        *,
+        prompt: int,
+        new_tokens: int,
+        batch_size: int = 1,
+        target: Target | None = None,
+    ) -> Plan:
         """The sizes of a cache for prompts of up to `prompt` tokens, and as many new.
 
         A model with `config` and `dtype` (`jmem.models.decoder.Decoder`). Where the
-        prompt fits in the budget all of it is kept, as by `Full`.
+        prompt fits in the budget all of it is kept, as by `Full`. Where `target` has
+        the kernel for it, slots come in eights.
 
         Raises:
           ValueError: a size that is not positive, or that the model cannot be cut to.
@@ -112,7 +128,9 @@ class Policy(abc.ABC):
                 raise ValueError(f"plan: {name}={value} must be at least 1.")
         if new_tokens < 0:
             raise ValueError(f"plan: new_tokens={new_tokens} must not be negative.")
-        config = model.config
+        config, dtype = model.config, jnp.dtype(model.dtype)
+        attention = self.attention(target, config, dtype)
+        step = ALIGNMENT if attention == "mosaic_gpu" else 1
         rest = max(prompt - self.recent, min(self.sinks, prompt))
         budgets = self.budgets(config.layers, prompt)
         selected = tuple(min(budget, rest) for budget in budgets)
@@ -128,9 +146,10 @@ class Policy(abc.ABC):
             heads=self.heads(config),
             units=self.units(config),
             head_dim=config.head_dim,
-            dtype=jnp.dtype(model.dtype),
-            selected=selected,
+            dtype=dtype,
+            selected=tuple(-(-size // step) * step for size in selected),
             recent=min(self.recent, prompt),
             sinks=self.sinks,
-            tail=self.tail(prompt, new_tokens),
+            tail=-(-self.tail(prompt, new_tokens) // step) * step,
+            attention=attention,
         )

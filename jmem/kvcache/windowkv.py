@@ -15,6 +15,7 @@ See      experiments/windowkv.py, tests/kvcache/test_windowkv.py
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -79,6 +80,24 @@ class WindowKV(Policy):
     def aggregation(cls, **settings: Any) -> "WindowKV":
         """For summaries and counting: all tokens of a window count."""
         return cls(**{"best": None, "observation": 16} | settings)
+
+    @classmethod
+    def for_task(
+        cls, task: str | Callable[[str], str], text: str = "", **settings: Any
+    ) -> "WindowKV":
+        """The setting for "localization" or "aggregation".
+
+        `task` may be a function that names it from the prompt's `text`, such as
+        `jmem.kvcache.task.classifier()`.
+        """
+        named = task(text) if callable(task) else task
+        makers = {"localization": cls.localization, "aggregation": cls.aggregation}
+        if named not in makers:
+            raise ValueError(
+                f"WindowKV: task={named!r} is neither 'localization' nor "
+                "'aggregation'; a function must return one of them."
+            )
+        return makers[named](**settings)
 
     @property
     def mean(self) -> int:

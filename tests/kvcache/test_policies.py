@@ -1,9 +1,12 @@
 """What must hold of every policy, whatever it keeps: one suite, run over the list."""
 
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportCallIssue=false
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,8 @@ from jmem.generate.decode import (
     prefill,
     prefill_program,
 )
+from jmem.kernels.windowed_attention import windowed_attention
+from jmem.kvcache import cache as cache_module
 from jmem.kvcache.cache import Cache, empty, prefill_attend
 from jmem.kvcache.full import Full
 from jmem.kvcache.plan import Plan
@@ -58,7 +63,7 @@ def plan_of(name: str, **more) -> Plan:
         if not hasattr(policy, "capacity"):
             return plan_of(name)
         policy = dataclasses.replace(policy, capacity=more.pop("capacity"))
-    sizes = {"prompt": max(LENGTHS), "new_tokens": NEW, "batch_size": len(LENGTHS)}
+    sizes: Any = {"prompt": max(LENGTHS), "new_tokens": NEW, "batch_size": len(LENGTHS)}
     return policy.plan(MODEL, **(sizes | more))
 
 
@@ -254,6 +259,30 @@ def test_the_first_new_token_is_exact():
         )
 
 
+@pytest.mark.parametrize("name", ["full", "snapkv", "pyramidkv", "windowkv"])
+def test_attention_in_place_is_attention(name, monkeypatch):
+    """The kernel's definition stands in for it: which slots it is told to read."""
+    tokens, lengths = prompts()
+    policy = POLICIES[name]
+    monkeypatch.setattr(type(policy), "attention", lambda *_: "mosaic_gpu")
+    plan = plan_of(name)
+    assert not any(size % 8 for size in plan.sizes)
+    plain = dataclasses.replace(plan, attention="xla")
+    _, (cache,) = prefill(
+        MODEL, params(), tokens, lengths, (empty(plain),), plans=(plain,)
+    )
+    definition = functools.partial(_as_xla, windowed_attention)
+    monkeypatch.setattr(cache_module, "windowed_attention", definition)
+    np.testing.assert_allclose(
+        answered(plan, cache, lengths), answered(plain, cache, lengths), atol=1e-4
+    )
+
+
+def _as_xla(op, *arrays, implementation, **settings):
+    assert implementation == "mosaic_gpu"
+    return op(*arrays, implementation="xla", **settings)
+
+
 @pytest.mark.parametrize("name", ["full", "streaming_llm", "windowkv"])
 def test_a_thousand_tokens_compile_nothing_new(name):
     """And a ring goes on for ever: more tokens than slots."""
@@ -295,12 +324,21 @@ def test_bytes_are_the_compiler_s_and_the_cache_is_never_copied(name):
     model, policy = Decoder(config, dtype=jnp.bfloat16), POLICIES[name]
     if name != "full":
         policy = dataclasses.replace(policy, capacity=512)
-    plan = policy.plan(model, prompt=1024, new_tokens=256, batch_size=2)
-    for builder in (prefill_program, decode_program):
-        analysis = builder(model, plan).compile(resolve("h200")).memory_analysis()
+    h200 = resolve("h200")
+    sizes: Any = {"prompt": 1024, "new_tokens": 256, "batch_size": 2}
+    plain, kernel = (
+        policy.plan(model, **sizes),
+        policy.plan(model, **sizes, target=h200),
+    )
+    for builder, plan, most in (
+        (prefill_program, plain, math.inf),
+        (decode_program, plain, plain.bytes() / 4),  # a layer's region, to read it
+        (decode_program, kernel, plain.bytes() / 40),
+    ):
+        analysis = builder(model, plan).compile(h200).memory_analysis()
         assert analysis.alias_size_in_bytes == plan.bytes()
-        if builder is decode_program:
-            assert analysis.temp_size_in_bytes < plan.bytes() / 4
+        assert analysis.temp_size_in_bytes < most
+    assert kernel.attention == "mosaic_gpu"
 
 
 def test_decoding_is_prefilling_when_nothing_is_dropped():

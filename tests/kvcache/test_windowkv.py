@@ -148,6 +148,20 @@ def test_settings_for_the_two_tasks():
     assert WindowKV.aggregation(best=2).best == 2
 
 
+def test_a_function_may_name_the_task():
+    asked = []
+
+    def task(text):
+        asked.append(text)
+        return "aggregation"
+
+    assert WindowKV.for_task(task, "Summarise this.", group=4).observation == 16
+    assert asked == ["Summarise this."]
+    assert WindowKV.for_task("localization", best=3).best == 3
+    with pytest.raises(ValueError, match="task='qa' is neither 'localization' nor"):
+        WindowKV.for_task("qa")
+
+
 def test_equal_bytes_with_policies_that_count_the_window():
     plain = SnapKV(capacity=512, select="shared").plan(LLAMA, prompt=4096, new_tokens=1)
     policy = WindowKV(capacity=512, count_recent=True, pyramid="flat")
