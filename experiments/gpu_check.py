@@ -1,9 +1,15 @@
-"""Predicted memory against a real GPU's: what XLA plans is what the allocator gives.
+"""What only a GPU can show: memory as predicted, kernels as fast, decoding as fast.
 
-    python -m experiments.gpu_check            twelve programs, about 15 minutes
-    python -m experiments.gpu_check --only decode --out check.json
+    python -m experiments.gpu_check            all three parts, about 25 minutes
+    python -m experiments.gpu_check --parts memory --only decode --out check.json
 
-Needs a GPU; without one it says so and exits 0. For each program it prints
+Needs a GPU; without one it says so and exits 0. Exit status 1: something does not hold.
+
+kernels   `jmem.kernels.windowed_attention.bench`: numbers, then share of the bandwidth
+rates     `experiments.decode_rate`: tokens a second, cut caches against the full one
+memory    twelve programs: what XLA plans is what the allocator gives
+
+For each of the twelve it prints
 
     ahead of time   the interval `jmem.measure` predicts without the GPU
     planned         XLA's plan for the attached GPU, autotuned
@@ -12,8 +18,8 @@ Needs a GPU; without one it says so and exits 0. For each program it prints
 Holds when every peak lies within 3 % of its prediction: nine programs and more as they
 are, the others less the separately measured terms of `jmem.memory.live`; and when the
 peak lies between the plan less its fragmentation and the plan plus 1 %. Each number
-comes from a process of its own, see `jmem.memory.protocol`. Written without a GPU at
-hand: the twelve programs have not been run on one yet.
+comes from a process of its own, see `jmem.memory.protocol`; records are written as they
+come. Written without a GPU at hand: none of it has been run on one yet.
 
 They are also the programs whose account `tests/memory/test_programs.py` checks to the
 byte, without a GPU.
@@ -23,6 +29,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +48,14 @@ PLAN_TOLERANCE = 0.01
 """Of the peak above the plan."""
 NEEDED = 0.75
 """Share of the programs that must hold without any further term."""
+PARTS = ("kernels", "rates", "memory")
+"""In this order: the shortest first."""
+SHAPES = (
+    *("llama3-8b-32k-b1", "llama3-8b-32k-b1-w8", "llama3-8b-32k-b1-w32"),
+    *("llama3-8b-8k-b32", "llama3-8b-128k-b6", "llama3-8b-128k-b6-w64"),
+    *("qwen2.5-1.5b-32k-b1-w32", "phi3-mini-32k-b1-w64"),
+)
+"""Those of the kernel's bench that are timed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -349,27 +364,44 @@ def check(sizes: Sizes, only: list[str], gpu: str | None, out: pathlib.Path) -> 
     print(f"{found['device']} as {gpu}, jax {found['versions']['jax']}", flush=True)
     reports: dict[str, LiveReport] = {}
     given = dataclasses.asdict(sizes)
+    out.parent.mkdir(parents=True, exist_ok=True)
     for case in only or CASES:
         start = time.monotonic()
         reports[case] = protocol.confirm(build, case, given, gpu, target=gpu)
         print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
+        records = found | {
+            "gpu": gpu,
+            "date": time.strftime("%Y-%m-%d"),
+            "sizes": given,
+            "cases": {name: dataclasses.asdict(r) for name, r in reports.items()},
+        }
+        out.write_text(json.dumps(records, indent=1) + "\n")
     print("", *(f"{report}\n" for report in reports.values()), sep="\n")
     print(table(reports))
-    records = found | {
-        "gpu": gpu,
-        "date": time.strftime("%Y-%m-%d"),
-        "sizes": given,
-        "cases": {name: dataclasses.asdict(r) for name, r in reports.items()},
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(records, indent=1) + "\n")
     print(f"\nrecords: {out}")
     return int(not holds(reports))
+
+
+def other(part: str, out: pathlib.Path) -> int:
+    """The exit status of a part that is a program of its own, beside `out`."""
+    try:
+        protocol.probe()
+    except NoGPUError as error:
+        print(f"gpu_check: {error}\nNothing was measured.")
+        return 0
+    module, more = {
+        "kernels": ("jmem.kernels.windowed_attention.bench", ["--only", *SHAPES]),
+        "rates": ("experiments.decode_rate", []),
+    }[part]
+    records = out.with_name(f"{out.stem}-{part}.json")
+    command = [sys.executable, "-m", module, *more, "--out", str(records)]
+    return subprocess.run(command, check=False).returncode
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status 1 when a number is off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="+", choices=CASES, default=[])
     parser.add_argument("--gpu", help="described GPU to predict for; default: by name")
     parser.add_argument("--out", type=pathlib.Path, default="runs/gpu_check.json")
@@ -379,7 +411,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     names = [field.name for field in dataclasses.fields(Sizes)]
     sizes = Sizes(**{name: getattr(given, name) for name in names})
-    return check(sizes, given.only, given.gpu, pathlib.Path(given.out))
+    out = pathlib.Path(given.out)
+    status = 0
+    for part in given.parts:
+        if part == "memory":
+            status = max(status, check(sizes, given.only, given.gpu, out))
+        else:
+            status = max(status, other(part, out))
+    return status
 
 
 if __name__ == "__main__":

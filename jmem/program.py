@@ -65,6 +65,8 @@ class Program:
     """The user's word for a part of the arguments: "weights", "adam m", "kv cache"."""
     make: Callable[[jax.Array], tuple] | None = None
     """Real arguments from a random key, for live runs."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """XLA's compile options that belong to the program, by name, with typed values."""
 
     def __post_init__(self):
         if not callable(self.fn):
@@ -206,7 +208,7 @@ class Program:
     ) -> jax.stages.Compiled:
         """Compiled for `target`; None means the attached default backend.
 
-        `options` are XLA's compile options by name, with typed values.
+        `options` are further compile options, before the program's own.
 
         Raises:
           ProgramError: as `lower`; or an unknown option, or an option that needs a GPU.
@@ -313,7 +315,7 @@ class Lowered:
 
     def compile(self, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
         """Compiled by XLA; `options` as in `Program.compile`."""
-        options = dict(options or {})
+        options = {**self.program.options, **(options or {})}
         if options.get("xla_gpu_deterministic_ops") and self.devices:
             raise ProgramError(_DETERMINISTIC)
         # Without _on JAX hands compile-only devices to the CPU client, which crashes.

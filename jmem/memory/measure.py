@@ -78,7 +78,8 @@ def measure(
         the arguments' own names; `params`, `opt_state`, `cache`, `batch` and the like
         are understood, also one level inside an argument such as `state`.
       bounds: compile a second time without Triton matmuls, for the interval.
-      options: XLA compile options; none is the best prediction.
+      options: XLA compile options, before the program's own; none is the best
+        prediction.
       cache: take the report of the same program, versions, target and options from
         `jmem.memory.cache`, and keep a new one there. Not for an attached GPU.
       isolate: compile in a worker process, which a compiler that aborts takes with it
@@ -123,7 +124,8 @@ def _measure(
             "the program calls back to the host, which cannot be measured ahead of "
             "time.\nTake the callback out; it holds no device memory."
         )
-    options = dict(options or {})
+    options = {**program.options, **(options or {})}
+    bounds = bounds and options != options | NO_TRITON  # else both ends are the same
     key = cached.key(program, text, card, options, bounds) if card and cache else ""
     if key and (kept := cached.load(key)):
         return kept

@@ -72,7 +72,7 @@ def measure(
             },
             "target": dataclasses.asdict(card),
             "bounds": bounds,
-            "options": dict(options or {}),
+            "options": {**program.options, **(options or {})},
             "cache": cache,
             "settings": {name: getattr(jax.config, name) for name in _SETTINGS},
         }

@@ -1,15 +1,19 @@
 """The GPU check: quiet without a GPU, numbers judged, records written.
 
-Its twelve programs are built and measured in tests/memory/test_programs.py.
+Its twelve programs are built and measured in tests/memory/test_programs.py; the parts
+that are programs of their own have tests of their own.
 """
 
 import dataclasses
+import importlib.util
 import json
+import subprocess
 
 import pytest
 
 from experiments import gpu_check
 from experiments.gpu_check import CASES, Sizes, check, faults, holds, table
+from jmem.kernels.windowed_attention.shapes import SHAPES
 from jmem.memory import protocol
 from jmem.memory.card import NoGPUError
 from jmem.memory.live import LOADED, TERMS, UNEXPLAINED, LiveReport
@@ -121,4 +125,23 @@ def test_an_unknown_card_must_be_named(monkeypatch, capsys, tmp_path):
     assert check(Sizes(), ["forward"], None, tmp_path / "records.json") == 2
     assert "name one by --gpu" in capsys.readouterr().out
     named = ["--gpu", "h200", "--only", "forward", "--out", str(tmp_path / "named")]
-    assert gpu_check.main(named) == 0
+    assert gpu_check.main(["--parts", "memory", *named]) == 0
+
+
+def test_other_parts_are_run_and_the_worst_status_counts(monkeypatch, tmp_path):
+    attach(monkeypatch, "NVIDIA H200", {"forward": GOOD})
+    commands = []
+
+    def run(command, check):
+        commands.append(command[2:])
+        return subprocess.CompletedProcess(command, len(commands) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    out = tmp_path / "check.json"
+    assert gpu_check.main(["--only", "forward", "--out", str(out)]) == 1
+    assert out.exists()
+    bench, rates = commands
+    for (module, *options), part in ((bench, "kernels"), (rates, "rates")):
+        assert importlib.util.find_spec(module)
+        assert options[-2:] == ["--out", str(tmp_path / f"check-{part}.json")]
+    assert set(bench[2:-2]) <= set(SHAPES)

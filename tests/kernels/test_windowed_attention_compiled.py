@@ -1,6 +1,7 @@
 """Windowed attention compiled for an H200, with none at hand; its shapes and bench."""
 
 import functools
+import json
 import pathlib
 import re
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from jmem.kernels import _bench
 from jmem.kernels._resources import resources
 from jmem.kernels.windowed_attention import bench, check, windowed_attention
 from jmem.kernels.windowed_attention.mosaic_gpu import MIN_BLOCKS
@@ -140,6 +142,25 @@ def test_shard_map_gives_each_gpu_its_key_value_heads():
 def test_the_bench_refuses_without_a_gpu(capsys):
     assert bench.main(["--only", "llama3-8b-8k-b1"]) == 2
     assert "needs an attached GPU of compute capability 9.0" in capsys.readouterr().err
+
+
+def test_a_shape_below_its_share_of_the_bandwidth_fails(monkeypatch, capsys, tmp_path):
+    shares = {"llama3-8b-8k-b1": 0.81, "llama3-8b-8k-b1-w8": 0.64}
+    tile = bench.heuristic(SHAPES["llama3-8b-8k-b1"])
+
+    def measure(shape, device, tune):
+        name = next(name for name, other in SHAPES.items() if other is shape)
+        ms = 1e3 * shape.read_bytes / (shares[name] * 4e12)
+        return {"mosaic_gpu": _bench.Time(ms, ms, ms)}, tile
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(_bench, "attached", lambda capability: "NVIDIA H200")
+    monkeypatch.setattr(_bench, "copy_bandwidth", lambda: 4e12)
+    out = tmp_path / "bench.json"
+    assert bench.main(["--only", "llama3-8b-8k-b1", "--out", str(out)]) == 0
+    assert bench.main(["--only", *shares, "--out", str(out)]) == 1
+    assert "8k-b1-w8 is below 65% of the bandwidth" in capsys.readouterr().out
+    assert [row["shape"] for row in json.loads(out.read_text())] == list(shares)
 
 
 def test_a_timed_chain_attends_every_region_once(monkeypatch):

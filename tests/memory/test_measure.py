@@ -293,6 +293,15 @@ class TestFunctions:
         )
         assert other.device_bytes == plain.interval[1]
 
+    def test_a_program_s_own_options_reach_it_too(self):
+        mine = {"xla_gpu_enable_triton_gemm": False}
+        program = Program(lambda a, b: a @ b, (x, x), options=mine)
+        report = measure(program)
+        assert report.options == mine
+        assert report.interval == (report.device_bytes, report.device_bytes)
+        given = measure(program, options={"xla_gpu_enable_triton_gemm": True})
+        assert given.interval[0] < given.interval[1] == report.device_bytes
+
 
 class TestTargets:
     def test_capacity_alone_changes_the_verdict_and_not_the_bytes(self):
