@@ -86,7 +86,7 @@ def one_cache(report):
     nothing_on_the_host(report)
     assert report.by_label["kv cache"] == CACHE
     assert report.by_kind[kinds.KV_CACHE] == CACHE
-    assert not report.advice
+    assert {advice.rule for advice in report.advice} <= {"split scratch"}  # cuBLAS's
 
 
 def two_caches(report):

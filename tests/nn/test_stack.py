@@ -1,0 +1,36 @@
+"""A stack's weights are read where they lie, as IN_PLACE has XLA do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jmem.nn.stack import IN_PLACE
+from jmem.program import Program
+from jmem.targets import resolve
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("rows", [1, 32])
+def test_a_few_tokens_products_copy_no_weights(rows):
+    layers, width = 8, 4096
+    up, gate, down = (
+        jax.ShapeDtypeStruct((layers, width, width), jnp.bfloat16) for _ in range(3)
+    )
+    x = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16)
+
+    def run(x, *weights):
+        def step(x, layer):
+            up, gate, down = layer
+            return x + (jnp.tanh(x @ gate) * (x @ up)) @ down, None
+
+        return lax.scan(step, x, weights)[0]
+
+    def temporaries(options):
+        program = Program(run, (x, up, gate, down), options=options)
+        return program.compile(resolve("h200")).memory_analysis().temp_size_in_bytes
+
+    one = 2 * width * width
+    scratch = 32 * 2**20  # cuBLAS's own, for all products together
+    assert temporaries({}) > 2 * one  # else nobody needs the options any more
+    assert scratch < temporaries(IN_PLACE) < scratch + one / 4
