@@ -1,6 +1,6 @@
-"""Autoregressive generation with a static key-value cache.
+"""Autoregressive generation with a static key-value cache (`jmem.kvcache`).
 
-`cache` holds the plain cache and the two ways to attend with it, `decode` the prefill
-and the decoding loop, `sampling` the choice of the next token, `text` the way from text
-to text.
+`decode` reads prompts and decodes answers, at once or as a stream, `conversation` does
+so turn by turn over one cache, `sampling` chooses the next token, and `text` leads from
+text to text.
 """

@@ -26,7 +26,8 @@ def complete(
       max_new_tokens: tokens decoded a prompt, in one program.
       stop: strings; a text ends before the first place where one of them begins. They
         are looked for in the text, so they may lie across tokens.
-      **options: `temperature`, `top_k`, `top_p`, `key`, `stop_token` of `generate`.
+      **options: those of `generate`: `temperature`, `top_k`, `top_p` and `key`,
+        `stop_tokens`, `policy`, `cache_bytes`, `prompt_chunk`, `shorten`.
 
     Raises:
       ValueError: an empty stop string, or what `generate` refuses.

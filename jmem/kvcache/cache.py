@@ -55,12 +55,16 @@ def empty(plan: Plan) -> Cache:
     return Cache(**arrays)._replace(positions=arrays["positions"] - 1)
 
 
+def offset(sizes: tuple[int, ...], layer: jax.Array) -> Int[Array, ""]:
+    """The first slot of a traced `layer` among those of all layers."""
+    return jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32)[layer]
+
+
 def region(sizes: tuple[int, ...], layer: jax.Array) -> Region:
     """That of a traced `layer`, as long as the largest layer's."""
-    longest, ends = max(sizes), np.cumsum(sizes)
-    offset = jnp.asarray(ends - sizes, jnp.int32)[layer]
-    begin = jnp.minimum(offset, int(ends[-1]) - longest)
-    return Region(begin, jnp.arange(longest, dtype=jnp.int32) + begin - offset)
+    longest, first = max(sizes), offset(sizes, layer)
+    begin = jnp.minimum(first, sum(sizes) - longest)
+    return Region(begin, jnp.arange(longest, dtype=jnp.int32) + begin - first)
 
 
 def tail_start(plan: Plan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
@@ -139,48 +143,84 @@ def write(
 ) -> Cache:
     """The prompt's chosen and recent tokens in the layer's region, in place.
 
-    `chosen` are positions, ascending, -1 behind the last; N is the largest layer's
-    number of selected slots, and those beyond this layer's own are -1.
+    `chosen` are positions, as `place` takes them.
     """
-    k, v = (_stored(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
+    k, v = (repeated(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
     start = tail_start(plan, lengths)
-    begin, slots = region(plan.sizes, layer)
     if chosen is None and plan.tail >= k.shape[2]:  # nothing is left out
         # Else XLA lays the cache out as `k` is, and copies it on entry and exit (0.12).
         k, v = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (k, v))
-        at = (0, 0, begin, 0)
+        at = (0, 0, region(plan.sizes, layer).begin, 0)
         return cache._replace(
             keys=jax.lax.dynamic_update_slice(cache.keys, k, at),
             values=jax.lax.dynamic_update_slice(cache.values, v, at),
             start=start,
         )
+    cache = place(plan, cache, k, v, chosen, start, lengths, layer)
+    return cache._replace(start=start)
+
+
+def place(
+    plan: Plan,
+    cache: Cache,
+    k: Float[Array, "B N T D"],
+    v: Float[Array, "B N T D"],
+    chosen: Int[Array, "B U S"] | None,
+    start: Int[Array, " B"],
+    lengths: Int[Array, " B"],
+    layer: jax.Array,
+    *,
+    tokens: Int[Array, "B U T"] | None = None,
+    rows: Bool[Array, " B"] | None = None,
+) -> Cache:
+    """Of a list of `lengths` tokens those chosen, and those from `start` on.
+
+    They go into the layer's region, in place. `chosen` are places in the list,
+    ascending, -1 behind the last; S is the largest layer's number of selected slots,
+    and those beyond this layer's own are -1. `tokens` are the list's true positions, if
+    they are not its places. Only `rows` are changed.
+    """
+    begin, slots = region(plan.sizes, layer)
     count = jnp.asarray(plan.selected, jnp.int32)[layer]
     source = tail_positions(plan, start, lengths - 1, slots - count)[:, None]
     positions = cache.positions
+
+    def changed(mine, new, before):
+        if rows is not None:
+            mine = mine & rows.reshape(-1, *[1] * (new.ndim - 1))
+        return jnp.where(mine, new, before)
+
     if chosen is not None:
         at, own = region(plan.selected, layer)
         mine = (own >= 0) & (own < count)
         size = max(plan.selected)
         filled = jnp.take(chosen, jnp.clip(own, 0, size - 1), axis=-1)
+        if tokens is not None:
+            true = jnp.take_along_axis(tokens, jnp.maximum(filled, 0), axis=-1)
+            filled = jnp.where(filled < 0, -1, true)
         before = jax.lax.dynamic_slice_in_dim(positions, at, size, axis=2)
         positions = jax.lax.dynamic_update_slice_in_dim(
-            positions, jnp.where(mine, filled, before), at, axis=2
+            positions, changed(mine[None, None], filled, before), at, axis=2
         )
         picked = jnp.take(chosen, jnp.clip(slots, 0, size - 1), axis=-1)
         source = jnp.where(slots < count, picked, source)
     mine = (slots >= 0) & (slots < count + plan.tail)
-    source = jnp.maximum(source, 0)[..., None]  # [B, U, N, 1]
+    source = jnp.maximum(source, 0)[..., None]  # [B, U, slots, 1]
 
     def written(whole, x):
-        rows = jnp.take_along_axis(x, source, axis=2)
+        new = jnp.take_along_axis(x, source, axis=2)
         before = jax.lax.dynamic_slice_in_dim(whole, begin, len(slots), axis=2)
-        rows = jnp.where(mine[None, None, :, None], rows, before)
-        return jax.lax.dynamic_update_slice_in_dim(whole, rows, begin, axis=2)
+        new = changed(mine[None, None, :, None], new, before)
+        return jax.lax.dynamic_update_slice_in_dim(whole, new, begin, axis=2)
 
-    return Cache(written(cache.keys, k), written(cache.values, v), positions, start)
+    return cache._replace(
+        keys=written(cache.keys, k),
+        values=written(cache.values, v),
+        positions=positions,
+    )
 
 
-def _stored(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
+def repeated(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
     """Repeated for a cache that stores every query head (only to compare with)."""
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
@@ -221,7 +261,7 @@ def append(
     slot = first + (last - cache.start) % plan.tail
     rows, heads = jnp.arange(len(last))[:, None], jnp.arange(plan.heads)[None]
     at = (rows, heads, slot[:, None])  # [B, K]: one slot a row and head
-    k, v = (_stored(jnp.swapaxes(x, 1, 2), plan.heads)[:, :, 0] for x in (k, v))
+    k, v = (repeated(jnp.swapaxes(x, 1, 2), plan.heads)[:, :, 0] for x in (k, v))
     return cache._replace(
         keys=cache.keys.at[at].set(k), values=cache.values.at[at].set(v)
     )

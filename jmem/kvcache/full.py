@@ -3,7 +3,7 @@
 Idea     Nothing is selected: the recent tokens are all tokens.
 Memory   2 * layers * batch * kv_heads * (prompt + new tokens) * head_dim * itemsize
          bytes.
-See      tests/kvcache/test_full.py
+See      tests/kvcache/test_policies.py, tests/kvcache/test_turn.py
 """
 
 import dataclasses

@@ -19,24 +19,24 @@ See      tests/kvcache/test_gemfilter.py
 
     generate(model, params, prompts, max_new_tokens=64, shorten=GemFilter(layer=13))
 
-With the upper layers on the host meanwhile, from weights that are NumPy arrays:
+The same with the upper layers in host memory while a prompt is filtered:
 
-    early, late = split(params, gem.layer)
-    early, late = on_device(early), on_host(late)              # jmem.offload
-    short = shorten(model, early, gem, tokens, lengths)
-    params = join(early, late)
-    generate(model, params, short.prompts(), max_new_tokens=64)
+    weights = StagedWeights(params, gem)                       # takes params over
+    with weights.filtered(model, prompts) as (params, short):
+        generate(model, params, short.prompts(), max_new_tokens=64)
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jmem.kvcache.cache import prefill_attend
 from jmem.kvcache.scores import column_mass, pool
@@ -46,7 +46,15 @@ from jmem.nn.norm import normalise
 from jmem.nn.ops import Attend, Ops
 from jmem.nn.quantised import linear
 from jmem.nn.stack import depth, run_stack
-from jmem.offload import fetch, fetch_row, on_device
+from jmem.offload import (
+    check_host,
+    fetch,
+    fetch_row,
+    is_on_host,
+    on_device,
+    on_host,
+    store_row,
+)
 from jmem.program import Program
 
 
@@ -129,38 +137,162 @@ def split(params: dict, layer: int) -> tuple[dict, dict]:
     Raises:
       ValueError: there is no such layer.
     """
+    rows = _early_rows(params, layer)
+    early = jax.tree.map(lambda leaf, n: leaf[:n], params["blocks"], rows)
+    late = jax.tree.map(lambda leaf, n: leaf[n:], params["blocks"], rows)
+    return {"embed": params["embed"], "blocks": early}, {"blocks": late} | _rest(params)
+
+
+def _early_rows(params: dict, layer: int) -> dict:
+    """Of each stack, how many rows the filter pass reads."""
     layers = depth(params["blocks"])
     if not 0 <= layer < layers:
         raise ValueError(f"split: layer={layer} is not one of the {layers} in params.")
 
-    def rows(path) -> int:
+    def rows(path, _) -> int:
         part, name = path[0].key, path[1].key
         voting = part == "attention_norm" or (part == "attention" and name in "qk")
         return layer + voting
 
-    early = jax.tree.map_with_path(lambda p, x: x[: rows(p)], params["blocks"])
-    late = jax.tree.map_with_path(lambda p, x: x[rows(p) :], params["blocks"])
-    rest = {name: params[name] for name in params.keys() - {"embed", "blocks"}}
-    return {"embed": params["embed"], "blocks": early}, {"blocks": late} | rest
+    return jax.tree.map_with_path(rows, params["blocks"])
 
 
-def join(early: dict, late: dict) -> dict:
-    """The whole parameters again, on the device; stacks of `early` are deleted.
+def _rest(params: dict) -> dict:
+    """What is in no stack, but the embedding."""
+    return {name: params[name] for name in params.keys() - {"embed", "blocks"}}
 
-    One leaf at a time: besides the result, the device holds the largest one twice.
+
+class StagedWeights:
+    """Weights of which only the early part is on the device while a prompt is filtered.
+
+    The late part lies in pinned host memory, always; for an answer it is copied to the
+    device, and dropped there afterwards. The copy begins when the filter pass is done:
+    during it both would be on the device, which is what this is to avoid.
+
+    Memory: the filter pass beside the early part, or what answers beside all weights,
+    whichever is more. On the way from one to the other a leaf is copied at a time, the
+    largest first, and what is in no stack comes last, so that the device holds at most
+    the whole weights and one leaf's early rows. For Llama-3.1-8B at layer 13 that is
+    never more than the whole weights. The host holds the late part.
     """
 
-    def joined(first, second):
-        first = jnp.asarray(first)
-        if not len(second):  # then `first` may be the very array that was split
-            return first
-        whole = jnp.concatenate([first, on_device(second)])
-        first.delete()
-        return whole
+    def __init__(self, params: dict, gem: GemFilter):
+        """Takes `params` over, a leaf at a time: JAX arrays that are cut are deleted.
 
-    blocks = jax.tree.map(joined, early["blocks"], late["blocks"])
-    rest = on_device({name: late[name] for name in late.keys() - {"blocks"}})
-    return {"embed": on_device(early["embed"]), "blocks": blocks} | rest
+        They may be on the device or the host, or NumPy arrays, which stay as they are.
+
+        Raises:
+          ValueError: `params` have no layer `gem.layer`.
+          HostMemoryError: the late part does not fit the host; nothing has been moved.
+        """
+        self.gem = gem
+        self._rows = jax.tree.leaves(_early_rows(params, gem.layer))
+        blocks, self._structure = jax.tree.flatten(params["blocks"])
+        late_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(_rest(params)))
+        for leaf, rows in zip(blocks, self._rows, strict=True):
+            late_bytes += leaf.nbytes // len(leaf) * (len(leaf) - rows)
+        check_host(late_bytes, "StagedWeights")
+        self._embed = on_device(params["embed"])
+        rest = on_host(_rest(params))
+        jax.block_until_ready(rest)
+        for leaf in jax.tree.leaves(_rest(params)):
+            if isinstance(leaf, jax.Array) and not is_on_host(leaf):
+                leaf.delete()
+        late = []
+        self._blocks: list[jax.Array] = []
+        for leaf, rows in zip(blocks, self._rows, strict=True):
+            self._blocks.append(on_device(_plain(leaf)[:rows]))
+            late.append(on_host(_plain(leaf)[rows:]))
+            jax.block_until_ready((self._blocks[-1], late[-1]))
+            if isinstance(leaf, jax.Array) and len(late[-1]):
+                leaf.delete()
+        self.late = {"blocks": jax.tree.unflatten(self._structure, late)} | rest
+        """All but the early part, in pinned host memory."""
+
+    @property
+    def early(self) -> dict:
+        """What the filter pass reads, on the device; also the weights, while whole."""
+        blocks = jax.tree.unflatten(self._structure, self._blocks)
+        return {"embed": self._embed, "blocks": blocks}
+
+    @contextlib.contextmanager
+    def filtered(
+        self, model, prompts: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[dict, "Shortened"]]:
+        """All weights, on the device, and the prompts that they are to answer.
+
+        Behind the `with` the stacks and the head of those weights are deleted, and the
+        early part is what it was, also if an error was raised.
+
+        Raises:
+          ValueError: no prompts, or what `shorten` refuses; nothing has been copied.
+        """
+        if not prompts:
+            raise ValueError(
+                "StagedWeights: prompts is empty; give at least one list of token ids."
+            )
+        short = shorten(model, self.early, self.gem, *_padded(prompts))
+        rest = {}
+        try:
+            self._join()
+            rest = on_device(_rest(self.late))
+            yield self.early | rest, short
+        finally:
+            for leaf in jax.tree.leaves(rest):
+                leaf.delete()
+            self._part()
+
+    def _join(self) -> None:
+        late = jax.tree.leaves(self.late["blocks"])
+        for at in self._by_size()[::-1]:
+            if len(late[at]):
+                self._replace(at, _joined(self._blocks[at], late[at]))
+
+    def _part(self) -> None:
+        for at in self._by_size():
+            if len(self._blocks[at]) > self._rows[at]:
+                self._replace(at, _first(self._blocks[at], self._rows[at]))
+
+    def _by_size(self) -> list[int]:
+        """Places of the leaves, that of the smallest row first."""
+
+        def row_bytes(at: int) -> int:
+            leaf = self._blocks[at]
+            return math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
+
+        return sorted(range(len(self._blocks)), key=row_bytes)
+
+    def _replace(self, at: int, leaf: jax.Array) -> None:
+        jax.block_until_ready(leaf)
+        self._blocks[at].delete()
+        self._blocks[at] = leaf
+
+
+def _plain(leaf: Any) -> Any:
+    """A leaf that can be cut: what is on the host is cut there, by NumPy."""
+    return np.asarray(leaf) if is_on_host(leaf) else leaf
+
+
+@jax.jit
+def _joined(early: Shaped[Array, "R ..."], late: Shaped[Array, "S ..."]) -> jax.Array:
+    """Rows on the device and rows on the host as one stack on the device.
+
+    A row at a time into the result: joined at once, XLA would hold `late` as well.
+    """
+    shape = (len(early) + len(late), *early.shape[1:])
+    start = (0,) * early.ndim
+    whole = jnp.zeros(shape, early.dtype)
+    whole = jax.lax.dynamic_update_slice(whole, early, start)
+
+    def turn(row, whole):
+        return store_row(whole, len(early) + row, fetch_row(late, row))
+
+    return jax.lax.fori_loop(0, len(late), turn, whole)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _first(whole: Shaped[Array, "L ..."], rows: int) -> jax.Array:
+    return whole[:rows]
 
 
 # The first pass -----------------------------------------------------------------------
@@ -182,6 +314,33 @@ def filter_pass(
 
     Raises:
       ValueError: the model has no such layer, or `params` are cut below it.
+    """
+    scores = token_scores(gem, *votes(model, params, gem, tokens, lengths), lengths)
+    return best(gem, scores, lengths), scores
+
+
+class Votes(NamedTuple):
+    """What scores are made of, in the filter layer; queries and keys are rotated."""
+
+    queries: Float[Array, "B W H D"]
+    """Of a prompt's last W tokens."""
+    at: Int[Array, "B W"]
+    """Their positions; negative where there is none."""
+    keys: Float[Array, "B T K D"]
+    """Of all tokens."""
+
+
+def votes(
+    model,
+    params: dict,
+    gem: GemFilter,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+) -> Votes:
+    """The layers of `filter_pass`, which read `gem.layer` and `gem.queries` only.
+
+    Filters that share both can choose by the same votes (`token_scores`, `best`).
+    Memory and refusals are those of `filter_pass`.
     """
     _check_layer(model, params, gem)
     positions = _positions(tokens)
@@ -212,9 +371,7 @@ def filter_pass(
     keys = projected("k", x, config.kv_heads, positions)
     seats = jnp.maximum(at, 0)
     last = jnp.take_along_axis(x, seats[:, :, None], axis=1)
-    queries = projected("q", last, config.heads, seats)
-    scores = token_scores(gem, queries, at, keys, lengths)
-    return best(gem, scores, lengths), scores
+    return Votes(projected("q", last, config.heads, seats), at, keys)
 
 
 def token_scores(
@@ -348,8 +505,9 @@ def shorten(
     Waits for the result, to look at it.
 
     Raises:
-      ValueError: an empty row, one longer than T or than the model's positions, a layer
-        that the model or `params` lack, or scores that are no numbers.
+      ValueError: an empty row, one longer than T or than the model's positions, a token
+        outside the vocabulary, a layer that the model or `params` lack, or scores that
+        are no numbers.
     """
     length, limit = tokens.shape[1], model.config.max_positions
     if length > limit:
@@ -362,9 +520,28 @@ def shorten(
             f"shorten: lengths={own.tolist()} must lie in [1, {length}], the width of "
             "tokens; an empty prompt has no last token to choose by."
         )
+    words, size = np.asarray(tokens), model.config.vocab_size
+    strange = np.argwhere((words < 0) | (words >= size))
+    if len(strange):
+        row, place = strange[0].tolist()
+        raise ValueError(
+            f"shorten: token {words[row, place]} at place {place} of row {row} is "
+            f"outside [0, {size}); was it made with another model's tokenizer?"
+        )
     short = _shorten(model, params, gem, tokens, lengths)
     _check_finite(gem, short.scores, own)
     return short
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]],
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Prompts as rows of one length, and how long each is."""
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray(lengths)
 
 
 def _check_finite(gem: GemFilter, scores: jax.Array, lengths: np.ndarray) -> None:
@@ -404,26 +581,63 @@ def filter_program(
 # Which layer, and what it kept --------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("model", "gem"))
-def _recall(model, params: dict, gem: GemFilter, tokens, lengths, spans):
+@functools.partial(jax.jit, static_argnames=("model", "gems"))
+def _recall(model, params: dict, gems: tuple[GemFilter, ...], tokens, lengths, spans):
     positions, plain = _positions(tokens), _attend(model, lengths)
-    at = _voters(gem, tokens, lengths)
-    seats = jnp.maximum(at, 0)
 
-    def attend(q, k, v, rope, positions, layer, recall):
+    def share(gem, q, k, rope):
+        at = _voters(gem, tokens, lengths)
+        seats = jnp.maximum(at, 0)
         last = jnp.take_along_axis(q, seats[:, :, None, None], axis=1)
-        scores = token_scores(gem, rope(last, seats), at, rope(k, positions), lengths)
+        scores = token_scores(gem, rope(last, seats), at, k, lengths)
         kept = best(gem, scores, lengths)
         hits = ((kept >= spans[:, :1]) & (kept < spans[:, 1:])).sum(axis=1)
-        share = hits / (spans[:, 1] - spans[:, 0])
+        return hits / (spans[:, 1] - spans[:, 0])
+
+    def attend(q, k, v, rope, positions, layer, recall):
+        rotated = rope(k, positions)
+        shares = jnp.stack([share(gem, q, rotated, rope) for gem in gems])
         out, _ = plain(q, k, v, rope, positions, layer, ())
-        return out, recall.at[layer].set(share)
+        return out, recall.at[:, layer].set(shares)
 
     x = model.embed(params, tokens, positions)
-    recall = jnp.zeros((model.config.layers, len(tokens)), jnp.float32)
-    ops = Ops(attend, linear)
+    shape = (len(gems), model.config.layers, len(tokens))
+    recall, ops = jnp.zeros(shape, jnp.float32), Ops(attend, linear)
     _, recall, _ = run_stack(model.block, params["blocks"], x, positions, ops, recall)
-    return recall.mean(axis=1)
+    return recall.mean(axis=2)
+
+
+def layer_recall(
+    model,
+    params: dict,
+    gems: Sequence[GemFilter],
+    prompts: Sequence[Sequence[int]],
+    spans: Sequence[tuple[int, int]],
+) -> Float[np.ndarray, "N L"]:
+    """Share of a labelled span that each filter would keep, were it in each layer.
+
+    One forward pass over all layers; the filters' own `layer` is not read. The spans
+    are positions (begin, end) in the prompts; the mean over these, float32.
+
+    Raises:
+      ValueError: no filter, not one span a prompt, or one that is empty or beyond its
+        prompt.
+    """
+    if not gems:
+        raise ValueError("layer_recall: gems is empty; give at least one filter.")
+    if not prompts or len(prompts) != len(spans):
+        raise ValueError(
+            f"layer_recall: {len(prompts)} prompts and {len(spans)} spans; need one "
+            "span for each prompt, and at least one."
+        )
+    for index, (prompt, (begin, end)) in enumerate(zip(prompts, spans)):
+        if not 0 <= begin < end <= len(prompt):
+            raise ValueError(
+                f"layer_recall: spans[{index}]={(begin, end)} is empty or not within "
+                f"its prompt of {len(prompt)} tokens."
+            )
+    found = jnp.asarray(np.asarray(spans, np.int32))
+    return np.asarray(_recall(model, params, tuple(gems), *_padded(prompts), found))
 
 
 def calibrate_filter_layer(
@@ -432,33 +646,12 @@ def calibrate_filter_layer(
     gem: GemFilter,
     prompts: Sequence[Sequence[int]],
     spans: Sequence[tuple[int, int]],
-) -> np.ndarray:
-    """Share of a labelled span that each layer, as filter, would keep: [L].
+) -> Float[np.ndarray, " L"]:
+    """`layer_recall` of one filter: the paper takes the first layer that finds it all.
 
-    One forward pass over all layers; `gem.layer` is not read. The paper takes the first
-    layer that finds the needles, which lie at positions `spans[i]` = (begin, end) of
-    `prompts[i]`. The mean over prompts, float32.
-
-    Raises:
-      ValueError: not one span a prompt, or one that is empty or beyond its prompt.
+    For needles, say, which lie at positions `spans[i]` = (begin, end) of `prompts[i]`.
     """
-    if not prompts or len(prompts) != len(spans):
-        raise ValueError(
-            f"calibrate_filter_layer: {len(prompts)} prompts and {len(spans)} spans; "
-            "need one span for each prompt, and at least one."
-        )
-    for index, (prompt, (begin, end)) in enumerate(zip(prompts, spans)):
-        if not 0 <= begin < end <= len(prompt):
-            raise ValueError(
-                f"calibrate_filter_layer: spans[{index}]={(begin, end)} is empty or "
-                f"not within its prompt of {len(prompt)} tokens."
-            )
-    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    arrays = (jnp.asarray(x) for x in (tokens, lengths, np.asarray(spans, np.int32)))
-    return np.asarray(_recall(model, params, gem, *arrays))
+    return layer_recall(model, params, (gem,), prompts, spans)[0]
 
 
 def explain(

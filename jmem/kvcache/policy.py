@@ -22,12 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class Seen(NamedTuple):
-    """What a policy selects by, in one layer. Rows may differ in length."""
+    """What a policy selects by, in one layer. Rows may differ in length.
+
+    Of a prompt; in a later turn of what the layer holds and the new tokens behind it,
+    whose positions are then places in that list (`jmem.kvcache.turn`).
+    """
 
     queries: Float[Array, "B W H D"]
     """Of the prompt's last W tokens, rotated."""
     at: Int[Array, "B W"]
-    """Their positions; negative where the prompt is shorter than W."""
+    """Their positions; negative where the prompt (or the turn) is shorter than W."""
     keys: Float[Array, "B T K D"]
     """Of all tokens, rotated."""
     start: Int[Array, " B"]
@@ -46,6 +50,8 @@ class Policy(abc.ABC):
 
     rope: ClassVar[Literal["absolute", "cache"]] = "absolute"
     """Keys turn by their true position, or by their place inside the cache."""
+    rolls: ClassVar[bool] = False
+    """Whether a new token may take the slot of the oldest recent one."""
 
     @property
     @abc.abstractmethod
@@ -71,7 +77,8 @@ class Policy(abc.ABC):
     ) -> tuple[Int[Array, "B U N"], Any]:
         """Positions that the layer keeps, ascending, -1 behind the last.
 
-        N is the largest layer's budget. `shared` comes from the layer before, and goes
+        N is the largest layer's budget; the layer's own is `plan.selected[layer]`. A
+        row keeps as many for every unit. `shared` comes from the layer before, and goes
         on to the next (`begin` starts it).
         """
         scores = self.scores(seen, layer)

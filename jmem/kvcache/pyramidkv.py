@@ -8,7 +8,7 @@ Idea     Lower layers attend widely and upper ones to few tokens, so the budget 
 Memory   That of SnapKV with the same capacity, give or take the rounding of the steps.
 Differs  Budgets follow the plan's prompt, not each row's: rows of a batch that are
          shorter keep what fits in theirs.
-See      tests/kvcache/test_pyramidkv.py
+See      tests/kvcache/test_snapkv.py, tests/kvcache/test_goldens.py
 """
 
 import dataclasses

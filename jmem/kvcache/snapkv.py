@@ -9,7 +9,7 @@ Memory   2 * layers * batch * kv_heads * (capacity + new tokens) * head_dim * it
 Differs  The official code repeats keys and values to all query heads before it stores
          them, H / K times the bytes. Here each key-value head selects once for the
          query heads it serves; select="query" does and stores what the code does.
-See      tests/kvcache/test_snapkv.py
+See      tests/kvcache/test_snapkv.py, tests/kvcache/test_goldens.py
 """
 
 import dataclasses

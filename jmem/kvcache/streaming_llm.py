@@ -9,11 +9,11 @@ Memory   2 * layers * batch * kv_heads * capacity * head_dim * itemsize bytes, h
          long prompt and answer are.
 Differs  The official demo feeds a prompt after evicting for it; here, as everywhere in
          this package, a prompt attends all of itself before it is cut.
-See      tests/kvcache/test_streaming_llm.py
+See      tests/kvcache/test_snapkv.py, tests/kvcache/test_policies.py
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class StreamingLLM(Policy):
     """Tokens a layer keeps, the sinks among them."""
     first: int = 4
     """Leading tokens that are never dropped (table 2 of the paper finds 4 enough)."""
+    rolls: ClassVar[bool] = True
     positions: Literal["cache", "absolute"] = "cache"
     """By what a key turns: its place in the cache (the paper), which never exceeds
     `capacity`, or its true position, as most ports have it."""

@@ -10,13 +10,16 @@ Memory   2 * batch * kv_heads * head_dim * itemsize bytes times the sum over lay
          (the group's budget + observation + new tokens), and 4 a selected token.
 Differs  The official code stores each key-value head once for every query head,
          scores a whole batch as one, and keeps its windows in class variables between
-         calls.
+         calls. Where a group's budget is below one window its layers keep none here;
+         there the followers keep what an earlier group chose.
 See      experiments/windowkv.py, tests/kvcache/test_windowkv.py
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +30,31 @@ from jmem.kvcache.policy import Policy, Seen
 from jmem.kvcache.scores import column_mass
 from jmem.kvcache.select import select
 
+logger = logging.getLogger(__name__)
+
+Tasks = Literal["official_code", "paper"]
+"""Who says how each task is scored."""
+
+TASKS: Mapping[Tasks, Mapping[str, Mapping[str, Any]]] = {
+    "official_code": {
+        "localization": {"best": "half", "observation": 32},
+        "aggregation": {"best": 0, "observation": 16},
+    },
+    "paper": {
+        "localization": {"best": 0, "observation": 16},
+        "aggregation": {"best": "half", "observation": 32, "window": 16},
+    },
+}
+"""By task, a window's best tokens, the observed ones, and where it differs the window.
+
+Code and paper score the two tasks the other way round, as far as the paper is known
+from a summary; `experiments/windowkv.py` compares them. "half" is half a window.
+"""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowKV(Policy):
-    """`localization()` and `aggregation()` are the official code's two settings."""
+    """`for_task` gives the settings of the two kinds of task."""
 
     capacity: int = 1024
     """Mean tokens a layer keeps, besides the observed ones unless `count_recent`."""
@@ -38,8 +62,8 @@ class WindowKV(Policy):
     """Consecutive tokens that are kept or dropped together."""
     observation: int = 32
     """Last tokens of the prompt, which score the windows and stay."""
-    best: int | None = 4
-    """A window's score is the mean of its best tokens', this many; None: of all."""
+    best: int = 4
+    """A window's score is the mean of its best tokens', this many; 0: of all."""
     group: int = 8
     """Layers that share the first one's choice."""
     divisor: int = 14
@@ -48,6 +72,8 @@ class WindowKV(Policy):
     """The official code multiplies the top budget by `group`; the paper does not."""
     count_recent: bool = False
     """Whether the observed tokens count in `capacity`, as they do for SnapKV."""
+    keep_sinks: bool = False
+    """Whether the prompt's first window is always kept, whatever it scores."""
 
     def __post_init__(self):
         for field in ("capacity", "window", "observation", "group", "divisor"):
@@ -60,10 +86,10 @@ class WindowKV(Policy):
                 f"WindowKV: capacity={self.capacity} leaves {self.mean} tokens for "
                 f"windows of window={self.window}, so none fits. Raise capacity."
             )
-        if self.best is not None and not 1 <= self.best <= self.window:
+        if not 0 <= self.best <= self.window:
             raise ValueError(
-                f"WindowKV: best={self.best} must lie in [1, window={self.window}]; "
-                "None takes all."
+                f"WindowKV: best={self.best} must lie in [0, window={self.window}]; "
+                "0 takes all."
             )
         if self.pyramid not in ("code", "paper", "flat"):
             raise ValueError(
@@ -72,32 +98,45 @@ class WindowKV(Policy):
 
     @classmethod
     def localization(cls, **settings: Any) -> "WindowKV":
-        """For questions about one place: the best half of a window counts."""
-        best = max(settings.get("window", cls.window) // 2, 1)
-        return cls(**{"best": best, "observation": 32} | settings)
+        """For questions about one place: in the code, a window's best half counts."""
+        return cls.for_task("localization", **settings)
 
     @classmethod
     def aggregation(cls, **settings: Any) -> "WindowKV":
-        """For summaries and counting: all tokens of a window count."""
-        return cls(**{"best": None, "observation": 16} | settings)
+        """For summaries and counting: in the code, all tokens of a window count."""
+        return cls.for_task("aggregation", **settings)
 
     @classmethod
     def for_task(
-        cls, task: str | Callable[[str], str], text: str = "", **settings: Any
+        cls,
+        task: str | Callable[[str], str],
+        text: str = "",
+        *,
+        by: Tasks = "official_code",
+        **settings: Any,
     ) -> "WindowKV":
-        """The setting for "localization" or "aggregation".
+        """The setting for "localization" or "aggregation", by code or paper (`TASKS`).
 
         `task` may be a function that names it from the prompt's `text`, such as
-        `jmem.kvcache.task.classifier()`.
+        `jmem.kvcache.task.classifier()`. `settings` are fields, and come first.
+
+        Raises:
+          ValueError: there is no such task, or `by` is neither code nor paper.
         """
+        if by not in TASKS:
+            raise ValueError(
+                f"WindowKV: by={by!r} is not one of {', '.join(get_args(Tasks))}."
+            )
         named = task(text) if callable(task) else task
-        makers = {"localization": cls.localization, "aggregation": cls.aggregation}
-        if named not in makers:
+        if named not in TASKS[by]:
             raise ValueError(
                 f"WindowKV: task={named!r} is neither 'localization' nor "
                 "'aggregation'; a function must return one of them."
             )
-        return makers[named](**settings)
+        chosen = dict(TASKS[by][named]) | settings
+        if chosen["best"] == "half":
+            chosen["best"] = max(chosen.get("window", cls.window) // 2, 1)
+        return cls(**chosen)
 
     @property
     def mean(self) -> int:
@@ -130,12 +169,14 @@ class WindowKV(Policy):
         shared = self.group if self.pyramid == "code" else 1
         top = self.mean * shared // self.divisor
         bottom = 2 * self.mean - top
-        if top > bottom:
+        if bottom < 0:
             raise ValueError(
                 f"WindowKV: group={self.group} over divisor={self.divisor} gives the "
-                f"top group {top} tokens and the bottom one {bottom}: the pyramid "
-                "stands on its head. Raise divisor, or choose pyramid='paper'."
+                f"top group {top} tokens, more than twice the mean of {self.mean}, so "
+                "none are left below. Raise divisor, or choose pyramid='paper'."
             )
+        if top > bottom:
+            _say_inverted(self.group, self.divisor)
         step = (bottom - top) // (groups - 1)
         return (*(bottom - index * step for index in range(groups - 1)), top)
 
@@ -152,7 +193,7 @@ class WindowKV(Policy):
         short = -length % self.window
         mass = jnp.pad(mass, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)
         windows = mass.reshape(batch, heads, -1, self.window)
-        if self.best is not None and self.best < self.window:
+        if 0 < self.best < self.window:
             windows = jax.lax.top_k(windows, self.best)[0]
         there = windows > -jnp.inf
         count = there.sum(axis=-1)
@@ -172,12 +213,18 @@ class WindowKV(Policy):
     ) -> tuple[Int[Array, "B 1 S"], Int[Array, "B 1 N"]]:
         """The group's windows, from its first layer; `shared` holds their numbers."""
         budget = jnp.asarray(self.group_budgets(plan.layers))[layer // self.group]
+        slots = jnp.asarray(plan.selected, jnp.int32)[layer]
 
         def lead():
             windows = -(-seen.start // self.window)
             dropped = -(-jnp.maximum(seen.start - budget, 0) // self.window)
+            # In a later turn there may be more to choose from than the plan's prompt.
+            fit = jnp.where(seen.start <= slots, windows, slots // self.window)
+            count = jnp.minimum(windows - dropped, fit)
             scores = self.window_scores(seen)[:, None]
-            return select(scores, (windows - dropped)[:, None], shared.shape[-1])
+            if self.keep_sinks:
+                scores = scores.at[:, :, 0].set(jnp.inf)
+            return select(scores, count[:, None], shared.shape[-1])
 
         shared = jax.lax.cond(layer % self.group == 0, lead, lambda: shared)
         within = jnp.arange(self.window, dtype=jnp.int32)[None, None, None]
@@ -185,3 +232,13 @@ class WindowKV(Policy):
         there = (shared[..., None] >= 0) & (tokens < seen.start[:, None, None, None])
         tokens = jnp.where(there, tokens, -1).reshape(*shared.shape[:2], -1)
         return tokens[..., : max(plan.selected)], shared
+
+
+@functools.cache
+def _say_inverted(group: int, divisor: int) -> None:
+    """Once for each: the paper's own ablation runs such settings."""
+    logger.warning(
+        "WindowKV: group=%d over divisor=%d gives upper layers more tokens than lower "
+        "ones. Raise divisor, or choose pyramid='paper' or 'flat'.",
+        *(group, divisor),
+    )

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmem.generate.decode import generate
 from jmem.generate.text import complete
+from jmem.kvcache.snapkv import SnapKV
 from jmem.models.decoder import Decoder
 
 
@@ -42,6 +43,19 @@ def test_a_stop_string_may_lie_across_tokens(parts):
     cut, _ = completed(parts, stop=["nowhere", across])
     assert cut == whole[: whole.find(across)]
     assert len(cut) < len(whole)
+
+
+def test_it_takes_the_options_of_generate(parts):
+    model, params, tokenizer = parts
+    options = {
+        "policy": SnapKV(window=4, kernel=3),
+        "cache_bytes": 40_000,
+        "prompt_chunk": 2,
+        "stop_tokens": [9],
+    }
+    rows = generate(model, params, [[5, 9, 1], [7]], max_new_tokens=8, **options)
+    found = completed(parts, **options)
+    assert found == [" " + tokenizer.decode(row) for row in rows]
 
 
 @pytest.mark.parametrize("stop", ["ab", ["a", ""]])

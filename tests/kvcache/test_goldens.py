@@ -29,7 +29,7 @@ def policy(name: str, config: dict) -> Policy:
             observation=config["suffix_size"],
             group=config["shared_layers"],
             divisor=config["beta"],
-            best=config["win_max_attn_scores"] or None,
+            best=config["win_max_attn_scores"],
         )
     cls = {"SnapKV": SnapKV, "PyramidKV": PyramidKV}[config["method"]]
     more = {"divisor": config["beta"]} if cls is PyramidKV else {}

@@ -128,7 +128,10 @@ every_policy = pytest.mark.parametrize("name", NAMES)
 
 @every_policy
 def test_a_cache_that_holds_everything_is_the_full_one(name):
-    """Bit for bit, unless keys are turned again or other heads are stored."""
+    """Bit for bit, unless keys are turned again or other heads are stored.
+
+    That is the longest row, which fills its slots: in the others sums have gaps.
+    """
     tokens, lengths = prompts()
     plain = plan_of("full")
     enough = max(LENGTHS) + NEW if "streaming" in name else 10 * max(LENGTHS)
@@ -139,8 +142,9 @@ def test_a_cache_that_holds_everything_is_the_full_one(name):
     )
     found = answered(plan, cache, lengths)
     expected = answered(plain, narrow()[1]["full"], lengths)
-    exact = plan.policy.rope == "absolute" and plan.heads == TINY.kv_heads
-    np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    if plan.policy.rope == "absolute" and plan.heads == TINY.kv_heads:
+        np.testing.assert_array_equal(found[:, 0], expected[:, 0])
 
 
 @every_policy
@@ -335,7 +339,9 @@ def test_bytes_are_the_compiler_s_and_the_cache_is_never_copied(name):
         (decode_program, plain, plain.bytes() / 4),  # a layer's region, to read it
         (decode_program, kernel, plain.bytes() / 40),
     ):
-        analysis = builder(model, plan).compile(h200).memory_analysis()
+        # Triton's products need no scratch, in which a copy of the cache could hide.
+        triton = {"xla_gpu_enable_triton_gemm": True}
+        analysis = builder(model, plan).compile(h200, triton).memory_analysis()
         assert analysis.alias_size_in_bytes == plan.bytes()
         assert analysis.temp_size_in_bytes < most
     assert kernel.attention == "mosaic_gpu"

@@ -1,0 +1,106 @@
+"""A policy cut to a number of bytes, so that policies are compared at equal memory.
+
+A policy's `capacity` counts tokens, and not all count the same ones: some the observed
+tokens, some the new ones, some a mean over layers. Bytes are common to all.
+
+    budget = Full().plan(model, prompt=2048, new_tokens=64).bytes() // 8
+    fitted(SnapKV(), model, budget, prompt=2048, new_tokens=64)   # SnapKV(capacity=...)
+"""
+
+import dataclasses
+
+from jmem.kvcache.policy import Policy
+from jmem.targets import Target
+
+REACH = 1024
+"""Capacities that are tried beyond the first that does not fit. Rounding can give back
+half a token a layer and a window: far fewer."""
+
+
+def fitted(
+    policy: Policy,
+    model,
+    nbytes: int,
+    *,
+    prompt: int,
+    new_tokens: int,
+    batch_size: int = 1,
+    target: Target | None = None,
+) -> Policy:
+    """`policy` with the largest capacity whose cache takes at most `nbytes` bytes.
+
+    No larger than `prompt + new_tokens`, which is all there is to keep. The model and
+    the sizes are those of `Policy.plan`, by which bytes are counted, and so is
+    `target`, for whose kernel slots are rounded up. A policy without a capacity, as
+    `Full`, comes back as it is, if it fits.
+
+    Raises:
+      ValueError: no capacity fits, or the policy and the model do not go together at
+        any.
+    """
+
+    def size(candidate: Policy) -> int:
+        plan = candidate.plan(
+            model,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            target=target,
+        )
+        return plan.bytes()
+
+    name, what = type(policy).__name__, f"{prompt:,} + {new_tokens:,} tokens"
+    what += f" a row, {batch_size:,} rows" if batch_size > 1 else ""
+    if not hasattr(policy, "capacity"):
+        if (least := size(policy)) > nbytes:
+            raise ValueError(
+                f"fitted: nbytes={nbytes:,}, but {name} takes {least:,} bytes for "
+                f"{what}, and has no capacity to lower. Raise nbytes, or choose a "
+                "policy that drops tokens."
+            )
+        return policy
+
+    def at(capacity: int) -> Policy:
+        return dataclasses.replace(policy, **{"capacity": capacity})
+
+    def allowed(capacity: int) -> bool:
+        try:
+            at(capacity)
+        except ValueError:
+            return False
+        return True
+
+    def fits(capacity: int) -> bool:
+        return size(at(capacity)) <= nbytes
+
+    most = prompt + new_tokens
+    if not allowed(most):  # a short prompt, of which the policy keeps all anyway
+        most = max(most, vars(policy)["capacity"])
+    size(at(most))  # what is wrong with the policy itself is said by itself
+    if fits(most):
+        return at(most)
+    smallest = _first(allowed, 0, most)
+    first = smallest  # that does not fit
+    if fits(smallest):
+        first = _first(lambda capacity: not fits(capacity), smallest, most)
+    # Bytes rise with capacity but for rounding: the equal steps of a pyramid come out
+    # smaller now and then, and a larger capacity may fit again.
+    beyond = range(min(first + REACH, most), first, -1)
+    best = next(filter(fits, beyond), first - 1)
+    if best < smallest:
+        least, capacity = min((size(at(n)), n) for n in (smallest, *beyond))
+        raise ValueError(
+            f"fitted: nbytes={nbytes:,} is too small for {name}, which takes "
+            f"{least:,} bytes for {what} with capacity={capacity}, and no less with "
+            "another. Raise nbytes, or lower what it keeps besides: "
+            f"{policy}."
+        )
+    return at(best)
+
+
+def _first(holds, low: int, high: int) -> int:
+    """The least number in (low, high] from which on `holds`, as it does at `high`."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
