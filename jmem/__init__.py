@@ -27,8 +27,8 @@ _CALLS = {
     "measure": "jmem.memory.measure",
 }
 _MODULES = {
-    *("checkpoints", "data", "finetune", "generate", "kernels", "kvcache", "memory"),
-    *("methods", "models", "nn", "offload", "program", "targets", "train"),
+    *("checkpoints", "data", "evaluate", "finetune", "generate", "kernels", "kvcache"),
+    *("memory", "methods", "models", "nn", "offload", "program", "targets", "train"),
 }
 
 

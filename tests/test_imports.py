@@ -23,6 +23,7 @@ LAYERS = (
     ("models", "checkpoints", "data"),
     ("kvcache",),
     ("train", "generate"),
+    ("evaluate",),
     tuple(family for family in typing.get_args(Family) if family != "kvcache"),
 )
 """Parts of `jmem`, lowest first; a part imports its own layer or lower ones."""

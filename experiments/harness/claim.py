@@ -58,7 +58,8 @@ class Claim:
     target: str = "h200"
     """compile: the GPU that is compiled for."""
     quantity: str = "device_bytes"
-    """compile: the field of the MemoryReport that is recorded."""
+    """compile: what of the MemoryReport is recorded: a field, or a part of one, as
+    "by_label/kv cache"."""
     report: tuple[str, ...] = ()
     """train, kernel: the keys that lead to the number in a run's report.json."""
     margin: Number | None = None

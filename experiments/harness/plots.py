@@ -1,10 +1,11 @@
-"""Pictures every experiment shares: loss curves, and memory by kind.
+"""Pictures every experiment shares: losses, memory by kind, quality against bytes.
 
 Colour is never the only difference. Curves, in the colours of Okabe and Ito (2008),
 have dashes and a name at their end; bars, in those of a memory report's own timeline,
 differ in lightness and have their size written on them.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 INK, WARNING, REST = "#22303c", "#b00020", "#bcb8b1"
 CURVES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)), "-", "--")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LOST, KEPT = "#FBE8D3", "#00487A"
+"""From none to all in a heat map: light to dark, so also in grey."""
 
 
 def losses(
@@ -74,11 +78,17 @@ def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
     """Write each curve's name at its end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap, lowest = (high - low) * 0.055, float("-inf")
-    for value, method, colour in sorted(ends):
+    ends, places = sorted(ends), []
+    for value, *_ in ends:
         lowest = max(value, lowest + gap)
+        places.append(lowest)
+    for index in reversed(range(len(places))):  # those pushed out at the top come back
+        places[index] = min(places[index], high)
+        high = places[index] - gap
+    for place, (_, method, colour) in zip(places, ends):
         axes.annotate(
             method,
-            xy=(1.0, lowest),
+            xy=(1.0, place),
             xycoords=("axes fraction", "data"),
             xytext=(6, 0),
             textcoords="offset points",
@@ -173,13 +183,163 @@ def memory(
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, made without pyplot: no window, no global state."""
+Point = tuple[float, float, float, float]
+"""Share of the full cache's bytes, value, lower and upper end of its interval."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One measure of quality against bytes, for `quality`."""
+
+    title: str
+    label: str
+    """Of the vertical axis."""
+    curves: Mapping[str, Sequence[Point]]
+    """By policy. Policies of one colour in all panels: give them in one order."""
+    reference: float
+    """The full cache's value."""
+    percent: bool = False
+    """Whether values are shares."""
+
+
+def quality(
+    panels: Sequence[Panel], shares: Sequence[float], *, title: str = ""
+) -> "Figure":
+    """Quality against the bytes of a cache: a curve a policy, the full cache a line.
+
+    Bars are intervals; points of like bytes stand a little apart. `shares` are the
+    budgets, where the axis has its ticks.
+    """
+    from matplotlib.ticker import (
+        FixedLocator,
+        FuncFormatter,
+        NullLocator,
+        PercentFormatter,
+    )
+
+    figure, all_axes = _figure(6.6 * len(panels), 4.8, columns=len(panels))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        ends, count = [], len(panel.curves)
+        for index, (name, points) in enumerate(panel.curves.items()):
+            colour, dash = CURVES[index % len(CURVES)], DASHES[index % len(DASHES)]
+            apart = 1.012 ** (index - (count - 1) / 2)
+            x = [share * apart for share, *_ in points]
+            y, low, high = zip(*((v, v - low, high - v) for _, v, low, high in points))
+            axes.errorbar(
+                *(x, y),
+                yerr=(low, high),
+                color=colour,
+                linestyle=dash,
+                linewidth=1.9,
+                elinewidth=0.9,
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=6,
+                markeredgecolor="white",
+            )
+            ends.append((y[-1], name, colour))
+        axes.axhline(panel.reference, color=INK, linewidth=1.2)
+        axes.annotate(
+            "full cache",
+            xy=(0.0, panel.reference),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 4),
+            textcoords="offset points",
+            color=INK,
+            fontsize=9,
+        )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(list(shares)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))
+        if panel.percent:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.margins(x=0.06, y=0.1)
+        _name_ends(axes, ends)
+        axes.set_xlabel("bytes of the cache, as a share of the full one's")
+        axes.set_ylabel(panel.label)
+        axes.set_title(panel.title, loc="left")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def cells(
+    panels: Mapping[str, Sequence[Sequence[tuple[int, int]]]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_label: str = "",
+    column_label: str = "",
+    title: str = "",
+    across: int = 3,
+) -> "Figure":
+    """Heat maps of hits, one a panel: `panels[name][row][column]` is (hits, of).
+
+    Each cell says its numbers; one that counts nothing is hatched.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    colours = LinearSegmentedColormap.from_list("kept", [LOST, "#63A5CB", KEPT])
+    across = min(across, len(panels))
+    down = -(-len(panels) // across)
+    width, height = 0.95 + 0.72 * len(columns), 0.95 + 0.42 * len(rows)
+    figure, grid = _figure(
+        max(across * width, 6.0), 0.6 + down * height, rows=down, columns=across
+    )
+    for place, axes in enumerate(grid):
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        if place >= len(panels):
+            axes.set_axis_off()
+    for axes, (name, values) in zip(grid, panels.items()):
+        for y, row in enumerate(values):
+            for x, (hits, of) in enumerate(row):
+                share = hits / of if of else 0.0
+                axes.add_patch(
+                    Rectangle(
+                        *((x - 0.5, y - 0.5), 1, 1),
+                        facecolor=colours(share) if of else "white",
+                        edgecolor="white" if of else REST,
+                        linewidth=1.6,
+                        hatch=None if of else "////",
+                    )
+                )
+                axes.text(
+                    *(x, y, f"{hits}/{of}" if of else ""),
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if share > 0.55 else INK,
+                )
+        hits, of = (sum(cell[i] for row in values for cell in row) for i in (0, 1))
+        axes.set_title(f"{name}  {hits}/{of}", loc="left", fontsize=10.5)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.tick_params(length=0, labelsize=9)
+    for place, axes in enumerate(grid[: len(panels)]):
+        if place % across == 0:
+            axes.set_ylabel(row_label)
+        if place + across >= len(panels):
+            axes.set_xlabel(column_label)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def _figure(
+    width: float, height: float, *, rows: int = 1, columns: int = 0
+) -> tuple[Any, Any]:
+    """A figure and its axes, made without pyplot: no window, no global state.
+
+    One pair of axes; a list of them, row by row, if `columns` are given.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="both", color="#E8E8E8", linewidth=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
+    grid = figure.subplots(rows, max(columns, 1), squeeze=False).ravel().tolist()
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="both", color="#E8E8E8", linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure, grid if columns else grid[0]

@@ -88,10 +88,14 @@ def measured(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
     """
     where = (slug, claim.preset, claim.flags, claim.target, claim.program)
     report = _report(*where, bounds)
-    if not isinstance(value := getattr(report, claim.quantity, None), int):
+    field, _, part = claim.quantity.partition("/")
+    value = getattr(report, field, None)
+    if part and isinstance(value, dict):
+        value = value.get(part)
+    if not isinstance(value, int):
         raise ClaimsError(
             f"{slug}/{claim.name}: quantity={claim.quantity!r} is no number of a memory"
-            " report, as 'device_bytes' and 'argument_bytes' are"
+            " report, as 'device_bytes' and 'by_label/weights' are"
         )
     whole = claim.quantity == "device_bytes" and bounds
     return Record(

@@ -425,6 +425,11 @@ class TestMeasuring:
             ('program = "add"', 'program = "ad"', "no program 'ad'.*'add'"),
             ('"--side", "512"', '"--sides", "512"', "no flags --sides 512"),
             ("expect = 8", 'quantity = "devise"\nexpect = 8', "quantity='devise'"),
+            (
+                "expect = 8",
+                'quantity = "by_label/cache"\nexpect = 8',
+                "quantity='by_label/cache' is no number",
+            ),
         ],
     )
     def test_a_claim_the_experiment_cannot_answer_is_refused(
@@ -434,6 +439,20 @@ class TestMeasuring:
         path.write_text(TOY.replace(old, new, 1))
         with pytest.raises(ClaimsError, match=message):
             claims.main(claims.Command(), toy)
+
+    def test_a_part_of_a_field_is_a_quantity(self, toy, monkeypatch):
+        labelled = lambda config, target: {  # noqa: E731
+            name: dataclasses.replace(program, labels={"the array": (0, "")})
+            for name, program in toy_programs(config, target).items()
+        }
+        monkeypatch.setattr(sys.modules["experiments.toy"], "programs", labelled)
+        path = toy / "configs" / "toy" / "claims.toml"
+        part = 'quantity = "by_label/the array"\nexpect = 4'
+        path.write_text(TOY.replace("expect = 8", part, 1))
+        assert claims.main(claims.Command(only=("toy/add",)), toy) == 0
+        found = toy_records(toy)["add"]
+        assert found.value == 1024 * 1024 * 4
+        assert found.interval is None
 
     def test_only_refuses_a_name_that_is_none(self, toy):
         with pytest.raises(ClaimsError, match="--only toy/none"):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.machinery
+import itertools
 import json
 import os
 import pathlib
@@ -12,9 +13,11 @@ import textwrap
 import types
 from typing import Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation
 
 from experiments import __main__ as listing
@@ -537,6 +540,70 @@ class TestPictures:
         places = [text.xy[1] for text in texts if isinstance(text, Annotation)]
         assert len(places) == 3
         assert places == sorted(set(places))
+
+    def test_names_that_would_leave_the_top_stay_apart_below_it(self):
+        rows = {name: [{"step": s, "loss": 2.0} for s in (1, 2)] for name in "abcdef"}
+        rows["low"] = [{"step": s, "loss": 1.0} for s in (1, 2)]
+        figure = plots.losses(rows)
+        figure.draw_without_rendering()
+        [axes] = figure.axes
+        places = [text.xy[1] for text in axes.texts if isinstance(text, Annotation)]
+        low, high = axes.get_ylim()
+        assert all(low <= place <= high for place in places)
+        gaps = [after - before for before, after in itertools.pairwise(places)]
+        assert min(gaps) > 0.05 * (high - low)
+
+    def test_quality_has_a_curve_a_policy_and_the_full_cache(self):
+        curves = {
+            name: [(share, share + up, share, 1.0) for share in (0.1, 0.2, 0.4)]
+            for name, up in (("snapkv", 0.1), ("windowkv", 0.5))
+        }
+        panels = [
+            plots.Panel(
+                title="needles",
+                label="kept",
+                curves=curves,
+                reference=1.0,
+                percent=percent,
+            )
+            for percent in (True, False)
+        ]
+        figure = plots.quality(panels, (0.1, 0.2, 0.4), title="at equal bytes")
+        figure.draw_without_rendering()
+        first, second = figure.axes
+        for axes in (first, second):
+            words = [text.get_text() for text in axes.texts]
+            assert words == ["full cache", "snapkv", "windowkv"]
+            shown = [label.get_text() for label in axes.get_xticklabels()]
+            assert shown == ["10 %", "20 %", "40 %"]
+            assert len(axes.containers) == 2
+        drawn = [np.asarray(line.get_ydata()).tolist() for line in first.lines]
+        assert [point[1] for point in curves["snapkv"]] in drawn
+        assert first.get_yticklabels()[-1].get_text().endswith("%")
+        assert not second.get_yticklabels()[-1].get_text().endswith("%")
+
+    def test_cells_say_their_numbers_and_a_panel_its_sum(self):
+        panels = {
+            "full": [[(4, 4), (3, 4)], [(2, 4), (0, 0)]],
+            "snapkv": [[(4, 4), (0, 3)], [(1, 2), (0, 0)]],
+        }
+        figure = plots.cells(panels, rows=["0 %", "100 %"], columns=["512", "1,024"])
+        figure.draw_without_rendering()
+        full, snapkv = figure.axes
+        assert full.get_title(loc="left") == "full  9/12"
+        words = [text.get_text() for text in snapkv.texts]
+        assert words == ["4/4", "0/3", "1/2", ""]
+        colours = [to_rgb(patch.get_facecolor()) for patch in snapkv.patches]
+        assert sum(colours[0]) < sum(colours[2]) < sum(colours[1])  # all kept is dark
+        assert colours[3] == (1, 1, 1)
+        assert snapkv.patches[3].get_hatch()
+        assert [tick.get_text() for tick in full.get_yticklabels()] == ["0 %", "100 %"]
+
+    def test_a_last_row_of_panels_may_be_short(self):
+        figure = plots.cells(
+            {name: [[(1, 2)]] for name in "abcde"}, rows=["0 %"], columns=["512"]
+        )
+        assert [axes.axison for axes in figure.axes] == [True] * 5 + [False]
 
 
 def test_listing_reads_every_experiment_without_importing(capsys):
