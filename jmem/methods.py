@@ -79,7 +79,8 @@ METHODS: tuple[Method, ...] = (
         arxiv="2503.17922",
         idea="keep windows of consecutive prompt tokens, chosen once for a group of"
         " layers",
-        kernels=("column_mass", "windowed_attention"),
+        kernels=("windowed_attention",),
+        status="built",
     ),
     Method(
         slug="gemfilter",
@@ -89,7 +90,7 @@ METHODS: tuple[Method, ...] = (
         arxiv="2409.17422",
         idea="let an early layer pick the prompt's tokens, then run the whole model on"
         " those only",
-        kernels=("column_mass",),
+        status="built",
     ),
     Method(
         slug="shadowkv",

@@ -4,16 +4,22 @@
 # pyright: reportCallIssue=false
 
 import dataclasses
+import logging
+import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from golden_llama import load
 from tiny_decoder import TINY
 
+from jmem.kvcache import windowkv
 from jmem.kvcache.policy import Seen
 from jmem.kvcache.snapkv import SnapKV
-from jmem.kvcache.windowkv import WindowKV
+from jmem.kvcache.windowkv import TASKS, WindowKV
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
 
@@ -47,7 +53,7 @@ def seen_of(seed: int, length: int, start: int, width: int, heads=4) -> Seen:
     return Seen(*map(jnp.asarray, (queries, at, keys)), jnp.array([start], jnp.int32))
 
 
-@pytest.mark.parametrize("best", [1, 3, None])
+@pytest.mark.parametrize("best", [1, 3, 0])
 def test_window_scores_by_hand(best):
     """The mean over heads of the best tokens' mean, in float64."""
     policy = WindowKV(capacity=20, window=4, observation=5, best=best)
@@ -141,11 +147,154 @@ def test_the_number_of_tokens_is_the_official_one(length):
     assert count == rest or budget - 4 < count < budget + 4
 
 
+class Case(NamedTuple):
+    """A setting of the official code, in its letters: p tokens of a window count."""
+
+    layers: int
+    n: int
+    w: int
+    S: int
+    g: int
+    C: int
+    beta: int
+    p: int
+
+
+CASES = {
+    "last window shorter than p": Case(4, 64, 8, 5, 2, 24, 5, 4),
+    "last window shorter than p, mean of all": Case(4, 64, 8, 5, 2, 24, 5, 8),
+    "top budget below a window": Case(6, 70, 8, 6, 2, 9, 14, 4),
+    "top budget of nothing": Case(4, 50, 4, 3, 1, 6, 9, 2),
+    "lower groups keep all": Case(6, 45, 4, 5, 2, 24, 4, 2),
+    "lower groups keep all, last window short": Case(6, 42, 4, 5, 1, 30, 3, 2),
+    "a group a layer": Case(5, 83, 8, 16, 1, 20, 5, 4),
+    "two groups": Case(6, 77, 8, 8, 3, 24, 5, 8),
+    "odd window": Case(4, 59, 7, 4, 2, 20, 5, 3),
+    "odd window, odd best": Case(4, 58, 5, 3, 2, 17, 6, 5),
+    "windows of one token": Case(4, 40, 1, 6, 2, 9, 5, 1),
+    "window longer than what is reviewed": Case(4, 12, 16, 4, 2, 16, 9, 8),
+    "budget one short of everything": Case(2, 41, 8, 4, 1, 36, 1, 4),
+    "more above than below": Case(8, 66, 4, 6, 4, 16, 3, 2),
+    "half the prompt observes": Case(4, 48, 4, 24, 2, 10, 5, 2),
+}
+
+
+def official(case: Case, queries: np.ndarray, keys: np.ndarray) -> list[set[int]]:
+    """What each layer keeps besides the observed tokens, by the paper's algorithm.
+
+    In float64, from q [L, n, H, D] and k [L, n, K, D]: nothing of ours is called.
+    """
+    layers, n, w, S, g, C, beta, p = case
+    groups, R = layers // g, n - S
+    last = (C * g) // beta
+    first = 2 * C - last
+    step = (first - last) // (groups - 1)
+    budgets = [first - i * step for i in range(groups - 1)] + [last]
+    kept, windows = [], None
+    for layer in range(layers):
+        B = budgets[layer // g]
+        if layer % g == 0:
+            repeats = queries.shape[2] // keys.shape[2]
+            q = queries[layer, R:].astype(np.float64)
+            k = np.repeat(keys[layer].astype(np.float64), repeats, axis=1)
+            raw = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])
+            for i in range(S):
+                raw[:, i, R + i + 1 :] = -np.inf
+            A = np.exp(raw - raw.max(axis=-1, keepdims=True))
+            t = (A / A.sum(axis=-1, keepdims=True)).sum(axis=1)[:, :R]
+            scores = []
+            for begin in range(0, R, w):
+                inside = np.sort(t[:, begin : begin + w], axis=-1)[:, ::-1]
+                scores.append(inside[:, : min(p, inside.shape[-1])].mean())
+            drop = max(math.ceil((R - B) / w), 0)
+            order = np.argsort(-np.array(scores), kind="stable")
+            windows = order[: len(scores) - drop]
+        assert windows is not None
+        kept.append({j for i in windows for j in range(i * w, min((i + 1) * w, R))})
+    return kept
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_every_layer_keeps_what_the_official_algorithm_keeps(case):
+    config = dataclasses.replace(TINY, layers=case.layers)
+    policy = WindowKV(
+        capacity=case.C,
+        window=case.w,
+        observation=case.S,
+        best=case.p,
+        group=case.g,
+        divisor=case.beta,
+    )
+    plan = policy.plan(Decoder(config), prompt=case.n, new_tokens=2)
+    random = np.random.default_rng(len(str(case)) + case.n)
+    queries = random.standard_normal((case.layers, case.n, 4, 8), np.float32)
+    keys = random.standard_normal((case.layers, case.n, 2, 8), np.float32)
+    start = jnp.array([case.n - case.S], jnp.int32)
+
+    @jax.jit
+    def choose(queries, keys):
+        def layer(shared, xs):
+            index, q, k = xs
+            at = start[:, None] + jnp.arange(case.S, dtype=jnp.int32)[None]
+            seen = Seen(q[None, -case.S :], at, k[None], start)
+            chosen, shared = policy.choose(plan, seen, index, shared)
+            return shared, chosen[0, 0]
+
+        layers = jnp.arange(case.layers, dtype=jnp.int32)
+        return jax.lax.scan(layer, policy.begin(plan), (layers, queries, keys))[1]
+
+    chosen = np.asarray(choose(queries, keys))
+    for index, expected in enumerate(official(case, queries, keys)):
+        slots = chosen[index][: plan.selected[index]]
+        assert set(slots[slots >= 0].tolist()) == expected
+        assert (chosen[index] >= 0).sum() == len(expected)  # none beyond its slots
+
+
 def test_settings_for_the_two_tasks():
     one, many = WindowKV.localization(window=16), WindowKV.aggregation(window=16)
     assert (one.best, one.observation) == (8, 32)
-    assert (many.best, many.observation) == (None, 16)
+    assert (many.best, many.observation) == (0, 16)
     assert WindowKV.aggregation(best=2).best == 2
+    assert WindowKV.localization(window=1).best == 1
+
+
+def test_the_paper_scores_the_tasks_the_other_way_round():
+    one, many = (WindowKV.for_task(task, by="paper") for task in TASKS["paper"])
+    assert (one.best, one.window) == (0, 8)
+    assert (many.best, many.window) == (8, 16)
+    assert WindowKV.for_task("aggregation", by="paper", window=4).best == 2
+
+
+def test_the_first_window_may_be_kept_whatever_it_scores():
+    """And only that is forced: the others are the best of the rest."""
+    model = Decoder(dataclasses.replace(TINY, layers=4))
+    seen = seen_of(9, 40, 35, 5)
+    kept = []
+    for sinks in (False, True):
+        policy = WindowKV(
+            capacity=12,
+            window=4,
+            observation=5,
+            group=2,
+            divisor=4,
+            keep_sinks=sinks,
+        )
+        plan = policy.plan(model, prompt=40, new_tokens=0)
+        found, _ = policy.choose(plan, seen, jnp.int32(0), policy.begin(plan))
+        kept.append({int(at) for at in found[0, 0] if at >= 0})
+    assert not kept[0] & {0, 1, 2, 3}, "the first window is good"
+    assert kept[1] > {0, 1, 2, 3}
+    assert len(kept[1] - kept[0]) == 4
+
+
+def test_a_pyramid_on_its_head_runs_as_in_the_paper_s_ablation(caplog):
+    """16 layers a group over a divisor of 14; said once, however many plans."""
+    windowkv._say_inverted.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for capacity in (512, 1024):
+            budgets = WindowKV(capacity=capacity, group=16).group_budgets(32)
+            assert budgets == (2 * capacity - capacity * 16 // 14, capacity * 16 // 14)
+    assert caplog.text.count("upper layers more tokens than lower") == 1
 
 
 def test_a_function_may_name_the_task():
@@ -160,6 +309,12 @@ def test_a_function_may_name_the_task():
     assert WindowKV.for_task("localization", best=3).best == 3
     with pytest.raises(ValueError, match="task='qa' is neither 'localization' nor"):
         WindowKV.for_task("qa")
+    jaxtyping.config.update("jaxtyping_disable", True)  # or it would refuse first
+    try:
+        with pytest.raises(ValueError, match="by='me' is not one of official_code, p"):
+            WindowKV.for_task("localization", by="me")
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_equal_bytes_with_policies_that_count_the_window():
@@ -170,7 +325,7 @@ def test_equal_bytes_with_policies_that_count_the_window():
 
 REFUSED = {
     "no window": ({"window": 0}, "window=0 must be at least 1"),
-    "best above window": ({"best": 9}, r"best=9 must lie in \[1, window=8\]"),
+    "best above window": ({"best": 9}, r"best=9 must lie in \[0, window=8\]"),
     "no room": ({"capacity": 7}, "capacity=7 leaves 7 tokens for windows of window=8"),
     "counted": ({"capacity": 36, "count_recent": True}, "leaves 4 tokens"),
     "pyramid": ({"pyramid": "steep"}, "pyramid='steep' is not one of code, paper"),
@@ -190,7 +345,7 @@ def test_refuses(given, message):
     "given, message",
     [
         ({"group": 5}, r"group=5 does not divide .* 32 layers.* 1, 2, 4, 8, 16, 32"),
-        ({"group": 16}, "stands on its head"),
+        ({"group": 16, "divisor": 7}, "top group 2340 tokens, more than twice"),
         ({"group": 32}, "one group makes no pyramid"),
     ],
 )

@@ -1,0 +1,235 @@
+"""WindowKV's experiment end to end at a tiny size; what it recommends; presets."""
+
+# pyright: reportAttributeAccessIssue=false
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoder import TINY, random_params
+
+import jmem
+from experiments import windowkv
+from experiments.harness import cli
+from experiments.harness.run import Run
+from jmem.data.recall import Recall
+from jmem.evaluate.decoding import answers
+from jmem.kvcache import task
+from jmem.kvcache.full import Full
+from jmem.kvcache.streaming_llm import StreamingLLM
+from jmem.kvcache.windowkv import WindowKV
+from jmem.models import zoo
+from jmem.models.decoder import Decoder
+from jmem.targets import resolve
+
+PRESETS = (
+    *("llama31_8b_128k", "llama3_8b", "llama3_8b_batch32", "qwen25_15b"),
+    "smollm2_135m",
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """A model small enough to compile in a moment, by the name "tiny"."""
+    config = dataclasses.replace(TINY, layers=4, max_positions=128)
+    monkeypatch.setitem(zoo.MODELS, "tiny", config)
+
+
+CONFIG = windowkv.Config(
+    recall=Recall(text=64, keys=8, values=24),
+    small=windowkv.Small(hidden=16, heads=2, kv_heads=1, questions=2, effort=0.001),
+    shares=(0.5,),
+    tested=8,
+    batch_size=4,
+    classifier_prompts=2,
+    compiled=windowkv.Compiled(
+        model="tiny",
+        prompt=96,
+        capacities=(16,),
+        windowkv=WindowKV(window=8, best=4, observation=8, group=2, divisor=4),
+    ),
+)
+
+
+def run(config, tmp_path, **more):
+    target = resolve(config.gpu)
+    with Run("windowkv", config, target=target, runs=tmp_path, **more) as started:
+        windowkv.main(config, started)
+    return started.folder, json.loads((started.folder / "report.json").read_text())
+
+
+def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
+    """With few lessons and policies, as each is a program to compile."""
+    every = windowkv.policies
+    quick = functools.partial(task.train, steps=3, batch_size=4)
+    monkeypatch.setattr(task, "train", quick)
+    monkeypatch.setattr(task, "accuracy", functools.partial(task.accuracy, count=2))
+    monkeypatch.setattr(windowkv, "LESSONS", windowkv.LESSONS[:1])
+    monkeypatch.setattr(
+        windowkv,
+        "policies",
+        lambda *given: {
+            name: policy for name, policy in every(*given).items() if "window" in name
+        },
+    )
+    monkeypatch.setattr(windowkv, "report_memory", lambda config, run: None)
+    folder, report = run(CONFIG, tmp_path)
+    assert report["status"] == "complete"
+    assert (folder / "lesson-1" / "metrics.jsonl").read_text()
+    rows = report["tables"]["Answered rightly"]
+    assert list(rows) == [
+        "full",
+        "windowkv official_code 50 %",
+        "windowkv paper 50 %",
+    ]
+    for name, row in rows.items():
+        assert row["of the prompt's"] <= 0.501 or name == "full"
+        for kind in windowkv.TASK:
+            assert row[f"{kind} from"] <= row[kind] <= row[f"{kind} to"]
+    assert any("NOT LEARNT" in note for note in report["notes"])
+    assert any("Recommended:" in note for note in report["notes"])
+    scores = report["tables"]["How WindowKV scores a window"]
+    assert scores["find"]["official_code"] == scores["majority"]["paper"] == "2 of 4"
+    classified = report["tables"]["Classifier of tasks"]["byte n-grams"]
+    assert 0 <= classified["held-out templates"] <= 1
+    assert (folder / "recall.png").stat().st_size > 10_000
+    assert "find: batch 2 of 2" in capsys.readouterr().out
+
+
+def test_measuring_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(windowkv, "learn", None)
+    once = functools.partial(jmem.measure, bounds=False)
+    monkeypatch.setattr(jmem, "measure", once)
+    folder, report = run(CONFIG, tmp_path, measure_only=True)
+    memory = report["tables"]["Memory on h200"]
+    assert memory["windowkv-16"]["cache"] < 0.5 * memory["full"]["cache"]
+    assert report["memory"].keys() == {
+        f"{cache}-{part}"
+        for cache in ("full", "windowkv-16")
+        for part in ("prefill", "decode")
+    }
+    assert (folder / "memory.png").stat().st_size > 10_000
+
+
+class TestAnswers:
+    MODEL = Decoder(dataclasses.replace(TINY, layers=2))
+
+    def test_of_a_full_cache_are_those_of_the_plain_model(self):
+        """Reading the last token again changes nothing where nothing was dropped."""
+        params = jax.tree.map(jnp.asarray, random_params(self.MODEL.config, scale=0.3))
+        prompts = np.random.default_rng(0).integers(0, 48, (3, 20)).astype(np.int32)
+        size: Any = {"prompt": 20, "new_tokens": 5, "batch_size": 3}
+        cut = StreamingLLM(capacity=6, first=1)
+        plans = tuple(policy.plan(self.MODEL, **size) for policy in (Full(), cut))
+        given = self.MODEL, params
+        whole, streamed = windowkv.answers(*given, plans, prompts, steps=4)
+        lengths = np.full(3, 20, np.int32)
+        named = {"full": plans[0], "cut": plans[1]}
+        plain = answers(*given, named, prompts, lengths, steps=5)
+        np.testing.assert_array_equal(whole, plain["full"][:, :4])
+        np.testing.assert_array_equal(plain["cut"][:, 0], plain["full"][:, 0])
+        assert (streamed[:, 0] != whole[:, 0]).any(), "the first is not from the cut"
+
+
+def found(code: list[list[int]], paper: list[list[int]]) -> dict[str, Any]:
+    """Hits of one budget, by kind: find, then majority."""
+    return {
+        kind: {
+            "windowkv official_code 50 %": np.array(ours, bool),
+            "windowkv paper 50 %": np.array(theirs, bool),
+        }
+        for kind, ours, theirs in zip(windowkv.TASK, code, paper, strict=True)
+    }
+
+
+ALL, NONE, HALF = [1] * 8, [0] * 8, [1, 0] * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "paper", "words"),
+    [
+        ([ALL, HALF], [NONE, HALF], "Recommended: by='official_code'"),
+        ([HALF, NONE], [HALF, ALL], "Recommended: by='paper'"),
+        ([ALL, NONE], [NONE, ALL], "localization by='official_code', aggregation by='"),
+        ([HALF, HALF], [HALF[::-1], HALF], "Recommended: the default"),
+    ],
+)
+def test_what_is_recommended_follows_the_numbers(code, paper, words):
+    assert words in windowkv.recommendation(CONFIG, found(code, paper))
+
+
+def test_a_difference_must_be_more_than_chance():
+    assert windowkv.better(8, 0) == "official_code"
+    assert windowkv.better(0, 8) == "paper"
+    assert windowkv.better(5, 3) is None
+    assert windowkv.better(0, 0) is None
+
+
+def test_code_and_paper_differ_in_which_tokens_count_and_in_nothing_else():
+    for kind, by_code in (("find", 2), ("majority", 0)):
+        own = windowkv.policies(CONFIG, kind)
+        code, paper = own["windowkv official_code"], own["windowkv paper"]
+        assert code.best == by_code != paper.best
+        assert dataclasses.replace(code, best=paper.best) == paper
+
+
+def test_every_budget_is_in_bytes_of_the_prompt():
+    """And room for the answer is there besides, for all alike."""
+    model = Decoder(CONFIG.small.config(CONFIG.recall))
+    config = dataclasses.replace(CONFIG, shares=(0.25, 0.5))
+    own = windowkv.contenders(config, model, "find")
+    whole = own["full"].plan
+    answer = whole.bytes() * CONFIG.recall.value // (whole.prompt + whole.new_tokens)
+    names = ("streaming_llm", "snapkv", "snapkv unpooled", "pyramidkv")
+    names += ("windowkv official_code", "windowkv paper")
+    assert list(own)[1:] == [f"{n} {share} %" for n in names for share in (25, 50)]
+    for name, contender in own.items():
+        if name != "full":
+            room = contender.share * (whole.bytes() - answer) + answer
+            assert 0.8 * room < contender.plan.bytes() <= room + 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_its_programs(name):
+    assert set(cli.presets("windowkv")) == set(PRESETS)
+    _, config = cli.parse(windowkv.Config, "windowkv", ["--preset", name])
+    assert config != windowkv.Config()
+    built = windowkv.programs(config, resolve(config.gpu))
+    assert len(built) == 2 * (1 + len(config.compiled.capacities))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tested": 0}, "tested=0; need >= 1"),
+        ({"tested": 10}, "tested=10 is no multiple of batch_size=4"),
+        ({"shares": ()}, "must name one or more"),
+        ({"shares": (0.5, 0.5)}, "none twice"),
+        ({"shares": (1.0,)}, r"shares=1.0 must lie within \(0, 1\)"),
+        ({"small": windowkv.Small(effort=0.0)}, "small.effort=0.0 must be positive"),
+    ],
+)
+def test_refusals(given, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **given)
+
+
+def test_a_budget_below_what_a_policy_observes_is_refused_before_training(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(windowkv, "learn", None)
+    config = dataclasses.replace(CONFIG, shares=(0.02,))
+    with pytest.raises(ValueError, match=r"shares=0\.02 .* too little for snapkv"):
+        run(config, tmp_path)
+
+
+def test_a_prompt_beyond_the_model_is_refused():
+    compiled = dataclasses.replace(CONFIG.compiled, prompt=129)
+    config = dataclasses.replace(CONFIG, compiled=compiled)
+    with pytest.raises(ValueError, match="exceed the 128 positions of tiny"):
+        windowkv.programs(config, resolve("h200"))
