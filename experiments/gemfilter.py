@@ -19,7 +19,7 @@ compared on this machine; memory is that of the same programs compiled for `gpu`
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -31,10 +31,10 @@ import jmem
 import jmem.checkpoints
 import jmem.data
 from experiments.harness import cli, plots
+from experiments.harness.journal import Journal, told
+from experiments.harness.models import attached, dimensions
 from experiments.harness.report import DASH, Column, percent, seconds
 from experiments.harness.run import Run
-from experiments.kvcache import Journal
-from experiments.lisa import attached
 from jmem.data.needle import Haystack, NeedleCase
 from jmem.evaluate import needle
 from jmem.evaluate.decoding import answers
@@ -57,12 +57,10 @@ from jmem.kvcache.gemfilter import (
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.snapkv import SnapKV
 from jmem.memory import report
-from jmem.models import zoo
-from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
+from jmem.models.decoder import PRECISIONS, Decoder, Precision
 from jmem.offload import host_bytes, on_device
 from jmem.program import Program
 from jmem.targets import Target
-from jmem.train.progress import clock
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -158,13 +156,6 @@ def build(config: Config, target: Target) -> Decoder:
     dims, precision = dimensions(config.model), PRECISIONS[config.dtype]
     model = Decoder.on(target, dims, **precision, remat="none")
     return dataclasses.replace(model, chunk=config.chunk or None)
-
-
-def dimensions(model: str) -> DecoderConfig:
-    """Of a model of the zoo, or of a checkpoint by its path."""
-    if "/" in model or model.endswith((".gguf", ".safetensors")):
-        return jmem.checkpoints.load(model).config
-    return zoo.get(model)
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -320,22 +311,8 @@ type Part = tuple[Int[np.ndarray, " N"], Int[np.ndarray, "B T"]]
 """Places of some cases, and their prompts."""
 
 
-def told(run: Run, what: str, parts: Sequence[Part]) -> Iterator[Part]:
-    """The parts, one by one, while it is told which it is and how long is left."""
-    total = sum(tokens.size for _, tokens in parts)
-    done, began = 0, time.monotonic()
-    with run.console.status(what) as status:
-        for number, part in enumerate(parts, 1):
-            words = f"{what}: {number} of {len(parts)}"
-            if done:
-                left = (time.monotonic() - began) * (total - done) / done
-                words += f", {clock(left)} left"
-            if run.console.is_terminal:
-                status.update(words)
-            else:
-                run.console.print(words, highlight=False)
-            yield part
-            done += part[1].size
+def _tokens(part: Part) -> int:
+    return part[1].size
 
 
 def main(config: Config, run: Run) -> None:
@@ -377,7 +354,7 @@ def calibrate(config, run: Run, bench: Bench, params: dict, journal: Journal) ->
 
     parts = list(needle.batches(bench.calibration, config.batch_size))
     found = []
-    for places, _ in told(run, "calibration", parts):
+    for places, _ in told(run, parts, name=lambda _: "calibration", size=_tokens):
         cases = [bench.calibration[place] for place in places]
         make = functools.partial(measure, cases)
         recall = journal(f"calibration {places.tolist()}", make)["recall"]
@@ -529,7 +506,7 @@ def grid(
     """Every contender's answers to all cases."""
     parts = list(needle.batches(bench.cases, config.batch_size))
     rows: dict[str, list[np.ndarray]] = {}
-    for places, tokens in told(run, "needles", parts):
+    for places, tokens in told(run, parts, name=lambda _: "needles", size=_tokens):
         cases = [bench.cases[place] for place in places]
         make = functools.partial(answered, config, bench, params, layer, tokens, cases)
         for name, values in journal(f"needles {places.tolist()}", make).items():

@@ -28,10 +28,8 @@ Expect  What is asked for survives a cut of the cache to an eighth by any policy
 """
 
 import dataclasses
-import json
 import math
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -43,6 +41,8 @@ import jmem
 import jmem.checkpoints
 import jmem.data
 from experiments.harness import cli, plots
+from experiments.harness.journal import Journal, told
+from experiments.harness.models import attached, dimensions
 from experiments.harness.report import Column, gib, loss, percent
 from experiments.harness.run import Run
 from jmem.checkpoints import Checkpoint
@@ -60,11 +60,9 @@ from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.windowkv import WindowKV
-from jmem.models import zoo
-from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
+from jmem.models.decoder import PRECISIONS, Decoder, Precision
 from jmem.program import Program
 from jmem.targets import Target
-from jmem.train.progress import clock
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -174,13 +172,6 @@ class Config:
         return self.only or get_args(Method)
 
 
-def dimensions(config: Config) -> DecoderConfig:
-    """Of the zoo's model, or of the checkpoint that `model` is the path of."""
-    if "/" in config.model or config.model.endswith((".gguf", ".safetensors")):
-        return jmem.checkpoints.load(config.model).config
-    return zoo.get(config.model)
-
-
 # Memory on a GPU ----------------------------------------------------------------------
 
 
@@ -244,7 +235,7 @@ def cache_programs(
 
 def build(config: Config, target: Target) -> Decoder:
     """The model as it is compiled for the described GPU."""
-    asked, dims = config.compiled, dimensions(config)
+    asked, dims = config.compiled, dimensions(config.model)
     if asked.prompt + asked.new_tokens > dims.max_positions:
         raise ValueError(
             f"kvcache: compiled.prompt={asked.prompt} + new_tokens={asked.new_tokens} "
@@ -458,9 +449,9 @@ class Bench:
 
 def open_bench(config: Config) -> Bench:
     """Reads all but the weights, and refuses what cannot work."""
-    dims = dimensions(config)
+    dims = dimensions(config.model)
     precision = PRECISIONS[config.run_dtype]
-    model = Decoder.on(_attached(), dims, **precision, remat="none")
+    model = Decoder.on(attached(), dims, **precision, remat="none")
     checkpoint = jmem.checkpoints.load(config.model, model.stored_dtype)
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
@@ -496,17 +487,6 @@ def open_bench(config: Config) -> Bench:
         passages=list(_passages(config, model, tokenizer, texts.held_out)),
         examples=examples,
         longbench=longbench,
-    )
-
-
-def _attached() -> Target | None:
-    """The kind of GPU in this machine as far as attention goes; None without one."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return None
-    capability = str(device.compute_capability)
-    return dataclasses.replace(
-        jmem.targets.resolve("h200"), compute_capability=capability
     )
 
 
@@ -600,45 +580,12 @@ def _batches(
         yield Work(f"{name} {number}", tokens, lengths, places, found)
 
 
-class Journal:
-    """Results by name in `results.jsonl`: a stopped run goes on where it was."""
-
-    def __init__(self, folder: pathlib.Path, *, resume: bool):
-        path = folder / "results.jsonl"
-        lines = path.read_bytes().splitlines(True) if resume and path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # the last may be torn
-        self._known = dict(map(json.loads, whole))
-        path.write_bytes(b"".join(whole))
-        self._path = path
-
-    def __call__(
-        self, name: str, make: Callable[[], Mapping[str, np.ndarray]]
-    ) -> dict[str, list]:
-        """What is known under a name; made now, and kept, if nothing is."""
-        if name not in self._known:
-            values = {key: value.tolist() for key, value in make().items()}
-            with self._path.open("ab") as file:
-                file.write(json.dumps([name, values]).encode() + b"\n")
-            self._known[name] = values
-        return self._known[name]
+def _stage(work: Work) -> str:
+    return work.name.rpartition(" ")[0]
 
 
-def told(run: Run, works: Sequence[Work]) -> Iterator[Work]:
-    """The works, one by one, while it is told which it is and how long is left."""
-    total = sum(work.tokens.size for work in works)
-    done, began = 0, time.monotonic()
-    with run.console.status("") as status:
-        for number, work in enumerate(works, 1):
-            words = f"{work.name.rpartition(' ')[0]}: {number} of {len(works)}"
-            if done:
-                left = (time.monotonic() - began) * (total - done) / done
-                words += f", {clock(left)} left"
-            if run.console.is_terminal:
-                status.update(words)
-            else:
-                run.console.print(words, highlight=False)
-            yield work
-            done += work.tokens.size
+def _tokens(work: Work) -> int:
+    return work.tokens.size
 
 
 # The three measures -------------------------------------------------------------------
@@ -701,7 +648,7 @@ def main(config: Config, run: Run) -> None:
     for works, make, report in stages:
         done: Done = []
         try:
-            for work in told(run, works):
+            for work in told(run, works, name=_stage, size=_tokens):
                 done.append((work, journal(work.name, lambda: make(work))))  # noqa: B023
         finally:  # stopped in the middle, what is done is told
             if done:

@@ -27,7 +27,7 @@ import numpy as np
 import jmem
 import jmem.checkpoints
 import jmem.data
-from experiments.harness import cli, plots
+from experiments.harness import cli, models, plots
 from experiments.harness.report import Column, gib, loss, rate, seconds
 from experiments.harness.run import Run
 from jmem.data.batch import Batch
@@ -37,7 +37,6 @@ from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
-from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.nn.stack import Remat
 from jmem.offload import check_host, described, host_bytes
@@ -124,10 +123,7 @@ class Config:
 
 def dimensions(config: Config) -> DecoderConfig:
     """Of the zoo's model, or of the checkpoint that `model` is the path of."""
-    if "/" in config.model or config.model.endswith((".gguf", ".safetensors")):
-        dims = jmem.checkpoints.load(config.model).config
-    else:
-        dims = zoo.get(config.model)
+    dims = models.dimensions(config.model)
     if config.seq_len > dims.max_positions:
         raise ValueError(
             f"lisa: seq_len={config.seq_len} exceeds the {dims.max_positions:,} "
@@ -144,7 +140,7 @@ def build(config: Config, dims: DecoderConfig, target: Target) -> Decoder:
 def build_here(config: Config, dims: DecoderConfig) -> Decoder:
     """The model as it is trained on this machine."""
     precision, remat = PRECISIONS[config.run_dtype], config.run_remat
-    return Decoder.on(attached(), dims, **precision, remat=remat)
+    return Decoder.on(models.attached(), dims, **precision, remat=remat)
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -219,17 +215,6 @@ def start(config: Config, method: Method, model: Decoder, pretrained: dict):
     given = pretrained, jax.random.key(config.seed)
     check_host(host_bytes(described(init, *given)), f"the state of {method}")
     return init(*given)
-
-
-def attached() -> Target | None:
-    """The kind of GPU in this machine as far as attention goes; None without one."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return None
-    capability = str(device.compute_capability)
-    return dataclasses.replace(
-        jmem.targets.resolve("h200"), compute_capability=capability
-    )
 
 
 def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, ...]]:

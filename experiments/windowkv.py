@@ -71,33 +71,33 @@ class Lesson(NamedTuple):
     """Fields of `Recall` that differ from what is asked in the end."""
     rows: int
     updates: int
-    kinds: tuple[Asked, ...] = ("find", "majority")
 
 
 LESSONS = (
-    Lesson({"text": 24, "records": 2, "value": 3, "lead": 0.5}, 32, 400, ("find",)),
-    Lesson({"text": 40, "value": 3}, 32, 200),
-    Lesson({"text": 64}, 32, 100),
-    Lesson({"text": 128}, 16, 100),
-    Lesson({}, 16, 100),
+    Lesson({"text": 24, "records": 2, "value": 3, "lead": 0.5}, 32, 800),
+    Lesson({"text": 40, "value": 3}, 32, 500),
+    Lesson({"text": 64}, 32, 300),
+    Lesson({"text": 128}, 16, 200),
+    Lesson({}, 16, 250),
 )
-"""From easy to hard: of long texts alone, to find is not learnt in thousands."""
+"""From easy to hard: of long texts alone, to find is not learnt in 1,200 updates."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Small:
     """The decoder that is trained here."""
 
-    layers: int = 4
-    hidden: int = 128
+    layers: int = 2
+    hidden: int = 64
     heads: int = 4
     kv_heads: int = 2
-    intermediate: int = 128
+    head_dim: int = 32
+    intermediate: int = 64
     spread: float = 2.0
-    """Times the usual spread of the first weights: it learns in half the updates."""
+    """Times the usual spread of the first weights, with which it learns sooner."""
     questions: int = 12
     """On each text of a lesson."""
-    adamw: AdamW = AdamW(learning_rate=2e-3, warmup_steps=20, b2=0.95)
+    adamw: AdamW = AdamW(learning_rate=3e-3, warmup_steps=20, b2=0.95)
     effort: float = 1.0
     """Times the updates of each lesson."""
 
@@ -111,7 +111,7 @@ class Small:
             hidden=self.hidden,
             heads=self.heads,
             kv_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
+            head_dim=self.head_dim,
             intermediate=self.intermediate,
             max_positions=recall.text + self.questions * (2 + recall.value),
             tied=True,
@@ -152,7 +152,7 @@ class Config:
     snapkv: SnapKV = SnapKV(window=4)
     unpooled: SnapKV = SnapKV(window=4, kernel=1)
     pyramidkv: PyramidKV = PyramidKV(window=4)
-    windowkv: WindowKV = WindowKV(window=4, observation=4, group=2, divisor=4)
+    windowkv: WindowKV = WindowKV(window=4, observation=4, group=1, divisor=2)
     """All but `best`, on which code and paper disagree: both are run."""
     tested: int = 400
     """Questions of each kind."""
@@ -201,7 +201,6 @@ class Texts:
     recall: Recall
     rows: int
     questions: int
-    kinds: tuple[Asked, ...]
     seed: tuple[int, ...]
 
     @property
@@ -212,7 +211,7 @@ class Texts:
         return self.recall.sample(
             self.rows,
             seed=(*self.seed, step),
-            kinds=self.kinds,
+            kinds=tuple(TASK),
             questions=self.questions,
         ).batch
 
@@ -224,7 +223,6 @@ def texts(config: Config) -> list[Texts]:
             dataclasses.replace(config.recall, **lesson.changes),
             lesson.rows,
             config.small.questions,
-            lesson.kinds,
             (config.seed, number),
         )
         for number, lesson in enumerate(LESSONS)

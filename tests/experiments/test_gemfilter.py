@@ -13,6 +13,7 @@ from tiny_decoder import TINY, random_params
 import jmem.checkpoints
 from experiments import gemfilter
 from experiments.harness import cli
+from experiments.harness.models import dimensions
 from experiments.harness.run import Run
 from jmem.data.needle import Haystack
 from jmem.evaluate import needle
@@ -177,7 +178,7 @@ def test_memory_of_the_phases(config, tmp_path, monkeypatch):
         "gemfilter": [100, 700, 800, 800],
         "gemfilter, all resident": [200, 700, 800, 800],
     }
-    model = Decoder(gemfilter.dimensions(config.model))
+    model = Decoder(dimensions(config.model))
     _, late = jax.eval_shape(lambda params: split(params, 1), model.abstract())
     size = sum(leaf.size for leaf in jax.tree.leaves(late))
     assert rows["gemfilter"]["on the host"] == 2 * size
@@ -192,7 +193,7 @@ def test_the_layer_is_the_first_that_finds_or_else_the_best():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_papers_models(name):
     _, config = cli.parse(gemfilter.Config, "gemfilter", ["--preset", name])
-    dims = gemfilter.dimensions(config.model)
+    dims = dimensions(config.model)
     gem = config.gemfilter
     assert PRESETS[name] == (config.prompt_tokens, dims.layers, gem.layer)
     assert (gem.tokens, gem.kernel, gem.score, gem.window) == (1024, 5, "raw", 1)

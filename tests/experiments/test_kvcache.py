@@ -18,6 +18,7 @@ import jmem.data
 from experiments import kvcache
 from experiments.harness import cli
 from experiments.harness import config as configs
+from experiments.harness.journal import Journal
 from experiments.harness.run import Run
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import GemFilter
@@ -160,11 +161,11 @@ def test_a_stopped_run_tells_what_it_has(config, tmp_path, monkeypatch):
 
 
 def test_a_torn_result_is_made_again(tmp_path):
-    first = kvcache.Journal(tmp_path, resume=False)
+    first = Journal(tmp_path, resume=False)
     first("a", lambda: {"x": np.array([1.5])})
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text() + '["b", {"x": [2')
-    again = kvcache.Journal(tmp_path, resume=True)
+    again = Journal(tmp_path, resume=True)
     assert again("a", lambda: {}) == {"x": [1.5]}
     assert again("b", lambda: {"x": np.array([3])}) == {"x": [3]}
     assert [json.loads(line)[0] for line in path.read_text().splitlines()] == ["a", "b"]

@@ -1,6 +1,6 @@
 """WindowKV's experiment end to end at a tiny size; what it recommends; presets."""
 
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def tiny(monkeypatch):
 
 CONFIG = windowkv.Config(
     recall=Recall(text=64, keys=8, values=24),
-    small=windowkv.Small(hidden=16, heads=2, kv_heads=1, questions=2, effort=0.001),
+    small=windowkv.Small(hidden=16, head_dim=8, questions=2, effort=0.001),
     shares=(0.5,),
     tested=8,
     batch_size=4,

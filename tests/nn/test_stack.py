@@ -1,5 +1,7 @@
 """A stack's weights are read where they lie, as IN_PLACE has XLA do."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,7 +30,8 @@ def test_a_few_tokens_products_copy_no_weights(rows):
 
     def temporaries(options):
         program = Program(run, (x, up, gate, down), options=options)
-        return program.compile(resolve("h200")).memory_analysis().temp_size_in_bytes
+        compiled: Any = program.compile(resolve("h200"))
+        return compiled.memory_analysis().temp_size_in_bytes
 
     one = 2 * width * width
     scratch = 32 * 2**20  # cuBLAS's own, for all products together
