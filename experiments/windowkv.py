@@ -34,7 +34,7 @@ import jmem
 from experiments.harness import cli, plots
 from experiments.harness.report import Column, gib, percent, seconds
 from experiments.harness.run import Run
-from experiments.kvcache import cache_programs
+from experiments.kvcache import cache_programs, mib
 from jmem.data.batch import Batch
 from jmem.data.recall import KINDS, Recall
 from jmem.evaluate.interval import wilson
@@ -624,7 +624,7 @@ def report_memory(config: Config, run: Run) -> None:
         f"Memory on {target.name}",
         [
             "cache",
-            Column("cache", gib),
+            Column("cache", mib),
             Column("of full", percent),
             *(Column(part, gib) for part in ("prefill", "decode")),
             "fits",

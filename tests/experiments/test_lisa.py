@@ -168,11 +168,11 @@ def test_of_prompts_and_chats_the_answers_are_learnt(
 @pytest.mark.parametrize(
     ("known", "ids", "columns", "end"),
     [
-        ({"<|endoftext|>", "</s>"}, (1,), {"prompt": "q", "completion": "a"}, "</s>"),
-        ({"<|endoftext|>", "</s>"}, (1,), {}, "<|endoftext|>"),
-        ({"<|endoftext|>", "</s>"}, (1,), {"chat": "turns"}, "<|endoftext|>"),
-        ({"<s>", "</s>"}, (7, 1, 0), {}, "</s>"),  # 7 is a row of padding
-        ({"<s>", "</s>"}, (1, 0), {"chat": "turns"}, "</s>"),
+        (("<|endoftext|>", "</s>"), (1,), {"prompt": "q", "completion": "a"}, "</s>"),
+        (("<|endoftext|>", "</s>"), (1,), {}, "<|endoftext|>"),
+        (("<|endoftext|>", "</s>"), (1,), {"chat": "turns"}, "<|endoftext|>"),
+        (("<s>", "</s>"), (7, 1, 0), {}, "</s>"),  # 7 is a row of padding
+        (("<s>", "</s>"), (1, 0), {"chat": "turns"}, "</s>"),
     ],
     ids=str,
 )
