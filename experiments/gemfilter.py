@@ -76,11 +76,9 @@ class Config:
     gemfilter: GemFilter = GemFilter(layer=21, tokens=256)
     """As it is in the programs compiled for `gpu`. What runs here takes the layer that
     calibration finds, and `shares` of a prompt for its number of tokens."""
-    snapkv: SnapKV = SnapKV(window=8)
-    """The baseline; its capacity there is `gemfilter.tokens`, here what fits the bytes
-    of the filtered prompt's cache. Of its windows 8, 16 and 32 the first answers most
-    here: 10, 3 and 1 of 20 needles in 512 and 1,024 tokens, of which an eighth is kept,
-    of seeds 1000 and 1001."""
+    snapkv: SnapKV = SnapKV(window=8, kernel=13)
+    """The baseline, as experiments.kvcache has it; its capacity there is
+    `gemfilter.tokens`, here what fits the bytes of the filtered prompt's cache."""
     shares: tuple[float, ...] = (1 / 8, 1 / 16)
     """Of a prompt, what is kept. The first is what the layer is chosen by, and whose
     needles are drawn cell by cell."""

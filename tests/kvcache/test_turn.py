@@ -178,6 +178,7 @@ def full_talk() -> Talk:
     return talked(roomy("full"), 2)
 
 
+@pytest.mark.compat
 def test_a_turn_of_full_is_a_prefill_of_everything():
     talk, once = full_talk(), whole(full_talk())
     np.testing.assert_allclose(talk.logits[-1], once.logits[-1], atol=1e-5)
@@ -498,7 +499,10 @@ def test_chunks_of_any_prompt_are_one_program():
 # Bytes and refusals -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, attention", [("full", "cudnn"), ("windowkv", "xla")])
+@pytest.mark.parametrize(
+    "name, attention",
+    [pytest.param("full", "cudnn", marks=pytest.mark.compat), ("windowkv", "xla")],
+)
 def test_a_turn_never_copies_the_cache(name, attention):
     """For an H200: a donated cache, and the lists of one layer's keys and values."""
     config = dataclasses.replace(
