@@ -365,9 +365,16 @@ def test_a_turn_selects_by_its_own_queries():
             np.testing.assert_allclose(pooled[lost], pooled[gained], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "windowkv" in name])
-def test_a_group_of_layers_keeps_the_same_windows(name):
-    plan = plan_of(name)
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("windowkv", {}),
+        ("windowkv", {"prompt": 17, "capacity": 100}),  # slots for no whole windows
+        ("windowkv aggregation", {}),
+    ],
+)
+def test_a_group_of_layers_keeps_the_same_windows(name, more):
+    plan = plan_of(name, **more)
     group, differ = plan.policy.group, 0
     talk = Talk(plan)
     for turn in range(3):
