@@ -1,6 +1,6 @@
 """WindowKV beside other cache policies at equal bytes: recall, and GPU memory.
 
-    python -m experiments.windowkv         a decoder trained here (8 minutes, 2 cores)
+    python -m experiments.windowkv         a decoder trained here
     python -m experiments.windowkv --preset llama3_8b --measure-only --gpu h200
     python -m experiments.windowkv --preset llama31_8b_128k --measure-only --gpu h200
 
