@@ -76,7 +76,7 @@ class Config:
     gemfilter: GemFilter = GemFilter(layer=21, tokens=256)
     """As it is in the programs compiled for `gpu`. What runs here takes the layer that
     calibration finds, and `shares` of a prompt for its number of tokens."""
-    snapkv: SnapKV = SnapKV(window=8, kernel=13)
+    snapkv: SnapKV = SnapKV(window=4, kernel=13)
     """The baseline, as experiments.kvcache has it; its capacity there is
     `gemfilter.tokens`, here what fits the bytes of the filtered prompt's cache."""
     shares: tuple[float, ...] = (1 / 8, 1 / 16)

@@ -12,7 +12,7 @@ import dataclasses
 from jmem.kvcache.policy import Policy
 from jmem.targets import Target
 
-REACH = 1024
+REACH = 256
 """Capacities that are tried beyond the first that does not fit. Rounding can give back
 half a token a layer and a window: far fewer."""
 

@@ -26,6 +26,9 @@ from jmem.nn.attention import Implementation, causal_attention, grouped_attentio
 from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
 
+QUERIES = 256
+"""Of a prompt, that XLA's attention scores at a time."""
+
 
 class Cache(NamedTuple):
     """Keys and values of all layers, and which tokens they are."""
@@ -114,7 +117,10 @@ def prefill_attend(
             kept.append((cache, shared))
         # Caches first: what writing them needs is gone when attention begins.
         q, turned, v, kept = jax.lax.optimization_barrier((q, turned, v, tuple(kept)))
-        return causal_attention(q, turned, v, implementation, window=window), kept
+        out = causal_attention(
+            q, turned, v, implementation, window=window, block=QUERIES
+        )
+        return out, kept
 
     return attend
 

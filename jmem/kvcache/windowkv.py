@@ -6,6 +6,8 @@ Paper    Zuo et al., WindowKV: Task-Adaptive Group-Wise KV Cache Window Selectio
 Idea     Windows of consecutive tokens keep phrases whole. The prompt's last tokens
          score each window in the first layer of a group; all heads and all layers of
          the group keep the same ones, the lower groups more than the upper ones.
+         A phrase that lies across windows is kept whole by `neighbours`, ours: what
+         is asked about scores the window it begins in, and not the next.
 Memory   2 * batch * kv_heads * head_dim * itemsize bytes times the sum over layers of
          (the group's budget + observation + new tokens), and 4 a selected token.
 Differs  The official code stores each key-value head once for every query head,
@@ -27,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.policy import Policy, Seen
-from jmem.kvcache.scores import column_mass
+from jmem.kvcache.scores import column_mass, pool
 from jmem.kvcache.select import select
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class WindowKV(Policy):
     """Whether the observed tokens count in `capacity`, as they do for SnapKV."""
     keep_sinks: bool = False
     """Whether the prompt's first window is always kept, whatever it scores."""
+    neighbours: int = 0
+    """Windows on each side that count as much as the one between them (ours)."""
 
     def __post_init__(self):
         for field in ("capacity", "window", "observation", "group", "divisor"):
@@ -90,6 +94,10 @@ class WindowKV(Policy):
             raise ValueError(
                 f"WindowKV: best={self.best} must lie in [0, window={self.window}]; "
                 "0 takes all."
+            )
+        if self.neighbours < 0:
+            raise ValueError(
+                f"WindowKV: neighbours={self.neighbours} must be at least 0."
             )
         if self.pyramid not in ("code", "paper", "flat"):
             raise ValueError(
@@ -198,7 +206,11 @@ class WindowKV(Policy):
         there = windows > -jnp.inf
         count = there.sum(axis=-1)
         mean = jnp.where(there, windows, 0.0).sum(axis=-1) / jnp.maximum(count, 1)
-        return jnp.where(count > 0, mean, -jnp.inf).mean(axis=1)
+        scores = jnp.where(count > 0, mean, -jnp.inf).mean(axis=1)
+        if self.neighbours:
+            pooled = pool(scores[:, None], 2 * self.neighbours + 1, "max")[:, 0]
+            scores = jnp.where(scores > -jnp.inf, pooled, -jnp.inf)
+        return scores
 
     def begin(self, plan: Plan) -> Int[Array, "B 1 N"]:
         windows = -(-max(plan.selected) // self.window)

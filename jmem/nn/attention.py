@@ -64,12 +64,15 @@ def causal_attention(
     implementation: Implementation,
     segments: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    block: int | None = None,
 ) -> Float[Array, "B T H D"]:
     """Every position attends itself and what came before it, within its segment.
 
     `window` limits it to the last `window` positions, itself among them, as Mistral
     does. cuDNN then computes only the blocks of scores near the diagonal; XLA computes
     all T*T and masks. A window of T or more is no window, and the same program.
+    With `block` XLA attends that many queries at a time, each block to the keys up to
+    its end: half the products, and scores of B*H*block*T*4 bytes instead of B*H*T*T*4.
     """
     length = q.shape[1]
     window = None if window is None or window >= length else window
@@ -87,7 +90,16 @@ def causal_attention(
         seen &= jnp.triu(jnp.ones_like(seen), 1 - window)
     if segments is not None:
         seen &= segments[:, :, None] == segments[:, None, :]
-    return grouped_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), seen)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    if block is None or block >= length:
+        return grouped_attention(q, k, v, seen)
+    parts = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        own = seen[:, start:end, :end]
+        part = grouped_attention(q[:, start:end], k[:, :, :end], v[:, :, :end], own)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=1)
 
 
 def causal(

@@ -86,6 +86,7 @@ def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
         "full",
         "windowkv official_code 50 %",
         "windowkv paper 50 %",
+        "windowkv grid 50 %",
     ]
     for name, row in rows.items():
         assert row["of the prompt's"] <= 0.501 or name == "full"

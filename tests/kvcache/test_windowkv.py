@@ -287,6 +287,24 @@ def test_the_first_window_may_be_kept_whatever_it_scores():
     assert len(kept[1] - kept[0]) == 4
 
 
+def test_neighbours_of_the_best_window_are_kept_with_it():
+    """The last query attends one token; what it begins goes on in the next window."""
+    keys = jnp.zeros((1, 24, 1, 2)).at[0, 11, 0].set(9.0)
+    seen = Seen(
+        queries=jnp.ones((1, 1, 1, 2)),
+        at=jnp.full((1, 1), 23),
+        keys=keys,
+        start=jnp.array([20]),
+    )
+    alone = WindowKV(window=4, best=1, observation=4)
+    scores = alone.window_scores(seen)[0]
+    near = dataclasses.replace(alone, neighbours=1).window_scores(seen)[0]
+    assert int(scores.argmax()) == 2
+    np.testing.assert_allclose(near[1:4], scores[2])
+    np.testing.assert_allclose(near[0], scores[0])
+    assert near[5] == -np.inf  # there is no such window to keep
+
+
 def test_a_pyramid_on_its_head_runs_as_in_the_paper_s_ablation(caplog):
     """16 layers a group over a divisor of 14; said once, however many plans."""
     windowkv._say_inverted.cache_clear()

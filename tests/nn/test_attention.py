@@ -108,6 +108,17 @@ def test_a_window_is_jax_s_own_local_window(window, kv_heads):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("block", [1, 4, 9, 100])
+def test_blocks_of_queries_are_all_of_them_at_once(block, window):
+    keys = jax.random.split(jax.random.key(block), 3)
+    q = jax.random.normal(keys[0], (2, 9, 4, 8))
+    k, v = (jax.random.normal(key, (2, 9, 2, 8)) for key in keys[1:])
+    expected = causal_attention(q, k, v, "xla", window=window)
+    found = causal_attention(q, k, v, "xla", window=window, block=block)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_a_window_stays_within_its_document():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 7, 2, 4))
     segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]], jnp.int32)
