@@ -120,7 +120,7 @@ class Config:
     windowkv_grid: WindowKV = WindowKV(observation=4, group=5, pyramid="paper")
     """As published, without neighbours: compared where `only` names it."""
     gemfilter: GemFilter = GemFilter(layer=21, keep_last=16)
-    shares: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4)
+    shares: tuple[float, ...] = (1 / 16, 1 / 8)
     """Budgets, as shares of the full cache's bytes."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
     """Tokens of the prompts that needles are hidden in; empty: no needles."""

@@ -145,7 +145,7 @@ class Config:
     recall: Recall = Recall(keys=8, values=24)
     """The texts that are asked about; all values are in each of them."""
     small: Small = Small()
-    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
     """Budgets, as shares of the bytes that the full cache takes for a prompt; room for
     the answer comes on top, for all alike."""
     streaming_llm: StreamingLLM = StreamingLLM()
