@@ -364,6 +364,14 @@ def report_memory(
         ],
     )
     largest = max(run.memory.values(), key=lambda report: max(report.interval))
+    if "lisa" in run.memory:
+        run.note(
+            "LISA's weights move inside the backward pass, a tile at a time."
+            if config.lisa.fuses
+            else "LISA makes the active blocks' gradients before it moves their "
+            "weights, since they are clipped or accumulated; without that "
+            "(--lisa.adamw.max-grad-norm 0) they need not exist."
+        )
     run.note(str(largest.fits()))
     title = (
         f"{config.model}, {config.batch_size} x {config.seq_len} tokens, {config.dtype}"

@@ -7,14 +7,16 @@ parameters are.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import ScaleByAdamState
 
 from jmem.finetune.patterns import matching
+from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
 from jmem.program import by_key, key
 
 
@@ -62,9 +64,11 @@ class AdamW:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """Global norm that gradients are scaled down to; 0 leaves them alone."""
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     """Storage of both moments. bfloat16 halves them, but 1 - b2 = 0.001 is below its
-    resolution (2^-8): the second moment then follows slowly or not at all."""
+    resolution (2^-8): the second moment then follows slowly or not at all, unless it is
+    rounded at random, as a fused step does (`jmem.finetune.lisa`). float8 is a byte a
+    value and a scale for 256, and needs a fused step."""
     rates: tuple[tuple[str, float], ...] = ()
     """(pattern, factor) pairs (`jmem.finetune.patterns`): the rate of every parameter
     that a pattern means is `factor` times the schedule's. Of several, the last holds.
@@ -156,11 +160,76 @@ class AdamW:
 
         Its step count is that of its own moments, so a group of parameters whose
         moments start afresh gets its bias correction afresh.
+
+        Raises:
+          ValueError: moments of 8 bits, which only a fused step keeps.
         """
+        if self.moment_dtype == "float8":
+            raise ValueError(
+                "AdamW: moment_dtype='float8' needs a fused step: Lisa with "
+                "adamw.max_grad_norm=0 and accumulate=1. Choose that, or 'bfloat16'."
+            )
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         if self.weight_decay:
             adam = optax.chain(adam, optax.add_decayed_weights(self.weight_decay))
         return stored_in(self.moment_dtype, adam)
+
+    def rule(
+        self,
+        w: jax.Array,
+        state: tuple[jax.Array, ...],
+        dw: jax.Array,
+        rate: jax.Array,
+        t: jax.Array,
+        salt: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Update number `t` (from 1) of a part of a weight: (w, its moments).
+
+        What `direction` and `descend` do to all of it, in float32. Moments of 16 or 8
+        bits are rounded at random (`jmem.finetune.rounding`), by `salt`.
+        """
+        m, v = self._wide(state)
+        m = self.b1 * m + (1 - self.b1) * dw
+        v = self.b2 * v + (1 - self.b2) * jnp.square(dw)
+        t = t.astype(jnp.float32)
+        wide = w.astype(jnp.float32)
+        moved = m / (1 - self.b1**t) / (jnp.sqrt(v / (1 - self.b2**t)) + self.eps)
+        wide -= rate * (moved + self.weight_decay * wide)
+        return wide.astype(w.dtype), self._stored(m, v, salt)
+
+    def _wide(self, state: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        if self.moment_dtype == "float8":
+            m, m_scale, root, root_scale = state
+            return unpacked(m, m_scale), jnp.square(unpacked(root, root_scale))
+        m, v = (moment.astype(jnp.float32) for moment in state)
+        return m, v
+
+    def _stored(
+        self, m: jax.Array, v: jax.Array, salt: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        other = salt ^ jnp.uint32(0x5BD1E995)
+        if self.moment_dtype == "float8":
+            return *packed(m, salt), *packed(jnp.sqrt(v), other)
+        if self.moment_dtype == "bfloat16":
+            m, v = (
+                rounded(x, noise(x.shape, salt), 7)
+                for x, salt in ((m, salt), (v, other))
+            )
+        return m.astype(self.moment_dtype), v.astype(self.moment_dtype)
+
+    def packed_moments(self, trained: Any) -> Any:
+        """Moments of 8 bits, zero, of every leaf: what `rule` keeps."""
+
+        def leaf(path, value):
+            shape = list(value.shape)
+            if key(path) == "head/kernel":  # cut along its last axis when it moves
+                scale = (-(-shape[0] // min(BLOCK, shape[0])), *shape[1:])
+            else:
+                scale = (*shape[:-1], -(-shape[-1] // min(BLOCK, shape[-1])))
+            kinds = (shape, jnp.float8_e4m3fn), (scale, jnp.float32)
+            return tuple(jnp.zeros(*kind) for kind in (*kinds, *kinds))
+
+        return jax.tree.map_with_path(leaf, trained)
 
     def clip(self, grads: Any) -> tuple[Any, jax.Array]:
         """Gradients scaled to `max_grad_norm`, and their norm before.
@@ -179,6 +248,33 @@ class AdamW:
         if not self.max_grad_norm:
             return jnp.float32(1), norm
         return jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12)), norm
+
+
+class PackedMoments(NamedTuple):
+    """As optax's `ScaleByAdamState`, of 8 bits."""
+
+    count: jax.Array
+    moments: Any
+    """A tuple of arrays for every leaf (`AdamW.packed_moments`)."""
+
+
+def moments_of(optimizer: Any) -> tuple[jax.Array, Any]:
+    """The step count of an AdamW state, and a tuple of arrays for every leaf."""
+    if isinstance(optimizer, PackedMoments):
+        return optimizer
+    adam = optimizer if isinstance(optimizer, ScaleByAdamState) else optimizer[0]
+    return adam.count, jax.tree.map(lambda m, v: (m, v), adam.mu, adam.nu)
+
+
+def with_moments(optimizer: Any, count: jax.Array, moments: Any, like: Any) -> Any:
+    """`optimizer` with what `moments_of` returned; `like` is a tree as its moments."""
+    if isinstance(optimizer, PackedMoments):
+        return PackedMoments(count, moments)
+    mu = jax.tree.map(lambda leaf, pair: pair[0], like, moments)
+    nu = jax.tree.map(lambda leaf, pair: pair[1], like, moments)
+    if isinstance(optimizer, ScaleByAdamState):
+        return ScaleByAdamState(count, mu, nu)
+    return (ScaleByAdamState(count, mu, nu), *optimizer[1:])
 
 
 def scale(tree: Any, factor: jax.Array) -> Any:

@@ -5,7 +5,9 @@ Paper    Pan et al., LISA: Layerwise Importance Sampling for Memory-Efficient La
 Idea     LoRA was seen to move the embedding and the head far more than the middle. LISA
          imitates that by sampling: updates are full-rank, but gradients and moments are
          only needed for what is being trained.
-Memory   w*P + (g + 2*m) * (active * P_block + P_outside) + L*B*T*M*w of block inputs.
+Memory   w*P + 2*m * (active * P_block + P_outside) + L*B*T*M*w of block inputs, and a
+         tile of a gradient where the update is fused; else g bytes for each of those
+         that are trained besides.
 Differs  The official code never drops a moment, so its memory grows to that of full
          AdamW; `moments="persist"` is that. The paper's runs restart the whole
          optimizer at each draw: "reset_all". The default, "reset_layers", restarts the
@@ -14,7 +16,7 @@ See      configs/lisa/, experiments/lisa.py, tests/finetune/test_lisa.py
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +26,21 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jmem.finetune.accumulate import accumulated, check_parts
-from jmem.finetune.adamw import AdamW, descend
+from jmem.finetune.adamw import (
+    AdamW,
+    PackedMoments,
+    descend,
+    moments_of,
+    with_moments,
+)
+from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
 from jmem.finetune.patterns import join, split
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
+Update = Literal["auto", "fused", "separate"]
 
 
 def draw(
@@ -229,10 +239,38 @@ class Lisa:
     adamw: AdamW = AdamW(learning_rate=5e-5)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
+    update: Update = "auto"
+    """"fused" moves weights inside the backward pass, a tile at a time, and makes no
+    gradient of a whole weight (`jmem.finetune.fused`); it can neither clip by the
+    global norm nor accumulate. "separate" makes the gradients first. "auto" fuses
+    where neither is asked for."""
 
     def __post_init__(self):
         check_parts("Lisa", self.accumulate)
+        if self.update not in get_args(Update):
+            raise ValueError(
+                f"Lisa: update={self.update!r} must be one of {get_args(Update)}."
+            )
+        if self.update == "fused" and self.adamw.max_grad_norm:
+            raise ValueError(
+                f"Lisa: update='fused' moves weights before all gradients are known, "
+                f"so adamw.max_grad_norm={self.adamw.max_grad_norm} cannot be kept. "
+                "Set it to 0, or choose update='separate'."
+            )
+        if self.update == "fused" and self.accumulate > 1:
+            raise ValueError(
+                f"Lisa: update='fused' moves weights before accumulate="
+                f"{self.accumulate} parts are summed. Set it to 1, or choose "
+                "update='separate'."
+            )
         _check_options(self.active_layers, self.period, self.moments, self.weights)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether weights move inside the backward pass."""
+        if self.update == "auto":
+            return not self.adamw.max_grad_norm and self.accumulate == 1
+        return self.update == "fused"
 
     def init(self, model, params, key):
         """State that takes over `params` (donated by the training step).
@@ -252,12 +290,23 @@ class Lisa:
                 f"Lisa: train={self.train} means nothing inside the blocks, so there "
                 "is nothing to draw. Use Full(train=...), which holds no more."
             )
-        inner = self.adamw.direction()
         rows = layers if self.moments == "persist" else self.active_layers
+        if self.fuses and self.adamw.moment_dtype == "float8":
+            like = jax.tree.map(
+                lambda p: jax.ShapeDtypeStruct((rows, *p.shape[1:]), p.dtype),
+                trained["blocks"],
+            )
+            packed = self.adamw.packed_moments
+            outside = PackedMoments(jnp.int32(0), packed(_outside(trained)))
+            blocks = PackedMoments(jnp.zeros((rows,), jnp.int32), packed(like))
+        else:
+            inner = self.adamw.direction()
+            outside = inner.init(_outside(trained))
+            blocks = _init_rows(inner, trained["blocks"], rows)
         return {
             "params": params,
-            "outside": inner.init(_outside(trained)),
-            "blocks": _init_rows(inner, trained["blocks"], rows),
+            "outside": outside,
+            "blocks": blocks,
             "key": jax.random.key_data(key),
             "step": jnp.int32(0),
         }
@@ -282,6 +331,9 @@ class Lisa:
             active = self.active(state, layers)
         else:
             _check_active(active, layers, self.active_layers)
+
+        if self.fuses:
+            return self._fused(model, state, batch, active)
 
         def gradients(part, number):
             del number
@@ -316,6 +368,49 @@ class Lisa:
             "step": state["step"] + 1,
         }
         return state, {"loss": loss, "lr": rate, "grad_norm": norm, "active": active}
+
+    def _fused(self, model, state, batch, active):
+        params, layers = state["params"], model.config.layers
+        trained, _ = split(params, self.train, "Lisa: train")
+        rate = self.adamw.rate(state["step"])
+        fresh = state["step"] % self.period == 0
+        count, outside = moments_of(state["outside"])
+        if self.moments == "reset_all":
+            count = jnp.where(fresh, 0, count)
+        counts, blocks = moments_of(state["blocks"])
+        slots = jnp.arange(self.active_layers, dtype=jnp.int32)
+        if self.moments == "persist":
+            rows, counts = active, counts.at[active].add(1)
+        else:
+            rows, counts = slots, jnp.where(fresh, 0, counts) + 1
+        nothing = jnp.full((layers,), -1, jnp.int32)
+        moved = fused_step(
+            model,
+            params,
+            batch,
+            self.adamw.rule,
+            row_of=nothing.at[active].set(rows),
+            blocks=blocks,
+            block_counts=counts,
+            outside=outside,
+            outside_count=count + 1,
+            rates=self.adamw.leaf_rates(trained, rate, layers),
+            step=state["step"],
+            train=self.train,
+        )
+        state = state | {
+            "params": moved.params,
+            "outside": with_moments(
+                state["outside"], count + 1, moved.outside, _outside(trained)
+            ),
+            "blocks": with_moments(
+                state["blocks"], counts, moved.blocks, trained["blocks"]
+            ),
+            "step": state["step"] + 1,
+        }
+        norm = jnp.sqrt(moved.square)
+        metrics = {"loss": moved.loss, "lr": rate, "grad_norm": norm, "active": active}
+        return state, metrics
 
     def merged(self, state):
         """The parameters, trained or not."""

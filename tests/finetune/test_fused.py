@@ -1,0 +1,207 @@
+"""The fused step is the separate one in other order, and makes no whole gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmem
+import jmem.finetune.fused as fused
+from jmem.data.batch import Batch
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.lisa import Lisa
+from jmem.finetune.program import step_program
+from jmem.models.decoder import Decoder, DecoderConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=48,
+    layers=3,
+    hidden=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    intermediate=24,
+    max_positions=32,
+)
+VARIANTS = {
+    "llama": {},
+    "tied": {"tied": True},
+    "gpt2": {
+        "norm": "layer",
+        "positions": "learned",
+        "gated": False,
+        "activation": "gelu_new",
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "tied": True,
+    },
+    "phi2": {
+        "norm": "layer",
+        "parallel": True,
+        "gated": False,
+        "activation": "gelu_new",
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+        "head_bias": True,
+    },
+}
+ADAMW = AdamW(learning_rate=1e-2, max_grad_norm=0, weight_decay=0.01, eps=1e-2)
+
+
+def batches(count):
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        tokens = random.integers(0, 48, (2, 11)).astype(np.int32)
+        weights = (random.random((2, 10)) < 0.8).astype(np.float32)
+        yield Batch(tokens[:, :-1], tokens[:, 1:], weights)
+
+
+def both(model, count=7, **settings):
+    """States and metrics after some steps, separate and fused."""
+    found = []
+    for update in ("separate", "fused"):
+        lisa = Lisa(update=update, **{"adamw": ADAMW, "period": 3} | settings)
+        state = lisa.init(model, model.init(jax.random.key(0)), jax.random.key(1))
+        step = jax.jit(lisa.step, static_argnums=0)
+        told = []
+        for batch in batches(count):
+            state, metrics = step(model, state, batch)
+            told.append(metrics)
+        assert step._cache_size() == 1
+        found.append((state, told))
+    return found
+
+
+def same(found, atol=1e-6):
+    (state, told), (fused_state, fused_told) = found
+    for one, other in zip(told, fused_told):
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, rtol=2e-5, err_msg=name)
+    assert jax.tree.structure(state) == jax.tree.structure(fused_state)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(fused_state)
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+CASES = {
+    "llama": {"moments": "reset_all", "active_layers": 1},
+    "llama, no block": {"active_layers": 0},
+    "llama, every block": {"moments": "persist", "active_layers": 3},
+    "llama, no embedding": {"train": ("blocks", "head"), "moments": "persist"},
+    "llama, norms": {"train": ("*norm*", "blocks/mlp/up")},
+    "tied": {"moments": "persist"},
+    "gpt2": {"adamw": dataclasses.replace(ADAMW, layer_decay=0.8)},
+    "phi2": {"adamw": dataclasses.replace(ADAMW, rates=(("head", 3.0),))},
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "tiles"),
+    [
+        (case, tiles)
+        for case in CASES
+        for tiles in ((1, 8) if case in ("tied", "phi2") else (4,))
+    ],
+)
+def test_fused_is_separate(case, tiles, monkeypatch):
+    """Every architecture, every kind of moments; numbers of tiles do not matter."""
+    monkeypatch.setattr(fused, "TABLE", 48 * 16 // tiles)
+    monkeypatch.setattr(fused, "TILES", tiles)
+    model = Decoder(dataclasses.replace(CONFIG, **VARIANTS[case.split(",")[0]]))
+    found = both(model, **CASES[case])
+    same(found)
+    if "no embedding" in case:
+        start = model.init(jax.random.key(0))["embed"]["embedding"]
+        table = found[1][0]["params"]["embed"]["embedding"]
+        np.testing.assert_array_equal(table, start)
+
+
+def test_bfloat16_moves_as_the_separate_step_does():
+    model = Decoder(CONFIG, dtype=jnp.bfloat16)
+    (state, _), (fused_state, _) = both(model, count=4)
+    for a, b in zip(
+        jax.tree.leaves(state["params"]), jax.tree.leaves(fused_state["params"])
+    ):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).mean() < 0.1 * 4e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_moments_of_few_bits_learn_as_well(dtype):
+    """Three texts by heart: the loss falls as far as with float32, or nearly."""
+    model = Decoder(dataclasses.replace(CONFIG, hidden=16, layers=2))
+    losses = {}
+    for kind in ("float32", dtype):
+        adamw = AdamW(learning_rate=1e-2, max_grad_norm=0, moment_dtype=kind)
+        lisa = Lisa(adamw=adamw, active_layers=2, moments="persist")
+        state = lisa.init(model, model.init(jax.random.key(0)), jax.random.key(1))
+        held = jax.tree.leaves((state["outside"], state["blocks"]))
+        size = sum(x.nbytes for x in held)
+        step = jax.jit(lisa.step, static_argnums=0, donate_argnums=1)
+        texts = list(batches(3))
+        for number in range(120):
+            state, metrics = step(model, state, texts[number % 3])
+        losses[kind] = float(metrics["loss"]), size
+    assert losses["float32"][0] < 1.0  # from ln(48) = 3.9
+    assert losses[dtype][0] < losses["float32"][0] + 0.15
+    share = {"bfloat16": 0.51, "float8": 0.36}[dtype]  # rows here are short for scales
+    assert losses[dtype][1] < share * losses["float32"][1]
+
+
+def test_eight_bits_need_a_fused_step():
+    adamw = AdamW(moment_dtype="float8")
+    model = Decoder(CONFIG)
+    with pytest.raises(ValueError, match="needs a fused step"):
+        Lisa(adamw=adamw).init(model, model.init(jax.random.key(0)), jax.random.key(1))
+
+
+def test_auto_fuses_where_nothing_needs_all_gradients():
+    assert Lisa(adamw=ADAMW).fuses
+    assert not Lisa().fuses  # clips
+    assert not Lisa(adamw=ADAMW, accumulate=2).fuses
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"update": "fused"}, "max_grad_norm=1.0"),
+        ({"update": "fused", "adamw": ADAMW, "accumulate": 2}, "accumulate=2"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Lisa(**settings)
+
+
+def test_no_gradient_of_a_whole_weight(monkeypatch):
+    """Compiled for an H200: no float32 buffer of a weight's size but moments."""
+    monkeypatch.setattr(fused, "TABLE", 2**18)
+    card = jmem.targets.resolve("h200")
+    config = dataclasses.replace(
+        CONFIG, vocab_size=4096, hidden=512, head_dim=128, intermediate=1536
+    )
+    model = Decoder.on(card, config, dtype="bfloat16")
+    program = step_program(Lisa(adamw=ADAMW), model, batch_size=1, seq_len=32)
+    report = jmem.measure(program, target=card, bounds=False)
+    smallest = 512 * 512 * 4  # the gradient of q, o
+    wide = [
+        row
+        for row in report.top(1000)
+        if row.shape.startswith("f32") and row.bytes >= smallest
+        if row.kind not in ("parameters", "optimizer", "outputs")
+    ]
+    assert not wide
+    assert report.top(1000)
+
+
+def test_parts_of_a_vocabulary():
+    assert fused._parts(32000, 4096) == 32
+    assert fused._parts(32001, 4096) == 3  # and a prime
+    assert fused._parts(50257, 768) == 29
+    assert fused._parts(48, 16) == 1

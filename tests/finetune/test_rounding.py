@@ -1,0 +1,65 @@
+"""Moments of few bits: the mean of many roundings is the value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
+
+
+@pytest.mark.parametrize("mantissa", [7, 3])
+def test_rounding_is_exact_on_average(mantissa):
+    x = jnp.asarray([0.0, 1.0, 1.001, -3.3, 1e-4, -7e5], jnp.float32)
+    salts = jnp.arange(20_000, dtype=jnp.uint32)
+    many = np.asarray(
+        jax.vmap(lambda salt: rounded(x, noise(x.shape, salt), mantissa))(salts)
+    )
+    x = np.asarray(x)
+    step = 2.0**-mantissa
+    np.testing.assert_allclose(many.mean(axis=0), x, rtol=step / 20)
+    assert (np.abs(many - x) <= step * np.abs(x)).all()
+    np.testing.assert_array_equal(many[:, :2], np.broadcast_to(x[:2], (20_000, 2)))
+
+
+def test_noise_differs_by_place_and_by_salt():
+    first, second = (np.asarray(noise((64, 64), jnp.uint32(n))) for n in (1, 2))
+    assert len(np.unique(first)) == first.size
+    assert (first != second).mean() > 0.999
+    bits = ((first[..., None] >> np.arange(32)) & 1).mean(axis=(0, 1))
+    np.testing.assert_allclose(bits, 0.5, atol=0.05)
+
+
+@pytest.mark.parametrize("width", [5, BLOCK, BLOCK + 3])
+def test_packed_values_come_back(width):
+    x = jax.random.normal(jax.random.key(0), (3, width)) * jnp.asarray(
+        [[1e-12], [1.0], [0.0]]
+    )
+    small, scale = packed(x, jnp.uint32(7))
+    assert small.shape == x.shape
+    assert small.dtype.itemsize == 1
+    assert scale.shape == (3, -(-width // BLOCK))
+    back = np.asarray(unpacked(small, scale))
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    error = np.abs(back - x)
+    assert (error <= np.maximum(2**-3 * np.abs(x), largest * 2.0**-17)).all()
+    assert (back[2] == 0).all()
+
+
+def test_a_second_moment_follows_where_nearest_rounding_stands_still():
+    """v <- 0.999 v + 0.001, from 2 towards 1, in 2,000 steps: 1.135."""
+    v0 = jnp.full((1, BLOCK), 2.0)
+
+    def step(state, salt):
+        small, scale, stuck = state
+        v = 0.999 * jnp.square(unpacked(small, scale)) + 0.001
+        stuck = (0.999 * stuck.astype(jnp.float32) + 0.001).astype(jnp.bfloat16)
+        return (*packed(jnp.sqrt(v), salt), stuck), None
+
+    start = (*packed(jnp.sqrt(v0), jnp.uint32(0)), v0.astype(jnp.bfloat16))
+    (small, scale, stuck), _ = jax.lax.scan(
+        step, start, jnp.arange(1, 2001, dtype=jnp.uint32)
+    )
+    found = float(jnp.square(unpacked(small, scale)).mean())
+    assert found == pytest.approx(1 + 0.999**2000, rel=0.03)
+    assert float(stuck.astype(jnp.float32).mean()) == 2.0
