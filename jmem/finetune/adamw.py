@@ -253,12 +253,12 @@ class AdamW:
 class PackedMoments(NamedTuple):
     """As optax's `ScaleByAdamState`, of 8 bits."""
 
-    count: jax.Array
+    steps: jax.Array
     moments: Any
     """A tuple of arrays for every leaf (`AdamW.packed_moments`)."""
 
 
-def moments_of(optimizer: Any) -> tuple[jax.Array, Any]:
+def moments_of(optimizer: Any) -> tuple[Any, Any]:
     """The step count of an AdamW state, and a tuple of arrays for every leaf."""
     if isinstance(optimizer, PackedMoments):
         return optimizer

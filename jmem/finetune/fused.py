@@ -165,7 +165,7 @@ class _Walk(NamedTuple):
 
     # Parts of a weight ----------------------------------------------------------------
 
-    def count(self, parts: int) -> jax.Array:
+    def trips(self, parts: int) -> jax.Array:
         """`parts`, as only the data knows."""
         return jnp.where(self.number >= 0, jnp.int32(parts), 0)
 
@@ -204,7 +204,7 @@ class _Walk(NamedTuple):
             return stack, state, square + _square(dw)
 
         carry = stack, state, jnp.float32(0)
-        return jax.lax.fori_loop(0, self.count(parts), body, carry)
+        return jax.lax.fori_loop(0, self.trips(parts), body, carry)
 
     # Blocks ---------------------------------------------------------------------------
 
@@ -409,7 +409,7 @@ class _Walk(NamedTuple):
             return fresh, states, dh, square
 
         carry = moving, held, jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0)
-        moving, held, dh, square = jax.lax.fori_loop(0, self.count(parts), body, carry)
+        moving, held, dh, square = jax.lax.fori_loop(0, self.trips(parts), body, carry)
         d_norm, dx = transpose(dh.astype(hidden.dtype))
         new = {"final_norm": {}}
         state = {"final_norm": {}}
@@ -479,7 +479,7 @@ class _Walk(NamedTuple):
             return table, state, square + _square(dw)
 
         carry = table, state, jnp.float32(0)
-        return jax.lax.fori_loop(0, self.count(parts), body, carry)
+        return jax.lax.fori_loop(0, self.trips(parts), body, carry)
 
 
 def _square(dw):

@@ -35,28 +35,13 @@ from jmem.finetune.adamw import (
 )
 from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
+from jmem.finetune.orders import Order, active_in
 from jmem.finetune.patterns import join, split
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
 Update = Literal["auto", "fused", "separate"]
-
-
-def draw(
-    key: jax.Array, layers: int, active_layers: int, weights: tuple[float, ...] = ()
-) -> Int[Array, " S"]:
-    """`active_layers` distinct block indices, ascending, by Gumbel top-k.
-
-    Without `weights` every block is drawn with probability active_layers / layers. With
-    them, blocks are drawn one after another without replacement in proportion to
-    `weights`.
-    """
-    scores = jax.random.gumbel(key, (layers,), jnp.float32)
-    if weights:
-        with np.errstate(divide="ignore"):
-            scores += jnp.asarray(np.log(np.asarray(weights)), jnp.float32)
-    return jnp.sort(jax.lax.top_k(scores, active_layers)[1]).astype(jnp.int32)
 
 
 def _check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> None:
@@ -73,7 +58,11 @@ def _check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> 
 
 
 def _check_options(
-    active_layers: int, period: int, moments: str, weights: tuple[float, ...]
+    active_layers: int,
+    period: int,
+    moments: str,
+    weights: tuple[float, ...],
+    order: str,
 ) -> None:
     if active_layers < 0:
         raise ValueError(f"Lisa: active_layers={active_layers} must not be negative.")
@@ -82,6 +71,13 @@ def _check_options(
     if moments not in Moments.__args__:
         raise ValueError(
             f"Lisa: moments={moments!r} must be one of {Moments.__args__}."
+        )
+    if order not in get_args(Order):
+        raise ValueError(f"Lisa: order={order!r} must be one of {get_args(Order)}.")
+    if weights and order != "drawn":
+        raise ValueError(
+            f"Lisa: weights={weights} say how often blocks are drawn, and with order="
+            f"{order!r} none is. Leave weights out, or choose order='drawn'."
         )
     if any(not 0 <= w < float("inf") for w in weights):
         raise ValueError(f"Lisa: weights={weights} must be finite and not negative.")
@@ -158,6 +154,7 @@ def transform(
     seed: int = 0,
     moments: Moments = "reset_layers",
     weights: tuple[float, ...] = (),
+    order: Order = "drawn",
     blocks: str = "blocks",
 ) -> optax.GradientTransformation:
     """LISA around any optax optimizer, for anybody's training loop.
@@ -177,7 +174,7 @@ def transform(
     >>> int((updates["blocks"]["w"] != 0).any(axis=1).sum())
     2
     """
-    _check_options(active_layers, period, moments, weights)
+    _check_options(active_layers, period, moments, weights, order)
     persist = moments == "persist"
 
     def split(tree):
@@ -200,8 +197,14 @@ def transform(
         outside, stacked = split(params)
         outside_grads, grads = split(updates)
         fresh = state.step % period == 0
-        key = jax.random.fold_in(jax.random.key(seed), state.step // period)
-        active = draw(key, depth(stacked), active_layers, weights)
+        active = active_in(
+            state.step // period,
+            order,
+            jax.random.key(seed),
+            depth(stacked),
+            active_layers,
+            weights,
+        )
         held = state.outside
         if moments == "reset_all":
             held = _restart(fresh, inner.init(outside), held)
@@ -233,6 +236,8 @@ class Lisa:
     0 freezes a block for good. To train the last k blocks only, give them a positive
     weight, the others 0, `active_layers=k` and a `period` beyond the run's steps:
     moments (unless they persist) and gradients exist for those k alone."""
+    order: Order = "drawn"
+    """Blocks are drawn, or come in turn (`jmem.finetune.orders`)."""
     train: tuple[str, ...] = ()
     """Patterns of what is trained (`jmem.finetune.patterns`), within the active blocks
     and outside: ("blocks", "head") leaves the embedding alone. Empty: everything."""
@@ -263,7 +268,9 @@ class Lisa:
                 f"{self.accumulate} parts are summed. Set it to 1, or choose "
                 "update='separate'."
             )
-        _check_options(self.active_layers, self.period, self.moments, self.weights)
+        _check_options(
+            *(self.active_layers, self.period, self.moments, self.weights, self.order)
+        )
 
     @property
     def fuses(self) -> bool:
@@ -317,8 +324,9 @@ class Lisa:
         So nothing about a draw needs saving but the key and the step.
         """
         key = jax.random.wrap_key_data(state["key"])
-        key = jax.random.fold_in(key, state["step"] // self.period)
-        return draw(key, layers, self.active_layers, self.weights)
+        number = state["step"] // self.period
+        sizes = layers, self.active_layers, self.weights
+        return active_in(number, self.order, key, *sizes)
 
     def step(self, model, state, batch, active: Int[Array, " S"] | None = None):
         """One update from one batch: (state, metrics).

@@ -1,6 +1,7 @@
 """The fused step is the separate one in other order, and makes no whole gradient."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def both(model, count=7, **settings):
     for update in ("separate", "fused"):
         lisa = Lisa(update=update, **{"adamw": ADAMW, "period": 3} | settings)
         state = lisa.init(model, model.init(jax.random.key(0)), jax.random.key(1))
-        step = jax.jit(lisa.step, static_argnums=0)
+        step: Any = jax.jit(lisa.step, static_argnums=0)
         told = []
         for batch in batches(count):
             state, metrics = step(model, state, batch)
@@ -145,9 +146,11 @@ def test_moments_of_few_bits_learn_as_well(dtype):
         size = sum(x.nbytes for x in held)
         step = jax.jit(lisa.step, static_argnums=0, donate_argnums=1)
         texts = list(batches(3))
+        loss = jnp.inf
         for number in range(120):
             state, metrics = step(model, state, texts[number % 3])
-        losses[kind] = float(metrics["loss"]), size
+            loss = metrics["loss"]
+        losses[kind] = float(loss), size
     assert losses["float32"][0] < 1.0  # from ln(48) = 3.9
     assert losses[dtype][0] < losses["float32"][0] + 0.15
     share = {"bfloat16": 0.51, "float8": 0.36}[dtype]  # rows here are short for scales

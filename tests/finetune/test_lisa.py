@@ -20,7 +20,8 @@ from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
 from jmem.finetune.layerwise import slot_gradients
-from jmem.finetune.lisa import Lisa, draw, transform
+from jmem.finetune.lisa import Lisa, transform
+from jmem.finetune.orders import draw
 from jmem.models.decoder import Decoder, DecoderConfig
 from jmem.train.loss import next_token_loss
 

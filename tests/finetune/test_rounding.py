@@ -10,12 +10,12 @@ from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
 
 @pytest.mark.parametrize("mantissa", [7, 3])
 def test_rounding_is_exact_on_average(mantissa):
-    x = jnp.asarray([0.0, 1.0, 1.001, -3.3, 1e-4, -7e5], jnp.float32)
+    given = jnp.asarray([0.0, 1.0, 1.001, -3.3, 1e-4, -7e5], jnp.float32)
     salts = jnp.arange(20_000, dtype=jnp.uint32)
     many = np.asarray(
-        jax.vmap(lambda salt: rounded(x, noise(x.shape, salt), mantissa))(salts)
+        jax.vmap(lambda salt: rounded(given, noise((6,), salt), mantissa))(salts)
     )
-    x = np.asarray(x)
+    x = np.asarray(given)
     step = 2.0**-mantissa
     np.testing.assert_allclose(many.mean(axis=0), x, rtol=step / 20)
     assert (np.abs(many - x) <= step * np.abs(x)).all()
