@@ -106,6 +106,7 @@ def fused_step(
         rest["blocks"],
         *(row_of, inputs, head.dx, positions),
         *(blocks, block_counts, rates["blocks"]),
+        whole=bool(jax.tree.leaves(chosen["embed"])),
     )
     moved = dict(params)
     moved["blocks"] = join(moved_blocks, rest["blocks"])
@@ -209,9 +210,13 @@ class _Walk(NamedTuple):
     # Blocks ---------------------------------------------------------------------------
 
     def blocks(
-        self, chosen, rest, row_of, inputs, dx, positions, states, counts, rates
+        self, chosen, rest, row_of, inputs, dx, positions, states, counts, rates, whole
     ):
-        """From the last block to the first: (dx, blocks, states, square)."""
+        """From the last block to the first: (dx, blocks, states, square).
+
+        Unless `whole`, nothing below the lowest block with a row asks for dx, and the
+        blocks there compute nothing.
+        """
         stacks, states, rates = by_key(chosen), _tuples(states, chosen), by_key(rates)
         kernels = {
             path.split("/")[-2]: path for path in stacks if path.endswith("/kernel")
@@ -286,12 +291,19 @@ class _Walk(NamedTuple):
             layer, place, x = xs
             dx, stacks, states, square = carry
             if not counts.shape[0]:
-                dx = frozen(layer, place, x, dx, stacks, states)
+                dx = frozen(layer, place, x, dx, stacks, states) if whole else dx
                 return (dx, stacks, states, square), None
 
             def still():
-                dx_ = frozen(layer, place, x, dx, stacks, states)
-                return dx_, stacks, states, jnp.float32(0)
+                def onward():
+                    return frozen(layer, place, x, dx, stacks, states)
+
+                below = (
+                    onward()
+                    if whole
+                    else jax.lax.cond(layer > lowest, onward, lambda: dx)
+                )
+                return below, stacks, states, jnp.float32(0)
 
             dx, stacks, states, more = jax.lax.cond(
                 place >= 0,
@@ -301,6 +313,7 @@ class _Walk(NamedTuple):
             return (dx, stacks, states, square + more), None
 
         layers = jnp.arange(len(row_of), dtype=jnp.int32)
+        lowest = 0 if whole else jnp.min(jnp.where(row_of >= 0, layers, len(row_of)))
         (dx, stacks, states, square), _ = jax.lax.scan(
             step,
             (dx, stacks, states, jnp.float32(0)),

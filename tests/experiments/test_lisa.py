@@ -32,6 +32,7 @@ PRESETS = (
     "phi2",
     "mistral_7b",
     "llama2_7b",
+    "llama3_8b",
     "llama2_70b",
 )
 

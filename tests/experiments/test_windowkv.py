@@ -187,7 +187,7 @@ def test_every_budget_is_in_bytes_of_the_prompt():
     whole = own["full"].plan
     answer = whole.bytes() * CONFIG.recall.value // (whole.prompt + whole.new_tokens)
     names = ("streaming_llm", "snapkv", "snapkv unpooled", "pyramidkv")
-    names += ("windowkv official_code", "windowkv paper")
+    names += ("windowkv official_code", "windowkv paper", "windowkv grid")
     assert list(own)[1:] == [f"{n} {share} %" for n in names for share in (25, 50)]
     for name, contender in own.items():
         if name != "full":

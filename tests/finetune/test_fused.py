@@ -95,6 +95,7 @@ CASES = {
     "llama, no block": {"active_layers": 0},
     "llama, every block": {"moments": "persist", "active_layers": 3},
     "llama, no embedding": {"train": ("blocks", "head"), "moments": "persist"},
+    "llama, head": {"train": ("head", "blocks/mlp"), "active_layers": 0},
     "llama, norms": {"train": ("*norm*", "blocks/mlp/up")},
     "tied": {"moments": "persist"},
     "gpt2": {"adamw": dataclasses.replace(ADAMW, layer_decay=0.8)},
@@ -104,11 +105,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("case", "tiles"),
-    [
-        (case, tiles)
-        for case in CASES
-        for tiles in ((1, 8) if case in ("tied", "phi2") else (4,))
-    ],
+    [(case, tiles) for case in CASES for tiles in ((1, 8) if case == "tied" else (4,))],
 )
 def test_fused_is_separate(case, tiles, monkeypatch):
     """Every architecture, every kind of moments; numbers of tiles do not matter."""
@@ -123,20 +120,14 @@ def test_fused_is_separate(case, tiles, monkeypatch):
         np.testing.assert_array_equal(table, start)
 
 
-def test_bfloat16_moves_as_the_separate_step_does():
-    model = Decoder(CONFIG, dtype=jnp.bfloat16)
-    (state, _), (fused_state, _) = both(model, count=4)
-    for a, b in zip(
-        jax.tree.leaves(state["params"]), jax.tree.leaves(fused_state["params"])
-    ):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.abs(a - b).mean() < 0.1 * 4e-2
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_moments_of_few_bits_learn_as_well(dtype):
-    """Three texts by heart: the loss falls as far as with float32, or nearly."""
-    model = Decoder(dataclasses.replace(CONFIG, hidden=16, layers=2))
+    """Three texts by heart: the loss falls as far as with float32, or nearly.
+
+    With 16-bit moments the weights, too, are of 16 bits.
+    """
+    weights = jnp.float32 if dtype == "float8" else jnp.bfloat16
+    model = Decoder(dataclasses.replace(CONFIG, layers=2), dtype=weights)
     losses = {}
     for kind in ("float32", dtype):
         adamw = AdamW(learning_rate=1e-2, max_grad_norm=0, moment_dtype=kind)
@@ -147,7 +138,7 @@ def test_moments_of_few_bits_learn_as_well(dtype):
         step = jax.jit(lisa.step, static_argnums=0, donate_argnums=1)
         texts = list(batches(3))
         loss = jnp.inf
-        for number in range(120):
+        for number in range(90):
             state, metrics = step(model, state, texts[number % 3])
             loss = metrics["loss"]
         losses[kind] = float(loss), size
