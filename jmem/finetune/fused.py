@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jmem.finetune.layerwise import put_row
 from jmem.finetune.patterns import join, split
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.program import by_key
-from jmem.train.loss import token_positions
+from jmem.train.loss import mean_weights, token_positions
 
 Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 """`rule(w, state, dw, rate, t, salt) -> (w, state)`: one update of a part of a weight.
@@ -81,8 +82,8 @@ def fused_step(
     """
     ops = model.ops if ops is None else ops
     chosen, rest = split(params, train, "fused_step: train")
-    walk = _Walk(model, ops, rule, batch, step)
     positions = token_positions(batch.tokens)
+    walk = _Walk(model, ops, rule, batch, positions, step)
 
     table = chosen["embed"].get("embedding")
     added = {k: v for k, v in chosen["embed"].items() if k != "embedding"}
@@ -93,8 +94,8 @@ def fused_step(
 
     def forward(x, xs):
         layer, p = xs
-        out, _, aux = model.block(p, x, positions, layer, ops, None)
-        return out, (x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0)))
+        out, aux = walk.block(p, x, layer, ops)
+        return out, (x, aux)
 
     x, embed_transpose = jax.vjp(embed, added)
     layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
@@ -104,7 +105,7 @@ def fused_step(
     dx, moved_blocks, blocks, square = walk.blocks(
         chosen["blocks"],
         rest["blocks"],
-        *(row_of, inputs, head.dx, positions),
+        *(row_of, inputs, head.dx),
         *(blocks, block_counts, rates["blocks"]),
         whole=bool(jax.tree.leaves(chosen["embed"])),
     )
@@ -114,7 +115,6 @@ def fused_step(
     for name, tree in head.params.items():
         moved[name] = join(tree, rest[name])
 
-    own = {}
     d_added = embed_transpose(dx)[0]
     fresh, own_state = {}, {}
     for name, leaf in added.items():
@@ -127,14 +127,14 @@ def fused_step(
             )
             square += more
     if table is not None:
-        own["embedding"], own_state["embedding"], more = walk.embedding(
+        fresh["embedding"], own_state["embedding"], more = walk.embedding(
             table,
             outside["embed"]["embedding"],
             *(dx, head if model.config.tied else None),
             *(rates["embed"]["embedding"], outside_count),
         )
         square += more
-    moved["embed"] = params["embed"] | fresh | own
+    moved["embed"] = params["embed"] | fresh
     state["embed"] = outside["embed"] | own_state
     loss = head.loss + jnp.sum(aux)
     return Moved(loss, moved, blocks, state, square + head.square)
@@ -161,8 +161,14 @@ class _Walk(NamedTuple):
     ops: Ops
     rule: Rule
     batch: Any
+    positions: jax.Array
     number: jax.Array
     """Of the step."""
+
+    def block(self, p, x, layer, ops: Ops):
+        """A block's output, and the sum of its `aux` losses."""
+        x, _, aux = self.model.block(p, x, self.positions, layer, ops, None)
+        return x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
 
     # Parts of a weight ----------------------------------------------------------------
 
@@ -209,9 +215,7 @@ class _Walk(NamedTuple):
 
     # Blocks ---------------------------------------------------------------------------
 
-    def blocks(
-        self, chosen, rest, row_of, inputs, dx, positions, states, counts, rates, whole
-    ):
+    def blocks(self, chosen, rest, row_of, inputs, dx, states, counts, rates, whole):
         """From the last block to the first: (dx, blocks, states, square).
 
         Unless `whole`, nothing below the lowest block with a row asks for dx, and the
@@ -230,22 +234,17 @@ class _Walk(NamedTuple):
         small = [path for path in stacks if path not in kernels.values()]
         one = jnp.float32(1)
 
-        def block(p, x, layer, ops):
-            x, _, aux = self.model.block(p, x, positions, layer, ops, None)
-            return x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
+        def layer_params(p, layer):
+            """Of one layer, by what is trained of it and by what is not."""
+            return join(_nested(p, chosen), _row(rest, layer))
 
-        def row(stacks, layer):
-            """The parameters of one layer, trained or not."""
-            return {path: _row(leaf, layer) for path, leaf in stacks.items()}
-
-        def frozen(layer, place, x, dx, stacks, states):
-            del place, states
-            p = join(_nested(row(stacks, layer), chosen), row_tree(rest, layer))
-            _, transpose = jax.vjp(lambda x: block(p, x, layer, self.ops), x)
+        def frozen(layer, x, dx, stacks):
+            p = layer_params(_row(stacks, layer), layer)
+            _, transpose = jax.vjp(lambda x: self.block(p, x, layer, self.ops), x)
             return transpose((dx, one))[0]
 
         def trained(layer, place, x, dx, stacks, states):
-            p = row(stacks, layer)
+            p = _row(stacks, layer)
 
             def tapped(taps, leaves, x):
                 read = {}
@@ -256,9 +255,8 @@ class _Walk(NamedTuple):
                     read[name] = h
                     return dense(name, leaf, h) + taps[name]
 
-                whole = _nested(p | leaves, chosen)
-                whole = join(whole, row_tree(rest, layer))
-                return block(whole, x, layer, Ops(self.ops.attend, linear)), read
+                both = layer_params(p | leaves, layer)
+                return self.block(both, x, layer, Ops(self.ops.attend, linear)), read
 
             taps = {
                 name: jnp.zeros((*x.shape[:-1], p[path].shape[-1]), x.dtype)
@@ -277,13 +275,13 @@ class _Walk(NamedTuple):
                 )
                 square += more
             for path in small:
-                own = tuple(_row(s, place) for s in states[path])
+                own = _row(states[path], place)
                 rate = _at(rates[path], layer)
                 w, own, more = self.whole(
                     path, p[path], own, d_leaves[path], rate, t, layer
                 )
-                stacks[path] = _put(stacks[path], w, layer)
-                states[path] = tuple(map(_put, states[path], own, [place] * len(own)))
+                stacks[path] = put_row(stacks[path], layer, w)
+                states[path] = put_row(states[path], place, own)
                 square += more
             return dx, stacks, states, square
 
@@ -291,12 +289,12 @@ class _Walk(NamedTuple):
             layer, place, x = xs
             dx, stacks, states, square = carry
             if not counts.shape[0]:
-                dx = frozen(layer, place, x, dx, stacks, states) if whole else dx
+                dx = frozen(layer, x, dx, stacks) if whole else dx
                 return (dx, stacks, states, square), None
 
             def still():
                 def onward():
-                    return frozen(layer, place, x, dx, stacks, states)
+                    return frozen(layer, x, dx, stacks)
 
                 below = (
                     onward()
@@ -359,8 +357,7 @@ class _Walk(NamedTuple):
         the end.
         """
         model, tied = self.model, self.model.config.tied
-        weights = self.batch.weights.reshape(-1).astype(jnp.float32)
-        weights = weights / jnp.maximum(jnp.sum(weights), 1.0)
+        weights = mean_weights(self.batch)
         targets = self.batch.targets.reshape(-1)
 
         def normal(norm, x):
@@ -519,17 +516,12 @@ def _parts(rows: int, width: int) -> int:
     return min((n for n in divisors if n >= least), default=divisors[-1])
 
 
-def _row(leaf, index):
-    return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
-
-
-def row_tree(stacked, layer):
-    """Row `layer` of every leaf of a stacked tree."""
-    return jax.tree.map(lambda leaf: _row(leaf, layer), stacked)
-
-
-def _put(leaf, value, index):
-    return jax.lax.dynamic_update_index_in_dim(leaf, value, index, 0)
+def _row(stacked, index):
+    """Row `index` of every leaf of a stacked tree."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False),
+        stacked,
+    )
 
 
 def _at(rate, layer):

@@ -378,6 +378,7 @@ class Lisa:
         return state, {"loss": loss, "lr": rate, "grad_norm": norm, "active": active}
 
     def _fused(self, model, state, batch, active):
+        """`step` whose weights move inside the backward pass."""
         params, layers = state["params"], model.config.layers
         trained, _ = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])

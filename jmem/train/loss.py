@@ -97,12 +97,18 @@ def token_positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.broadcast_to(row[None], tokens.shape)
 
 
+def mean_weights(batch) -> Float[Array, " N"]:
+    """The batch's weights over their sum, or 1 if that is less; float32.
+
+    The factor goes into the weights, so gradients are scaled where they are made.
+    """
+    weights = batch.weights.reshape(-1).astype(jnp.float32)
+    return weights / jnp.maximum(jnp.sum(weights), 1.0)
+
+
 def mean_head_loss(model, ops, head_params, x, batch) -> Float[Array, ""]:
     """`head_loss` of [B, T, M] activations, over the sum of the batch's weights."""
-    x = x.reshape(-1, x.shape[-1])
-    weights = batch.weights.reshape(-1).astype(jnp.float32)
-    # The factor goes into the weights, so gradients are scaled where they are made.
-    weights = weights / jnp.maximum(jnp.sum(weights), 1.0)
+    x, weights = x.reshape(-1, x.shape[-1]), mean_weights(batch)
     return head_loss(model, ops, head_params, x, batch.targets.reshape(-1), weights)
 
 

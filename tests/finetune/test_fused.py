@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoder import TINY
 
 import jmem
 import jmem.finetune.fused as fused
@@ -14,17 +15,10 @@ from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
 from jmem.finetune.program import step_program
-from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.models.decoder import Decoder
 
-CONFIG = DecoderConfig(
-    vocab_size=48,
-    layers=3,
-    hidden=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    intermediate=24,
-    max_positions=32,
+CONFIG = dataclasses.replace(
+    TINY, layers=3, hidden=16, head_dim=4, intermediate=24, max_positions=32
 )
 VARIANTS = {
     "llama": {},
