@@ -18,6 +18,7 @@ See      configs/mixlora/, experiments/mixlora.py, tests/finetune/test_mixlora.p
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, get_args
 
@@ -129,14 +130,36 @@ class MixtureLinear:
         y = quantised.linear(name, leaf, x)
         if "lora_a" not in leaf:
             return y
-        own = x
-        if "lora_key" in leaf:
-            own = drop_out(x, self.dropout, leaf["lora_key"])
-        own = by_mixture(own, len(self.scales))
-        a, b = (leaf[half].astype(x.dtype) for half in ("lora_a", "lora_b"))
+        a, b, key = (leaf.get(name) for name in ("lora_a", "lora_b", "lora_key"))
+        delta = _low_rank(self, by_mixture(x, len(self.scales)), a, b, key)
+        return y + delta.reshape(y.shape)
+
+    def product(self, x, a, b, key):
+        """Scale * dropped(x) A B of every mixture, in x's dtype."""
+        if key is not None:
+            x = drop_out(x, self.dropout, key)
         scale = jnp.array(self.scales, x.dtype)[:, None, None]
-        code = jnp.einsum("jni,jir->jnr", own, a) * scale
-        return y + jnp.einsum("jnr,jro->jno", code, b).reshape(y.shape)
+        code = jnp.einsum("jni,jir->jnr", x, a.astype(x.dtype)) * scale
+        return jnp.einsum("jnr,jro->jno", code, b.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _low_rank(linear: MixtureLinear, x, a, b, key):
+    """`linear.product`, whose backward pass drops x out again: x is all it keeps."""
+    return linear.product(x, a, b, key)
+
+
+def _low_rank_forward(linear, *given):
+    return linear.product(*given), given
+
+
+def _low_rank_backward(linear, given, dy):
+    *given, key = given
+    _, pull = jax.vjp(lambda *own: linear.product(*own, key), *given)
+    return *pull(dy), None
+
+
+_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 @dataclasses.dataclass(frozen=True)

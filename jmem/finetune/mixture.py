@@ -174,7 +174,7 @@ def _at(key, index):
     return None if key is None else jax.random.fold_in(key, index)
 
 
-def _dropped(experts: Experts, x, key, number: int):
+def _dropped(experts: Experts, x, key, number):
     """X with values dropped out, for one product; the others grow."""
     if key is None or not experts.dropout:
         return x

@@ -1,7 +1,5 @@
 """The experts' MLP: official arrays, its two identities, routing and balance."""
 
-import dataclasses
-import functools
 import json
 import pathlib
 
@@ -10,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.finetune import mixture as module
 from jmem.finetune.mixlora import MixtureFeed
-from jmem.finetune.mixture import Experts, choose, imbalance, mixture, traffic
+from jmem.finetune.mixture import choose, imbalance, traffic
 from jmem.nn.mlp import ACTIVATIONS
 
 TOLERANCE = 2e-5  # of the golden file, float32
