@@ -20,7 +20,7 @@ See      configs/mixlora/, experiments/mixlora.py, tests/finetune/test_mixlora.p
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -197,12 +197,16 @@ class MixtureFeed:
             for name, leaf in base.items()
         }
         dropping = key if self.dropout else None
-        y = mixture(static, own, chosen, weights, adapters, base, dropping)
+        y = self.experts_of(static, own, chosen, weights, adapters, base, dropping)
         aux = {}
         if real is not None:
             real = real.reshape(own.shape[:2])
             aux = traffic(chosen, weights, probabilities, real)
         return y.reshape(x.shape), aux
+
+    def experts_of(self, *given) -> Float[Array, "J N M"]:
+        """`jmem.finetune.mixture.mixture`, which a subclass may compute otherwise."""
+        return mixture(*given)
 
     def logits(self, kernel, x, key) -> Float[Array, "J N E"]:
         """Of the router, float32; experts that a mixture lacks are out of reach."""
@@ -247,6 +251,9 @@ class MixLora:
     accumulate, and keeps nothing of a block but its input. "separate" makes all
     gradients first. "auto" fuses where neither is asked for and the model's `remat` is
     "block"."""
+
+    feed: ClassVar[type[MixtureFeed]] = MixtureFeed
+    """What computes the experts; a subclass may name another (experiments/mixlora)."""
 
     def __post_init__(self):
         check_parts("MixLora", self.accumulate)
@@ -313,7 +320,7 @@ class MixLora:
         """`model.ops` that know the adapters of all mixtures."""
         scales = tuple(m.scale for m in self.mixtures)
         dropout = self.dropout if training else 0.0
-        feed = MixtureFeed(scales, **self._static(training), dropout=dropout)
+        feed = self.feed(scales, **self._static(training), dropout=dropout)
         linear = MixtureLinear(scales, dropout)
         if real is None:
             return model.ops._replace(linear=linear, feed=feed)
@@ -608,6 +615,16 @@ class MixLora:
         x, _, _ = run_stack(model.block, blocks, x, positions, ops, remat=model.remat)
         weights = _shares(batch.weights, len(self.mixtures))
         return self._head(model, state, batch._replace(weights=weights))(x)[1]
+
+    def load(self, model, state, batch) -> Float[Array, "L J E"]:
+        """Slots that a token of the batch spends on each expert, layer by layer."""
+        blocks = attach(state["params"]["blocks"], state["adapters"])
+        ops, positions = (
+            self.ops(model, real=_real(batch)),
+            token_positions(batch.tokens),
+        )
+        x = model.embed(state["params"], batch.tokens, positions)
+        return run_stack(model.block, blocks, x, positions, ops)[2]["load"]
 
     def loss(self, model, state, batch) -> Float[Array, ""]:
         """Mean of `losses` over the active mixtures."""

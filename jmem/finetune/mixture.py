@@ -203,7 +203,7 @@ def _slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
     hidden = None
     for name, (product, code) in entering.items():
         if code is not None:
-            mask = _mask(experts, chosen, code)
+            mask = mask_of(experts, chosen, code)
             b = adapters[name][1].astype(code.dtype)
             product += jnp.einsum("jnr,jro->jno", code * mask, b)
         product = experts.activate(product) if hidden is None else product
@@ -215,12 +215,12 @@ def _slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
         a = adapters["down"][0].astype(hidden.dtype)
         own = _dropped(experts, hidden, key, 2 + slot)
         code = jnp.einsum("jni,jir->jnr", own, a).astype(jnp.float32)
-        mask = _mask(experts, chosen, code)
+        mask = mask_of(experts, chosen, code)
         code *= mask * weight[..., None] * scale
     return weight[..., None] * hidden.astype(jnp.float32), code
 
 
-def _mask(experts: Experts, chosen, code):
+def mask_of(experts: Experts, chosen, code):
     """Ones where a column of `code` [J, n, E*r] is of the token's expert [J, n]."""
     columns = jnp.arange(code.shape[-1]) // (code.shape[-1] // experts.count)
     return (chosen[..., None] == columns[None, None]).astype(code.dtype)
