@@ -163,7 +163,8 @@ def save_mixlora(
       alpha: products are scaled by alpha / rank; the programs need an integer ...
       balance: coefficient of the loss that balances the experts.
       router: "top_k" or "top_p": a token goes to so many experts, or to the first
-        that reach such a share. Only the one that it names is written.
+        that reach such a share. Only the one that it names is written, and the plug-in
+        opens "top_k" only.
       top_k: experts a token.
       top_p: share of the router's probability that the experts of a token reach.
       rslora: ... or scaled by alpha / sqrt(rank).
