@@ -294,7 +294,7 @@ def start(config: Config, own: Lora | MixLora, model: Decoder, pretrained: dict)
     return init(pretrained, jax.random.key(config.seed))
 
 
-def tasks(config: Config, checkpoint) -> tuple[jmem.data.Joint, dict[str, Batch]]:
+def tasks(config: Config, checkpoint) -> "tuple[jmem.data.Joint, dict[str, Batch]]":
     """Batches with as many rows of each task, and held-out rows of each."""
     corpora = jmem.data.python_tasks()
     each, left = divmod(config.batch_size, len(corpora))

@@ -20,6 +20,7 @@ See      configs/mixlora/, experiments/mixlora.py, tests/finetune/test_mixlora.p
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import jax
@@ -293,6 +294,24 @@ class MixLora:
                 f"known, so adamw.max_grad_norm and accumulate={self.accumulate} "
                 "cannot be kept. Set them to 0 and 1, or choose update='separate'."
             )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], adamw: AdamW | None = None) -> "MixLora":
+        """One mixture with the settings of a folder (`jmem.checkpoints.load_mixlora`).
+
+        Raises:
+          ValueError: DoRA, or a setting that is none of a mixture's.
+        """
+        given = dict(settings)
+        if given.pop("dora", False):
+            raise ValueError("MixLora.of: dora=True; experts are plain LoRA here.")
+        if adamw is not None:
+            given["adamw"] = adamw
+        names = {field.name for field in dataclasses.fields(Mixture)}
+        shared = {n: given.pop(n) for n in given.keys() - names}
+        if unknown := shared.keys() - {"router", "jitter", "dropout"}:
+            raise ValueError(f"MixLora.of: settings hold unknown {sorted(unknown)}.")
+        return cls(mixtures=(Mixture(**given),), **shared)
 
     # Sizes ----------------------------------------------------------------------------
 
