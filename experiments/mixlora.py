@@ -18,9 +18,9 @@ leave the backward pass to JAX; they are measured, and never trained.
 
 import dataclasses
 import functools
-import gc
-from collections.abc import Iterator
-from typing import Literal, get_args
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ import jmem
 import jmem.checkpoints
 import jmem.data
 from experiments.harness import cli, models, plots
-from experiments.harness.report import Column, gib, loss, rate, seconds
+from experiments.harness.report import Column, gib, loss, seconds
 from experiments.harness.run import Run
+from experiments.harness.sweep import Outcome, Trial, sweep
 from jmem.data.batch import Batch
 from jmem.finetune import mixture as slots
 from jmem.finetune.adamw import AdamW
@@ -88,8 +89,11 @@ class Config:
     """As `dtype`, in what is trained here."""
     run_remat: Remat = "none"
     """As `remat`, in what is trained here."""
-    seed: int = 0
-    """Of the order of the batches, of adapters and of dropout."""
+    factors: tuple[float, ...] = (1.0,)
+    """Each method is tried at its own rate times each of these; the best one counts."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the order of the batches, of adapters and of dropout: a run each, at the best
+    rate."""
     gpu: str = "h200"
     """GPU whose memory is laid out: a name, or a TOML file of your own."""
 
@@ -98,8 +102,10 @@ class Config:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"mixlora: {name}={getattr(self, name)}; need >= 1.")
-        if self.seed < 0:
-            raise ValueError(f"mixlora: seed={self.seed} must not be negative.")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"mixlora: seeds={self.seeds}; need one or more, >= 0.")
+        if not self.factors or min(self.factors) <= 0:
+            raise ValueError(f"mixlora: factors={self.factors} must be positive.")
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -127,7 +133,7 @@ class OfficialFeed(MixtureFeed):
             code = jnp.einsum("jni,jir->jnr", x, a) * scale * mask
             return jnp.einsum("jnr,jro->jno", code, b)
 
-        y = jnp.zeros(x.shape, jnp.float32)
+        y = jnp.zeros_like(x)
         for slot in range(chosen.shape[-1]):
             example = adapters["down"][1][:, :, 0][:, None]  # [J, 1, E*r]
             mask = slots.mask_of(experts, chosen[..., slot], example).astype(x.dtype)
@@ -137,8 +143,8 @@ class OfficialFeed(MixtureFeed):
                 own += low_rank(name, x, mask)
                 inner = experts.activate(own) if inner is None else inner * own
             out = product("down", inner) + low_rank("down", inner, mask)
-            y += weights[..., slot, None] * out.astype(jnp.float32)
-        return y.astype(x.dtype)
+            y += weights[..., slot, None].astype(x.dtype) * out
+        return y
 
 
 class VanillaFeed(OfficialFeed):
@@ -235,7 +241,6 @@ def main(config: Config, run: Run) -> None:
     if run.measure_only:
         report_memory(config, run)
         return
-    chosen = [method for method in TRAINED if method in config.methods]
     dims = dimensions(config)
     model = Decoder.on(
         models.attached(),
@@ -249,70 +254,78 @@ def main(config: Config, run: Run) -> None:
             f"mixlora: {checkpoint.path} holds no tokenizer; put the model's "
             "tokenizer.json beside its config.json."
         )
-    training, held_out = tasks(config, checkpoint)
-    pretrained = checkpoint.params()
-    before = {
-        task: float(jax.jit(functools.partial(next_token_loss, model))(pretrained, own))
-        for task, own in held_out.items()
+    corpora = jmem.data.python_tasks()
+    padded = {
+        task: tuple(
+            fitting(config, jmem.data.tokenise(documents, checkpoint.tokenizer))
+            for documents in corpus
+        )
+        for task, corpus in corpora.items()
     }
-    after, curves, loads = {}, {}, {}
-    for method in chosen:
-        own = finetuner(config, method, dims)
+    pretrained = checkpoint.params()
+
+    def one(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
+        own = at_rate(finetuner(config, trial.method, dims), trial.factor)
         state = train(
             own,
             model,
-            start(config, own, model, pretrained),
-            training,
+            start(own, model, pretrained, trial.seed),
+            batches(config, padded, trial.seed),
             steps=config.steps,
-            folder=run.folder_of(method),
+            folder=folder,
             keep=1,
             resume=run.resume,
             trace_steps=2 if run.trace else 0,
         )
-        curves[method] = metrics.read(run.folder_of(method) / "metrics.jsonl")
-        after[method] = by_task(own, model, state, held_out)
-        if isinstance(own, MixLora):
-            loads = load_by_task(own, model, state, held_out)
-        del state
-        gc.collect()
-    report_training(config, run, dims, curves, before, after)
-    if loads:
-        report_load(config, run, loads)
-    report_memory(config, run)
-    if curves:
+        return judged(config, loss_of(own, model), state, padded) | (
+            load_by_task(config, own, model, state, padded)
+            if isinstance(own, MixLora)
+            else {}
+        )
+
+    plain = functools.partial(next_token_loss, model)
+    before = judged(config, plain, pretrained, padded)["parts"]
+    methods = [method for method in TRAINED if method in config.methods]
+    outcomes = sweep(run, methods, config.factors, config.seeds, one)
+    if outcomes:
+        report_training(config, run, dims, before, outcomes)
+        curves = {
+            method: metrics.read(
+                run.folder_of(Trial(method, own.factor, config.seeds[0]).name)
+                / "metrics.jsonl"
+            )
+            for method, own in outcomes.items()
+        }
         title = f"{config.model}: training loss, four tasks"
         run.plot("loss", lambda: plots.losses(curves, title=title))
+    if "mixlora" in outcomes:
+        report_load(config, run, outcomes["mixlora"].more[0]["load"])
+    report_memory(config, run)
 
 
-def start(config: Config, own: Lora | MixLora, model: Decoder, pretrained: dict):
+def at_rate(own: Lora | MixLora, factor: float) -> Lora | MixLora:
+    """The method with its learning rate times `factor`."""
+
+    def faster(adamw: AdamW) -> AdamW:
+        rate = adamw.learning_rate * factor
+        return dataclasses.replace(adamw, learning_rate=rate)
+
+    if isinstance(own, Lora):
+        return dataclasses.replace(own, adamw=faster(own.adamw))
+    mixtures = tuple(
+        dataclasses.replace(m, adamw=faster(m.adamw)) for m in own.mixtures
+    )
+    return dataclasses.replace(own, mixtures=mixtures)
+
+
+def start(own: Lora | MixLora, model: Decoder, pretrained: dict, seed: int):
     """A method's state from a copy of the pretrained weights: training consumes it."""
 
     @jax.jit
     def init(params, key):
         return own.init(model, jax.tree.map(jnp.copy, params), key)
 
-    return init(pretrained, jax.random.key(config.seed))
-
-
-def tasks(config: Config, checkpoint) -> "tuple[jmem.data.Joint, dict[str, Batch]]":
-    """Batches with as many rows of each task, and held-out rows of each."""
-    corpora = jmem.data.python_tasks()
-    each, left = divmod(config.batch_size, len(corpora))
-    if left or not each:
-        raise ValueError(
-            f"mixlora: batch_size={config.batch_size} is not a multiple of the "
-            f"{len(corpora)} tasks {', '.join(corpora)}."
-        )
-    loaders, held_out = [], {}
-    for number, (task, corpus) in enumerate(corpora.items()):
-        padded = [
-            fitting(config, jmem.data.tokenise(documents, checkpoint.tokenizer))
-            for documents in corpus
-        ]
-        loaders.append(jmem.data.Loader(padded[0], each, config.seed + number))
-        rows = [leaf[: config.held_out_rows] for leaf in padded[1]]
-        held_out[task] = Batch(*rows)
-    return jmem.data.Joint(tuple(loaders)), held_out
+    return init(pretrained, jax.random.key(seed))
 
 
 def fitting(config: Config, sequences: list) -> Batch:
@@ -325,97 +338,135 @@ def fitting(config: Config, sequences: list) -> Batch:
     return jmem.data.pad(able, config.seq_len)
 
 
-def by_task(own, model: Decoder, state, held_out: dict[str, Batch]) -> dict:
-    """Held-out loss of every task, nats a token of completion."""
+def batches(config: Config, padded: dict, seed: int) -> jmem.data.Joint:
+    """Batches with as many rows of each task."""
+    each, left = divmod(config.batch_size, len(padded))
+    if left or not each:
+        raise ValueError(
+            f"mixlora: batch_size={config.batch_size} is not a multiple of the "
+            f"{len(padded)} tasks {', '.join(padded)}, which get as many rows each."
+        )
+    loaders = [
+        jmem.data.Loader(rows, each, 1000 * seed + number)
+        for number, (rows, _) in enumerate(padded.values())
+    ]
+    return jmem.data.Joint(tuple(loaders))
 
-    @jax.jit
-    def of(state, batch):
-        if isinstance(own, MixLora):
-            return own.loss(model, state, batch)
-        return next_token_loss(model, own.merged(state), batch)
 
-    return {task: float(of(state, batch)) for task, batch in held_out.items()}
+def held_out(config: Config, rows: Batch) -> tuple[Batch, Batch]:
+    """Every other row each: to choose a rate by, and to judge by."""
+    most = config.held_out_rows
+    halves = (Batch(*(leaf[i::2][:most] for leaf in rows)) for i in (0, 1))
+    return next(halves), next(halves)
 
 
-def load_by_task(own: MixLora, model: Decoder, state, held_out) -> dict:
-    """Slots that tokens of each task spend on each expert: {task: [L, E]}."""
-    of = jax.jit(lambda state, batch: own.load(model, state, batch)[:, 0])
-    return {task: np.asarray(of(state, batch)) for task, batch in held_out.items()}
+def loss_of(own: Lora | MixLora, model: Decoder) -> Callable:
+    """(state, batch) -> the method's loss."""
+    if isinstance(own, MixLora):
+        return functools.partial(own.loss, model)
+    return lambda state, batch: next_token_loss(model, own.merged(state), batch)
+
+
+def judged(config: Config, loss, state, padded: dict) -> dict[str, Any]:
+    """Nats a token of completion: {"choose": mean, "loss": mean, "parts": by task}."""
+    loss = jax.jit(loss)
+    choosing, judging = {}, {}
+    for task, (_, rows) in padded.items():
+        first, second = held_out(config, rows)
+        choosing[task] = float(loss(state, first))
+        judging[task] = float(loss(state, second))
+    choose, mean = (sum(own.values()) / len(own) for own in (choosing, judging))
+    return {"choose": choose, "loss": mean, "parts": judging}
+
+
+def load_by_task(config: Config, own: MixLora, model, state, padded) -> dict:
+    """{"load": {task: slots that its tokens spend on each expert, [L][E]}}."""
+    load = jax.jit(lambda state, batch: own.load(model, state, batch)[:, 0])
+    found = {}
+    for task, (_, rows) in padded.items():
+        found[task] = np.asarray(load(state, held_out(config, rows)[1])).tolist()
+    return {"load": found}
 
 
 # Reports ------------------------------------------------------------------------------
 
 
-def report_training(config: Config, run: Run, dims, curves, before, after) -> None:
-    """Loss by task before and after, and what a step took here."""
-    columns = [Column(method, loss) for method in after]
+def report_training(
+    config: Config, run: Run, dims, before: dict, outcomes: dict[str, Outcome]
+) -> None:
+    """Loss by task before and after, and what each method trained."""
+
+    def by_task(own: Outcome, task: str) -> float:
+        return float(np.mean([found["parts"][task] for found in own.more]))
+
+    columns = [Column(method, loss) for method in outcomes]
+    means = (own.mean for own in outcomes.values())
     run.table(
         "Held-out loss by task",
         ["task", Column("before", loss), *columns],
         [
-            (task, before[task], *(after[method][task] for method in after))
+            (task, before[task], *(by_task(own, task) for own in outcomes.values()))
             for task in before
         ]
-        + [
-            (
-                *("mean", float(np.mean(list(before.values())))),
-                *(float(np.mean(list(own.values()))) for own in after.values()),
-            )
-        ],
+        + [("mean", float(np.mean(list(before.values()))), *means)],
     )
 
-    def line(method) -> Iterator:
-        own = finetuner(config, method, dims)
-        timed = sorted(row["tokens_per_second"] for row in curves[method])
-        yield from (method, trained(own, dims), curves[method][-1]["loss"])
-        yield from (len(curves[method]), timed[len(timed) // 2])
-        first = own.mixtures[0] if isinstance(own, MixLora) else own
-        yield from (first.rank, first.adamw.learning_rate, config.seed)
+    def line(method: str, own: Outcome) -> Iterator:
+        made = at_rate(finetuner(config, method, dims), own.factor)
+        first = made.mixtures[0] if isinstance(made, MixLora) else made
+        yield from (method, trained(made, dims), first.rank)
+        yield from (first.adamw.learning_rate, own.mean)
+        yield from (min(own.losses), max(own.losses), len(own.losses))
+        yield "at the edge" if own.edge else ""
 
     run.table(
-        "Training",
+        "Each method at its best rate",
         [
-            *("method", Column("trained parameters", "{:,}".format)),
-            *(Column("train loss", loss), "steps", Column("tokens", rate)),
-            *("rank", "rate", "seed"),
+            *("method", Column("trained parameters", "{:,}".format), "rank", "rate"),
+            *(Column(name, loss) for name in ("mean loss", "least", "most")),
+            *("seeds", "of the rates"),
         ],
-        [tuple(line(method)) for method in curves],
+        [tuple(line(*pair)) for pair in outcomes.items()],
     )
     run.note(
-        f"{config.steps} steps of {config.batch_size} x {config.seq_len} padded tokens "
-        "at one rate a method, one seed: not a ranking. Losses are nats a token of "
-        f"completion over {config.held_out_rows} held-out rows a task."
+        f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens; "
+        f"{len(config.factors)} rate(s) a method, {len(config.seeds)} seed(s). Losses "
+        f"are nats a token of completion over at most {config.held_out_rows} held-out "
+        "rows a task, other rows than the rate was chosen by."
     )
 
 
 def trained(own: Lora | MixLora, dims: DecoderConfig) -> int:
     """Parameters that a method trains."""
     params = Decoder(dims).abstract()
-    state = jax.eval_shape(
-        lambda params: own.init(None, params, jax.random.key(0)), params
-    )
+    state = jax.eval_shape(lambda p: own.init(None, p, jax.random.key(0)), params)
     held = state["lora" if isinstance(own, Lora) else "adapters"]
     return sum(leaf.size for leaf in jax.tree.leaves(held))
 
 
-def report_load(config: Config, run: Run, loads: dict[str, np.ndarray]) -> None:
+def report_load(config: Config, run: Run, load: dict[str, list]) -> None:
     """Which experts each task uses, and how unevenly."""
-    mean = {task: own.mean(axis=0) for task, own in loads.items()}
-    experts = config.mixture.experts
+    loads = {task: np.array(own) for task, own in load.items()}  # [L, E]
     run.table(
         "Router load: slots a token spends on each expert, mean over layers",
-        ["task", *(Column(str(e), "{:.2f}".format) for e in range(experts))],
-        [(task, *map(float, own)) for task, own in mean.items()],
+        [
+            "task",
+            *(Column(str(e), "{:.2f}".format) for e in range(config.mixture.experts)),
+        ],
+        [(task, *map(float, own.mean(axis=0))) for task, own in loads.items()],
     )
-    everything = np.mean(list(loads.values()), axis=0)
-    worst = float((everything.max(axis=1) / everything.mean(axis=1)).max())
     tasks = np.stack(list(loads.values()))
-    apart = float(np.abs(tasks - everything).sum(axis=-1).mean() / 2)
-    run.note(
-        f"The busiest expert of any layer has {worst:.2f} times its share; in the mean "
-        f"over layers and tasks {apart:.2f} of a token's "
-        f"{float(everything.sum(axis=1).mean()):.2f} slots go elsewhere than the "
-        "average task's."
+    mean = tasks.mean(axis=0)
+    busiest = float((mean.max(axis=1) / mean.mean(axis=1)).max())
+    apart = float(np.abs(tasks - mean).sum(axis=-1).mean() / 2)
+    run.table(
+        "Router",
+        [
+            "of",
+            Column("busiest expert of a layer, share", "{:.2f}".format),
+            Column("slots a task spends apart from the mean", "{:.2f}".format),
+        ],
+        [("all layers", busiest, apart)],
     )
 
 

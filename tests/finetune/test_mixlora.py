@@ -1,6 +1,7 @@
 """Mixtures trained together: as alone, sizes of their own, jobs that come and go."""
 
 import dataclasses
+from typing import Any
 
 import chex
 import jax
@@ -36,7 +37,7 @@ def started(finetuner, model, params, key=1):
     return finetuner.init(model, params, jax.random.key(key))
 
 
-def stepper(finetuner, model):
+def stepper(finetuner, model) -> Any:
     return jax.jit(
         lambda state, batch: finetuner.step(model, state, batch), donate_argnums=0
     )
@@ -50,14 +51,16 @@ class TestOneMixture:
     def test_learns_a_batch_by_heart_in_one_program(
         self, tiny, tiny_params, random_batch
     ):
-        finetuner = alone(SMALL)
+        """With 16-bit moments, which are rounded at random."""
+        small = dataclasses.replace(ADAMW, moment_dtype="bfloat16")
+        finetuner = alone(dataclasses.replace(SMALL, adamw=small))
         state, step = started(finetuner, tiny, tiny_params), stepper(finetuner, tiny)
         batch, losses = random_batch(tiny), []
         for _ in range(20):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
         assert losses[-1] < losses[0] - 0.01
-        assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+        assert step._cache_size() == 1
 
     def test_begins_as_the_base_whatever_the_router_does(
         self, tiny, tiny_params, random_batch
@@ -106,25 +109,6 @@ class TestOneMixture:
                 seen["grad_norm"], wanted["grad_norm"], rtol=1e-3
             )
 
-    def test_parts_of_a_batch_are_the_batch(self, tiny, tiny_params, random_batch):
-        batch = random_batch(tiny, batch_size=4)
-        ends = []
-        for parts in (1, 2):
-            finetuner = joint(SMALL, SMALL, update="separate", accumulate=parts)
-            finetuner = dataclasses.replace(
-                finetuner,
-                mixtures=tuple(
-                    dataclasses.replace(m, balance=0.0) for m in finetuner.mixtures
-                ),
-            )
-            state = started(finetuner, tiny, tiny_params)
-            ends.append(stepper(finetuner, tiny)(state, batch))
-        (one, seen), (two, also) = ends
-        np.testing.assert_allclose(seen["losses"], also["losses"], rtol=1e-6)
-        chex.assert_trees_all_close(
-            one["moments"], two["moments"], rtol=1e-4, atol=1e-7
-        )
-
 
 class TestSeveral:
     MIXTURES = (
@@ -138,41 +122,37 @@ class TestSeveral:
             balance=0.1,
             adamw=dataclasses.replace(ADAMW, learning_rate=1e-3, weight_decay=0.1),
         ),
-        dataclasses.replace(SMALL, experts=1, top_k=1),
     )
 
     @pytest.mark.parametrize("update", ["fused", "separate"])
     def test_each_learns_what_it_would_alone(
         self, tiny, tiny_params, random_batch, update
     ):
+        """Of the separate form also: clipped by a norm of its own, in two parts."""
         together = joint(*self.MIXTURES, update=update)
-        if update == "separate":  # clipped by norms of their own
-            clipped = tuple(
-                dataclasses.replace(
-                    m, adamw=dataclasses.replace(m.adamw, max_grad_norm=norm)
-                )
-                for m, norm in zip(self.MIXTURES, (0.05, 0.0, 0.5))
-            )
-            together = dataclasses.replace(together, mixtures=clipped)
+        if update == "separate":
+            first = dataclasses.replace(ADAMW, max_grad_norm=0.05)
+            mixtures = dataclasses.replace(SMALL, adamw=first), self.MIXTURES[1]
+            together = dataclasses.replace(together, mixtures=mixtures, accumulate=2)
         state = started(together, tiny, tiny_params)
-        parts = [together.mixture(state, n) for n in range(3)]
-        batches = [random_batch(tiny, seed, batch_size=6) for seed in range(2)]
+        parts = [together.mixture(state, n) for n in range(2)]
+        batches = [random_batch(tiny, seed, batch_size=4) for seed in range(2)]
         step = stepper(together, tiny)
         for batch in batches:
             state, seen = step(state, batch)
         for number, adapters in enumerate(parts):
-            single = alone(together.mixtures[number], update=update)
+            single = alone(
+                together.mixtures[number], update=update, accumulate=together.accumulate
+            )
             own = started(single, tiny, tiny_params)
             own = single.replaced(own, 0, adapters)
             walk = stepper(single, tiny)
             for batch in batches:
                 own, metrics = walk(own, rows(batch, 2 * number, 2 * number + 2))
-            np.testing.assert_allclose(
-                seen["losses"][number], metrics["losses"][0], rtol=1e-5
-            )
-            np.testing.assert_allclose(
-                seen["balance"][number], metrics["balance"][0], rtol=1e-5
-            )
+            for name in ("losses", "balance", "norms"):
+                np.testing.assert_allclose(
+                    seen[name][number], metrics[name][0], rtol=1e-4
+                )
             chex.assert_trees_all_close(
                 together.mixture(state, number),
                 single.mixture(own, 0),
@@ -180,70 +160,61 @@ class TestSeveral:
                 atol=5e-6,
             )
 
-    def test_what_a_mixture_lacks_stays_zero(self, tiny, tiny_params, random_batch):
+    def test_jobs_come_and_go_and_what_one_lacks_stays_zero(
+        self, tiny, tiny_params, random_batch
+    ):
         finetuner = joint(*self.MIXTURES)
         state, step = started(finetuner, tiny, tiny_params), stepper(finetuner, tiny)
         for seed in range(10):
-            state, _ = step(state, random_batch(tiny, seed, batch_size=3))
-        stored = state["adapters"]
-        for number in range(3):
+            state, _ = step(state, random_batch(tiny, seed))
+        for number in range(2):  # nothing but its own part is not zero
             own = finetuner._stored(finetuner.mixture(state, number), number)
-            padded = jax.tree.map(lambda leaf, n=number: leaf[:, n], stored)
-            chex.assert_trees_all_equal(own, padded)
+            stored = jax.tree.map(lambda leaf, n=number: leaf[:, n], state["adapters"])
+            chex.assert_trees_all_equal(own, stored)
 
-    def test_a_stopped_one_is_bit_identical_and_a_new_job_compiles_nothing(
-        self, tiny, tiny_params, random_batch
-    ):
-        finetuner = joint(SMALL, SMALL)
-        state, step = started(finetuner, tiny, tiny_params), stepper(finetuner, tiny)
-        state, _ = step(state, random_batch(tiny, 0))
-        state = finetuner.stopped(state, 1)
-        before = finetuner.mixture(state, 1)
-        for seed in range(2):
-            state, seen = step(state, random_batch(tiny, seed))
-        chex.assert_trees_all_equal(finetuner.mixture(state, 1), before)
-        np.testing.assert_array_equal(seen["loss"], seen["losses"][0])
-        assert state["steps"].tolist() == [3, 1]
-
-        state = finetuner.replaced(state, 1, None, jax.random.key(7))
-        assert state["steps"].tolist() == [3, 0]
-        state, _ = step(state, random_batch(tiny, 5))
-        assert state["steps"].tolist() == [4, 1]
-        assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
-
-    def test_serving_is_the_mixture_it_names(self, tiny, tiny_params, random_batch):
-        finetuner = joint(*self.MIXTURES)
-        state, step = started(finetuner, tiny, tiny_params), stepper(finetuner, tiny)
-        for seed in range(3):
-            state, _ = step(state, random_batch(tiny, seed, batch_size=3))
-        batch = random_batch(tiny, 8, batch_size=3)
+        batch = random_batch(tiny, 8)
         losses = finetuner.losses(tiny, state, batch)
-        for number in range(3):
+        for number in range(2):
             model, params = finetuner.serving(tiny, state, number)
             own = next_token_loss(model, params, rows(batch, number, number + 1))
             np.testing.assert_allclose(own, losses[number], rtol=1e-5)
-        assert len(set(np.round(losses, 3).tolist())) == 3
+        assert abs(losses[0] - losses[1]) > 1e-3
+
+        state = finetuner.stopped(state, 1)
+        before = finetuner.mixture(state, 1)
+        state, seen = step(state, batch)
+        chex.assert_trees_all_equal(finetuner.mixture(state, 1), before)
+        np.testing.assert_array_equal(seen["loss"], seen["losses"][0])
+        assert state["steps"].tolist() == [11, 10]
+
+        state = finetuner.replaced(state, 1, None, jax.random.key(7))
+        assert state["steps"].tolist() == [11, 0]
+        state, _ = step(state, batch)
+        assert state["steps"].tolist() == [12, 1]
+        assert step._cache_size() == 1
 
 
 class TestMore:
     def test_dropout_and_jitter_change_training_and_nothing_else(
         self, tiny, tiny_params, random_batch
     ):
-        plain = alone(SMALL)
-        drawn = dataclasses.replace(plain, dropout=0.3, jitter=0.1)
-        batch = random_batch(tiny)
-        ends = []
-        for finetuner in (plain, drawn, drawn):
-            state = started(finetuner, tiny, tiny_params)
-            first = finetuner.loss(tiny, state, batch)
-            step = stepper(finetuner, tiny)
-            for _ in range(3):
-                state, _ = step(state, batch)
-            ends.append((first, state["adapters"]))
-        np.testing.assert_array_equal(ends[0][0], ends[1][0])
-        chex.assert_trees_all_equal(ends[1][1], ends[2][1])
-        a, b = (jax.tree.leaves(end[1])[0] for end in ends[:2])
-        assert not np.array_equal(a, b)
+        drawn = dataclasses.replace(alone(SMALL), dropout=0.3, jitter=0.1)
+        step, batch = stepper(drawn, tiny), random_batch(tiny)
+        first = started(drawn, tiny, tiny_params)
+        np.testing.assert_allclose(
+            drawn.loss(tiny, first, batch),
+            next_token_loss(tiny, tiny_params, batch),
+            rtol=1e-6,
+        )
+        state, seen = step(first, batch)
+        again, same = step(started(drawn, tiny, tiny_params), batch)
+        chex.assert_trees_all_equal(state, again)
+        np.testing.assert_allclose(seen["losses"], same["losses"])
+        # B is zero at first, so only the router sees the jitter, and A gets nothing.
+        later, more = step(again, batch)
+        assert not np.allclose(more["norms"], seen["norms"])
+        another = step(jax.tree.map(jnp.copy, later) | {"step": jnp.int32(9)}, batch)
+        assert float(another[1]["loss"]) != float(step(later, batch)[1]["loss"])
 
     def test_top_p_uses_as_many_experts_as_it_takes(
         self, tiny, tiny_params, random_batch
@@ -266,16 +237,6 @@ class TestMore:
         labels = zip(program.leaf_labels(), program.leaves(), strict=True)
         unlabelled = {path for label, (_, path, _) in labels if label is None}
         assert unlabelled <= {"step", "steps", "key", "active"}
-
-    def test_bfloat16_moments(self, tiny, tiny_params, random_batch):
-        small = dataclasses.replace(ADAMW, moment_dtype="bfloat16")
-        finetuner = alone(dataclasses.replace(SMALL, adamw=small))
-        state, step = started(finetuner, tiny, tiny_params), stepper(finetuner, tiny)
-        batch, losses = random_batch(tiny), []
-        for _ in range(20):
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
-        assert losses[-1] < losses[0] - 0.01
 
 
 class TestRefusals:
@@ -304,7 +265,6 @@ class TestRefusals:
         "given, words",
         [
             ({"mixtures": ()}, r"mixtures=\(\) is empty"),
-            ({"router": "best"}, r"router='best' must be one of"),
             ({"dropout": 1.0}, r"dropout=1.0 must be at least 0"),
             ({"accumulate": 0}, r"accumulate=0"),
             ({"update": "fused", "accumulate": 2}, r"update='fused' moves adapters"),
