@@ -56,8 +56,8 @@ TRAINED: tuple[Method, ...] = ("lora", "mixlora")
 class Config:
     model: str = "smollm2-135m"
     """A name in jmem.models.zoo; to train, "smollm2-135m" or a checkpoint's path."""
-    only: tuple[Method, ...] = ()
-    """Methods to run; empty means all."""
+    only: tuple[Method, ...] = ("lora", "mixlora", "joint")
+    """Methods to run; empty means all. What is not LoRA or MixLoRA is only measured."""
     mixture: Mixture = Mixture(
         rank=8, alpha=16.0, adamw=AdamW(learning_rate=1e-3, max_grad_norm=0.0)
     )
@@ -72,7 +72,7 @@ class Config:
     update: Update = "auto"
     """Of MixLoRA's adapters: inside the backward pass, or after it."""
     dropout: float = 0.05
-    steps: int = 60
+    steps: int = 40
     """Updates a method."""
     batch_size: int = 4
     """Sequences an update, for each mixture; a multiple of the four tasks to train."""
