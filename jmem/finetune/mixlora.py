@@ -211,14 +211,18 @@ class MixtureFeed:
 
     def logits(self, kernel, x, key) -> Float[Array, "J N E"]:
         """Of the router, float32; experts that a mixture lacks are out of reach."""
-        x = x.astype(jnp.float32)
-        if key is not None and self.jitter:
-            shape, low, high = x.shape, 1 - self.jitter, 1 + self.jitter
-            key = jax.random.fold_in(key, len(MAPS))
-            x *= jax.random.uniform(key, shape, jnp.float32, low, high)
-        found = jnp.einsum(
-            "jnm,jme->jne", x, kernel, preferred_element_type=jnp.float32
-        )
+
+        # Made again in the backward pass, as x in float32 would be kept else.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def routed(x, kernel):
+            x = x.astype(jnp.float32)
+            if key is not None and self.jitter:
+                shape, low, high = x.shape, 1 - self.jitter, 1 + self.jitter
+                own = jax.random.fold_in(key, len(MAPS))
+                x *= jax.random.uniform(own, shape, jnp.float32, low, high)
+            return jnp.einsum("jnm,jme->jne", x, kernel)
+
+        found = routed(x, kernel)
         here = np.arange(kernel.shape[-1])[None] < np.array(self.experts)[:, None]
         return jnp.where(here[:, None], found, ABSENT)
 
