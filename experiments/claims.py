@@ -30,6 +30,9 @@ from experiments.harness.record import Record
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 Records = dict[str, Record]
+ROOM = {"24 GB": 20.6, "48 GB": 44.5, "80 GB": 76.1, "141 GB": 138.0}
+"""GiB that cards have after driver and reserve: rtx4090, a6000, h100 and h200, as
+`jmem.targets` has them (a test compares), without importing JAX."""
 
 
 def load(root: pathlib.Path = ROOT) -> list[tuple[Claims, Records]]:
@@ -131,6 +134,32 @@ def page(claims: Claims, records: Records) -> str:
     )
 
 
+def choices(everything: list[tuple[Claims, Records]]) -> str:
+    """Which method trains which model on which card: claims with a `choice`, by bytes.
+
+    A card is named if the upper end of the interval fits in its `ROOM`.
+    """
+    rows = [
+        "| model | method | trains | device memory | fits |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = [
+        (claim.choice, mine)
+        for claims, records in everything
+        for claim in claims.by_name.values()
+        if claim.choice and (mine := current(claim, records))
+    ]
+    models = list(dict.fromkeys(choice[0] for choice, _ in found))
+    found.sort(key=lambda row: (models.index(row[0][0]), row[1].value))
+    for choice, mine in found:
+        most = max(mine.interval or (mine.value,))
+        cards = [card for card, room in ROOM.items() if most <= room * 2**30]
+        size = f"{mine.value / 2**30:.1f} GiB"
+        cells = [*choice, size, ", ".join(cards) or "none of these"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _sentence(setting: str) -> str:
     return " ".join(setting.split())
 
@@ -173,7 +202,8 @@ def files(
 ) -> dict[pathlib.Path, str]:
     """Every generated file, and the text it should hold."""
     readme = root / "README.md"
-    texts = {readme: splice(readme.read_text(), "claims", readme_section(everything))}
+    text = splice(readme.read_text(), "claims", readme_section(everything))
+    texts = {readme: splice(text, "choices", choices(everything))}
     for claims, records in everything:
         texts[claims.path.with_name("claims.md")] = page(claims, records)
     return texts

@@ -70,6 +70,8 @@ class Claim:
     """Shown in the README; every claim is shown in configs/<slug>/claims.md."""
     cheap: bool = False
     """Measured again by the tests, which allow 3 %."""
+    choice: tuple[str, ...] = ()
+    """Model, method, and what it trains: a row of "which method for my card"."""
 
     @property
     def definition(self) -> dict[str, Any]:

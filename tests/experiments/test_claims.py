@@ -18,7 +18,7 @@ from experiments.harness import record
 from experiments.harness.claim import Claim, ClaimsError, Relation, read
 from experiments.harness.run import Run
 from jmem.program import Program
-from jmem.targets import Target
+from jmem.targets import Target, resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -71,6 +71,9 @@ README = """# a
 <!-- claims:begin -->
 
 <!-- claims:end -->
+<!-- choices:begin -->
+
+<!-- choices:end -->
 <!-- methods:begin -->
 
 <!-- methods:end -->
@@ -252,6 +255,31 @@ class TestTables:
         assert "full" not in shown
         found, records = measured(root, lisa=19.2, full=30.0)
         assert "**fails**" in claims.table(found, records, headlines=True)
+
+
+class TestChoices:
+    """Which method for my card: rows of the README that come from records."""
+
+    def test_rows_are_by_model_and_bytes_and_name_the_cards_with_room(self, root):
+        path = root / "configs" / "lisa" / "claims.toml"
+        for name, method in (("lisa", "LISA"), ("full", "everything")):
+            text = path.read_text()
+            head = f'name = "{name}"\n'
+            assert head in text
+            more = f'{head}choice = ["7B", "{method}", "all"]\n'
+            path.write_text(text.replace(head, more))
+        measured(root, lisa=20.0, full=59.0)
+        lines = claims.choices(claims.load(root)).splitlines()
+        assert lines[2:] == [
+            "| 7B | LISA | all | 20.0 GiB | 24 GB, 48 GB, 80 GB, 141 GB |",
+            "| 7B | everything | all | 59.0 GiB | 80 GB, 141 GB |",
+        ]
+
+    def test_the_room_is_that_of_the_targets(self):
+        cards = dict(zip(claims.ROOM, ("rtx4090", "a6000", "h100", "h200")))
+        for card, name in cards.items():
+            room = resolve(name).usable_bytes / 2**30 - 1  # the default reserve
+            assert round(room, 1) == claims.ROOM[card]
 
 
 class TestCheck:
