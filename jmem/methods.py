@@ -70,6 +70,7 @@ METHODS: tuple[Method, ...] = (
         arxiv="2404.15159",
         idea="make a dense model a sparse mixture whose experts are LoRA adapters over"
         " one frozen MLP",
+        status="built",
     ),
     Method(
         slug="windowkv",

@@ -13,7 +13,7 @@ import types
 
 import pytest
 from mutations import count, outcomes, toml_mutants
-from tiny_decoder import TINY, random_params
+from tiny_decoder import TINY
 
 import jmem.checkpoints
 from experiments import lisa
@@ -35,24 +35,6 @@ PRESETS = (
     "llama3_8b",
     "llama2_70b",
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A Hugging Face folder of a random tiny Llama with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    config = dataclasses.replace(TINY, vocab_size=264)
-    folder = tmp_path_factory.mktemp("own") / "model"
-    params = random_params(config, scale=0.02)
-    jmem.checkpoints.save(params, config, folder, tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,129 @@
+"""The MixLoRA experiment on a tiny checkpoint; the official schemes; refusals."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmem.data
+from experiments import mixlora
+from experiments.harness import cli
+from experiments.harness.run import Run
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.mixlora import MixLora, Mixture
+from jmem.models import zoo
+from jmem.targets import resolve
+
+
+@pytest.fixture
+def config(checkpoint):
+    adamw = AdamW(learning_rate=3e-3, max_grad_norm=0.0)
+    return mixlora.Config(
+        model=str(checkpoint),
+        only=("lora", "mixlora"),
+        mixture=Mixture(rank=2, experts=4, adamw=adamw),
+        steps=2,
+        seq_len=160,
+        held_out_rows=2,
+    )
+
+
+def test_it_trains_both_by_task_and_resumes_what_is_done(config, tmp_path):
+    config = dataclasses.replace(config, factors=(1.0, 3.0), seeds=(0, 1))
+    target = resolve(config.gpu)
+    with Run("mixlora", config, target=target, runs=tmp_path) as run:
+        mixlora.main(config, run)
+    report = json.loads((run.folder / "report.json").read_text())
+    assert report["status"] == "complete"
+    tables = report["tables"]
+    assert {"lora", "mixlora", "before"} <= tables["Held-out loss by task"][
+        "mean"
+    ].keys()
+    best = tables["Each method at its best rate"]
+    for method in ("lora", "mixlora"):
+        assert best[method]["seeds"] == 2
+        assert best[method]["least"] <= best[method]["mean loss"]
+        done = list(run.folder.glob(f"{method}-x*/done.json"))
+        assert len(done) == 3  # two rates, and the better one's other seed
+        assert not list(run.folder.glob(f"{method}-x*/checkpoints"))
+    ratio = best["mixlora"]["trained parameters"] / best["lora"]["trained parameters"]
+    assert 0.8 < ratio < 1.25
+    (load,) = {
+        round(sum(row.values()), 3)
+        for row in tables[
+            "Router load: slots a token spends on each expert, mean over layers"
+        ].values()
+    }
+    assert load == 2.0
+    assert report["memory"].keys() == {"lora", "mixlora"}
+    assert (run.folder / "loss.png").stat().st_size > 10_000
+
+
+def noisy(leaf):
+    return leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape)
+
+
+@pytest.mark.parametrize("scheme", [mixlora.OfficialMixLora, mixlora.VanillaMixLora])
+def test_the_official_schemes_compute_the_same(tiny, tiny_params, random_batch, scheme):
+    mixture = Mixture(rank=2, experts=4)
+    batch = random_batch(tiny)
+    found = []
+    for kind in (MixLora, scheme):
+        own = kind(mixtures=(mixture,), update="separate", dropout=0.0)
+        state = own.init(tiny, jax.tree.map(jnp.copy, tiny_params), jax.random.key(0))
+        noise = jax.random.key(1)
+        state["adapters"] = jax.tree.map(
+            lambda leaf: leaf + 0.1 * jax.random.normal(noise, leaf.shape),
+            state["adapters"],
+        )
+        found.append(
+            jax.jit(lambda s, b, own=own: own.step(tiny, s, b)[1])(state, batch)
+        )
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4)
+
+
+def test_equal_rank_is_that_of_the_papers_baseline():
+    """E = 8, r = 16 against LoRA r = 80 or 81 on LLaMA-2-7B (2.9 % trained)."""
+    assert mixlora.equal_rank(Mixture(), zoo.get("llama2-7b")) == 81
+
+
+def test_trained_parameters_of_the_paper():
+    dims = zoo.get("llama2-7b")
+    count = mixlora.trained(MixLora(), dims)
+    assert count == 203_423_744
+    assert round(100 * count / dims.parameters, 1) == 3.0
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"steps": 0}, "steps=0; need >= 1"),
+        ({"seeds": ()}, r"seeds=\(\)"),
+        ({"factors": (0.0,)}, r"factors=\(0.0,\) must be positive"),
+    ],
+)
+def test_refused_configs(config, given, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config, **given)
+
+
+def test_a_batch_without_every_task_is_refused(config):
+    rows = jmem.data.Batch(*(np.ones((4, 8), kind) for kind in ("i4", "i4", "f4")))
+    padded = dict.fromkeys(("one", "two", "three"), (rows, rows))
+    with pytest.raises(ValueError, match="batch_size=4 is not a multiple of the 3"):
+        mixlora.batches(config, padded, 0)
+
+
+def test_presets_are_what_they_say():
+    _, paper = cli.parse(mixlora.Config, "mixlora", ["--preset", "llama2_7b"])
+    assert (paper.batch_size, paper.seq_len, paper.methods[-1]) == (8, 512, "vanilla")
+    own = paper.mixture
+    assert (own.rank, own.alpha, own.experts, own.top_k) == (16, 32.0, 8, 2)
+    assert (own.adamw.learning_rate, own.adamw.weight_decay) == (2e-4, 0.01)
+    _, wide = cli.parse(mixlora.Config, "mixlora", ["--preset", "compare"])
+    assert (len(wide.factors), len(wide.seeds)) == (3, 3)
