@@ -12,6 +12,8 @@ Differs  The official code never drops a moment, so its memory grows to that of 
          AdamW; `moments="persist"` is that. The paper's runs restart the whole
          optimizer at each draw: "reset_all". The default, "reset_layers", restarts the
          active blocks only. Which blocks are active is data: no draw recompiles.
+         `persist_in="host"` keeps every block's moments at the device memory of the
+         default (`jmem.finetune.resting`).
 See      configs/lisa/, experiments/lisa.py, tests/finetune/test_lisa.py
 """
 
@@ -37,11 +39,13 @@ from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
 from jmem.finetune.orders import Order, active_in
 from jmem.finetune.patterns import join, split
+from jmem.finetune.resting import rest, swap
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
 Update = Literal["auto", "fused", "separate"]
+Place = Literal["device", "host"]
 
 
 def _check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> None:
@@ -118,19 +122,19 @@ def _init_rows(inner, blocks: Any, rows: int) -> Any:
     return jax.vmap(inner.init)(like)
 
 
-def _restart(fresh: jax.Array, start: Any, state: Any) -> Any:
+def _restart(fresh: jax.Array | bool, start: Any, state: Any) -> Any:
     """`start` where the scalar `fresh` holds, else `state`."""
     return jax.tree.map(lambda a, b: jnp.where(fresh, a, b), start, state)
 
 
-def _update_rows(inner, persist, fresh, active, grads, optimizer, blocks):
+def _update_rows(inner, rows_of_all, fresh, active, grads, optimizer, blocks):
     """`inner` on every active block: (updates [S, ...], optimizer).
 
-    The state of a block lives in row `layer` if it persists, else in row `slot`, where
-    a draw starts it afresh.
+    The state of a block lives in row `layer` if there is one for each, else in row
+    `slot`, where a draw starts it afresh.
     """
     params = _take(blocks, active)
-    if persist:
+    if rows_of_all:
         updates, rows = jax.vmap(inner.update)(grads, _take(optimizer, active), params)
         return updates, _put(optimizer, active, rows)
     start = _init_rows(inner, blocks, active.shape[0])
@@ -230,6 +234,10 @@ class Lisa:
     """Steps between draws (K)."""
     moments: Moments = "reset_layers"
     """What a draw forgets: the active blocks' moments, all moments, or none."""
+    persist_in: Place = "device"
+    """Where moments that persist are while their block is frozen. "host" is pinned
+    memory, which a draw swaps the active blocks' moments with: the device then holds
+    those of `active_layers` blocks, and the result is the same to the bit."""
     weights: tuple[float, ...] = ()
     """How often each block is drawn, relative to the others; empty means uniform.
 
@@ -256,6 +264,22 @@ class Lisa:
             raise ValueError(
                 f"Lisa: update={self.update!r} must be one of {get_args(Update)}."
             )
+        if self.persist_in not in get_args(Place):
+            raise ValueError(
+                f"Lisa: persist_in={self.persist_in!r} must be one of "
+                f"{get_args(Place)}."
+            )
+        if self.persist_in == "host" and self.moments != "persist":
+            raise ValueError(
+                f"Lisa: persist_in='host' is for moments that persist, and moments="
+                f"{self.moments!r} forgets them at a draw. Choose moments='persist', "
+                "or leave persist_in out."
+            )
+        if self.persist_in == "host" and not self.active_layers:
+            raise ValueError(
+                "Lisa: persist_in='host' is for the moments of blocks, and "
+                "active_layers=0 trains none. Leave persist_in out."
+            )
         if self.update == "fused" and self.adamw.max_grad_norm:
             raise ValueError(
                 f"Lisa: update='fused' moves weights before all gradients are known, "
@@ -271,6 +295,15 @@ class Lisa:
         _check_options(
             *(self.active_layers, self.period, self.moments, self.weights, self.order)
         )
+
+    @property
+    def _all_on_device(self) -> bool:
+        """Whether moments have a row for each block, not for each active one."""
+        return self.moments == "persist" and self.persist_in == "device"
+
+    def _restarts(self, state) -> jax.Array | bool:
+        """Whether the active blocks' moments start afresh in this step."""
+        return self.moments != "persist" and state["step"] % self.period == 0
 
     @property
     def fuses(self) -> bool:
@@ -297,7 +330,7 @@ class Lisa:
                 f"Lisa: train={self.train} means nothing inside the blocks, so there "
                 "is nothing to draw. Use Full(train=...), which holds no more."
             )
-        rows = layers if self.moments == "persist" else self.active_layers
+        rows = layers if self._all_on_device else self.active_layers
         if self.fuses and self.adamw.moment_dtype == "float8":
             like = jax.tree.map(
                 lambda p: jax.ShapeDtypeStruct((rows, *p.shape[1:]), p.dtype),
@@ -310,7 +343,10 @@ class Lisa:
             inner = self.adamw.direction()
             outside = inner.init(_outside(trained))
             blocks = _init_rows(inner, trained["blocks"], rows)
-        return {
+        resting = {}
+        if self.persist_in == "host":
+            resting = {"resting": rest(blocks, layers)}
+        return resting | {
             "params": params,
             "outside": outside,
             "blocks": blocks,
@@ -339,6 +375,9 @@ class Lisa:
             active = self.active(state, layers)
         else:
             _check_active(active, layers, self.active_layers)
+        if self.persist_in == "host":
+            resting, slots = swap(state["resting"], state["blocks"], active)
+            state = state | {"resting": resting, "blocks": slots}
 
         if self.fuses:
             return self._fused(model, state, batch, active)
@@ -354,7 +393,7 @@ class Lisa:
         rate = self.adamw.rate(state["step"])
         rates = self.adamw.leaf_rates(trained, rate, layers)
         inner = self.adamw.direction()
-        fresh = state["step"] % self.period == 0
+        fresh = self._restarts(state)
 
         outside, moments = _outside(trained), state["outside"]
         if self.moments == "reset_all":
@@ -362,9 +401,9 @@ class Lisa:
         updates, moments = inner.update(outside_grads, moments, outside)
         outside = descend(outside, updates, _outside(rates))
 
-        blocks, persist = trained["blocks"], self.moments == "persist"
+        blocks, rows_of_all = trained["blocks"], self._all_on_device
         updates, optimizer = _update_rows(
-            inner, persist, fresh, active, grads, state["blocks"], blocks
+            inner, rows_of_all, fresh, active, grads, state["blocks"], blocks
         )
         rates = jax.tree.map(lambda r: r[active] if r.ndim else r, rates["blocks"])
         rows = descend(_take(blocks, active), updates, rates)
@@ -382,13 +421,13 @@ class Lisa:
         params, layers = state["params"], model.config.layers
         trained, _ = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
-        fresh = state["step"] % self.period == 0
+        fresh = self._restarts(state)
         count, outside = moments_of(state["outside"])
         if self.moments == "reset_all":
             count = jnp.where(fresh, 0, count)
         counts, blocks = moments_of(state["blocks"])
         slots = jnp.arange(self.active_layers, dtype=jnp.int32)
-        if self.moments == "persist":
+        if self._all_on_device:
             rows, counts = active, counts.at[active].add(1)
         else:
             rows, counts = slots, jnp.where(fresh, 0, counts) + 1
@@ -427,8 +466,8 @@ class Lisa:
 
     def labels(self, state):
         """The state's parts in the user's words."""
-        del state
-        return {"weights": "params", "optimizer": ["outside", "blocks"]}
+        parts = [name for name in ("outside", "blocks", "resting") if name in state]
+        return {"weights": "params", "optimizer": parts}
 
 
 def _check_active(active, layers: int, active_layers: int) -> None:

@@ -29,6 +29,9 @@ FINETUNERS = {
     "lora of some maps": Lora(rank=3, alpha=1.0, maps=("v", "up"), adamw=ADAMW),
     "lisa": Lisa(active_layers=2, period=2, adamw=ADAMW),
     "lisa persisting": Lisa(active_layers=1, period=2, moments="persist", adamw=ADAMW),
+    "lisa persisting on the host": Lisa(
+        period=2, moments="persist", persist_in="host", adamw=ADAMW
+    ),
     "embedding": Lisa(active_layers=0, period=2, adamw=ADAMW),
 }
 
