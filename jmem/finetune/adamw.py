@@ -223,7 +223,8 @@ class AdamW:
         def leaf(path, value):
             shape = list(value.shape)
             if key(path) == "head/kernel":  # cut along its last axis when it moves
-                scale = (-(-shape[0] // min(BLOCK, shape[0])), *shape[1:])
+                *above, rows, columns = shape
+                scale = (*above, -(-rows // min(BLOCK, rows)), columns)
             else:
                 scale = (*shape[:-1], -(-shape[-1] // min(BLOCK, shape[-1])))
             kinds = (shape, jnp.float8_e4m3fn), (scale, jnp.float32)
@@ -251,7 +252,7 @@ class AdamW:
 
 
 class PackedMoments(NamedTuple):
-    """As optax's `ScaleByAdamState`, of 8 bits."""
+    """As optax's `ScaleByAdamState`, of 8 bits or by other rules."""
 
     steps: jax.Array
     moments: Any

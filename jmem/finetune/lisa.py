@@ -39,13 +39,16 @@ from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
 from jmem.finetune.orders import Order, active_in
 from jmem.finetune.patterns import join, split
-from jmem.finetune.resting import rest, swap
+from jmem.finetune.resting import rest, swap, zero_rows
+from jmem.finetune.rules import Factored
+from jmem.finetune.tables import pieces
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
 Update = Literal["auto", "fused", "separate"]
 Place = Literal["device", "host"]
+Outside = Literal["device", "host", "factored"]
 
 
 def _check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> None:
@@ -238,6 +241,13 @@ class Lisa:
     """Where moments that persist are while their block is frozen. "host" is pinned
     memory, which a draw swaps the active blocks' moments with: the device then holds
     those of `active_layers` blocks, and the result is the same to the bit."""
+    outside_moments: Outside = "device"
+    """What is kept of the moments of embedding and head, which outweigh the blocks'
+    where the vocabulary is large. "host": all, in pinned memory, of which a fused step
+    fetches and stores a part of the vocabulary at a time; the same to the bit.
+    "factored": no first moment, and of the second one its means over rows and columns
+    (`jmem.finetune.rules.Factored`); another rule, for the final norm too, and the
+    vocabulary is walked twice more."""
     weights: tuple[float, ...] = ()
     """How often each block is drawn, relative to the others; empty means uniform.
 
@@ -280,6 +290,11 @@ class Lisa:
                 "Lisa: persist_in='host' is for the moments of blocks, and "
                 "active_layers=0 trains none. Leave persist_in out."
             )
+        if self.outside_moments not in get_args(Outside):
+            raise ValueError(
+                f"Lisa: outside_moments={self.outside_moments!r} must be one of "
+                f"{get_args(Outside)}."
+            )
         if self.update == "fused" and self.adamw.max_grad_norm:
             raise ValueError(
                 f"Lisa: update='fused' moves weights before all gradients are known, "
@@ -291,6 +306,12 @@ class Lisa:
                 f"Lisa: update='fused' moves weights before accumulate="
                 f"{self.accumulate} parts are summed. Set it to 1, or choose "
                 "update='separate'."
+            )
+        if self.outside_moments != "device" and not self.fuses:
+            raise ValueError(
+                f"Lisa: outside_moments={self.outside_moments!r} needs a fused step, "
+                "which walks embedding and head in parts. Set adamw.max_grad_norm=0 "
+                "and accumulate=1, or leave it out."
             )
         _check_options(
             *(self.active_layers, self.period, self.moments, self.weights, self.order)
@@ -336,13 +357,11 @@ class Lisa:
                 lambda p: jax.ShapeDtypeStruct((rows, *p.shape[1:]), p.dtype),
                 trained["blocks"],
             )
-            packed = self.adamw.packed_moments
-            outside = PackedMoments(jnp.int32(0), packed(_outside(trained)))
-            blocks = PackedMoments(jnp.zeros((rows,), jnp.int32), packed(like))
+            packed = self.adamw.packed_moments(like)
+            blocks = PackedMoments(jnp.zeros((rows,), jnp.int32), packed)
         else:
-            inner = self.adamw.direction()
-            outside = inner.init(_outside(trained))
-            blocks = _init_rows(inner, trained["blocks"], rows)
+            blocks = _init_rows(self.adamw.direction(), trained["blocks"], rows)
+        outside = self._init_outside(_outside(trained))
         resting = {}
         if self.persist_in == "host":
             resting = {"resting": rest(blocks, layers)}
@@ -353,6 +372,34 @@ class Lisa:
             "key": jax.random.key_data(key),
             "step": jnp.int32(0),
         }
+
+    def _init_outside(self, outside):
+        """Moments of what is outside the blocks, in the form and place chosen."""
+        if self.outside_moments == "factored":
+            moments = jax.tree.map(self._factored.init, outside)
+            return PackedMoments(jnp.int32(0), moments)
+
+        def init(outside):
+            if self.adamw.moment_dtype == "float8" and self.fuses:
+                moments = self.adamw.packed_moments(outside)
+                return PackedMoments(jnp.int32(0), moments)
+            return self.adamw.direction().init(outside)
+
+        if self.outside_moments == "device":
+            return init(outside)
+        found = jax.eval_shape(init, pieces(outside))
+        return jax.tree.map(
+            lambda leaf: (
+                zero_rows(leaf, leaf.shape[0])
+                if leaf.ndim == 3
+                else jnp.zeros(leaf.shape, leaf.dtype)
+            ),
+            found,
+        )
+
+    @property
+    def _factored(self) -> Factored:
+        return Factored(weight_decay=self.adamw.weight_decay)
 
     def active(self, state, layers: int) -> Int[Array, " S"]:
         """The blocks the next step trains, ascending: a pure function of the state.
@@ -437,6 +484,7 @@ class Lisa:
             params,
             batch,
             self.adamw.rule,
+            outside_rule=self._factored if self.outside_moments == "factored" else None,
             row_of=nothing.at[active].set(rows),
             blocks=blocks,
             block_counts=counts,

@@ -78,7 +78,9 @@ class Lomo:
     def rule(self) -> Sgd | Factored:
         """How a matrix moves."""
         kept = {"weight_decay": self.weight_decay, "clip_value": self.clip_value}
-        return Sgd(**kept) if self.variant == "lomo" else Factored(relative=True, **kept)
+        return (
+            Sgd(**kept) if self.variant == "lomo" else Factored(relative=True, **kept)
+        )
 
     def init(self, model, params, key):
         """State that takes over `params` (donated by the training step).

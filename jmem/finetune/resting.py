@@ -34,18 +34,23 @@ class Resting(NamedTuple):
 
 
 def rest(slots: Any, layers: int) -> Resting:
-    """Zeros for `layers` blocks, and slots [S, ...], zeros too, that hold the first.
+    """Zeros for `layers` blocks, and slots [S, ...], zeros too, that hold the first."""
+    moments = zero_rows(slots, layers)
+    count = jax.tree.leaves(slots)[0].shape[0]
+    return Resting(moments, jnp.arange(count, dtype=jnp.int32))
+
+
+def zero_rows(like: Any, count: int) -> Any:
+    """Zeros [count, ...] in host memory for leaves [N, ...]; scalars' on the device.
 
     Made a row at a time, since a value is made on the device before it is stored.
     """
 
     def row(_, __):
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), slots)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), like)
         return None, store(zeros)
 
-    _, moments = jax.lax.scan(row, None, length=layers)
-    count = jax.tree.leaves(slots)[0].shape[0]
-    return Resting(moments, jnp.arange(count, dtype=jnp.int32))
+    return jax.lax.scan(row, None, length=count)[1]
 
 
 def swap(resting: Resting, slots: Any, active: Int[Array, " S"]) -> tuple[Resting, Any]:

@@ -4,14 +4,14 @@ Idea     Neither the logits of all tokens over the whole vocabulary nor the grad
          a table exist: a part of the vocabulary is multiplied, differentiated and moved
          before the next one.
 Memory   A part's logits, its gradient and its moments; about `TABLE` elements each.
-Moments  May be in host memory, in pieces [parts, V / parts, M]: a part then fetches and
-         stores its own, and nothing else moves. With a rule that looks at a whole
+Moments  May be in host memory, in pieces: a part then fetches and stores its
+         own, and nothing else moves. With a rule that looks at a whole
          matrix first (`jmem.finetune.rules.Factored`) the vocabulary is walked twice
          more.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jmem.finetune.rules import Factored
 from jmem.finetune.walk import Walk, flat, square_of
 from jmem.nn.ops import Ops
 from jmem.offload import fetch_row, is_on_host, store_row
+from jmem.program import key
 from jmem.train.loss import mean_weights
 
 TABLE = 2**22
@@ -191,22 +192,21 @@ class Tables(Walk):
 
         # Blocks of scales lie along the axis that is not cut, the rule's last one.
         turned = leaf.ndim == 2 and axis == 1
-        if found is not None or any(map(is_on_host, state)):
+        if found is not None:  # the state is that of the whole leaf
+            factors, direction = found
             own = get(leaf), dw
             w, dw = jax.tree.map(jnp.transpose, own) if turned else own
-            if found is not None:  # the state is that of the whole leaf
-                factors, direction = found
-                w = self.rule.move(w, direction(dw, index), factors)
-            else:  # pieces, cut and turned already
-                own = fetch_row(state, index)
-                w, own = self.apply(path, 0, index, w, own, dw, rate, t)
-                state = store_row(state, index, own)
+            w = self.rule.move(w, direction(dw, index), factors)
             return put(leaf, w.T if turned else w), state
-        own = get(leaf), tuple(map(get, state)), dw
-        w, state_, dw = jax.tree.map(jnp.transpose, own) if turned else own
-        moved = self.apply(path, 0, index, w, state_, dw, rate, t)
-        w, state_ = jax.tree.map(jnp.transpose, moved) if turned else moved
-        return put(leaf, w), tuple(map(put, state, state_))
+        on_host = any(map(is_on_host, state))
+        held = fetch_row(state, index) if on_host else tuple(map(get, state))
+        own = get(leaf), held, dw
+        w, held, dw = jax.tree.map(jnp.transpose, own) if turned else own
+        moved = self.apply(path, 0, index, w, held, dw, rate, t)
+        w, held = jax.tree.map(jnp.transpose, moved) if turned else moved
+        if on_host:
+            return put(leaf, w), store_row(state, index, held)
+        return put(leaf, w), tuple(map(put, state, held))
 
     def survey(self, leaves, states, rates, gradients, parts, t):
         """States and findings of whole leaves, by name, before any part moves.
@@ -317,6 +317,27 @@ class Tables(Walk):
 
         carry = table, states[name], jnp.float32(0)
         return jax.lax.fori_loop(0, self.trips(parts), body, carry)
+
+
+def pieces(outside: Any) -> Any:
+    """Descriptions of parameters, the tables as pieces: [parts, ...], a part in each.
+
+    `outside` holds parameters or None. Moments of that shape may be in host memory. A
+    piece lies as its part does in the table: turned, it made XLA (0.12.0.1) turn, and
+    so copy, the whole table (1 GiB at LLaMA-3-8B).
+    """
+
+    def leaf(path, value):
+        shape = value.shape
+        if key(path) == "embed/embedding":
+            parts = parts_of(*shape)
+            shape = (parts, shape[0] // parts, shape[1])
+        elif key(path) == "head/kernel":
+            parts = parts_of(*shape[::-1])
+            shape = (parts, shape[0], shape[1] // parts)
+        return jax.ShapeDtypeStruct(shape, value.dtype)
+
+    return jax.tree.map_with_path(leaf, outside)
 
 
 def parts_of(rows: int, width: int) -> int:

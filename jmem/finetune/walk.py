@@ -39,9 +39,7 @@ class Walk(NamedTuple):
         """`parts`, as only the data knows, and not before `after` is known."""
         number = self.number
         if after is not None:
-            value = after.reshape(-1)[0].astype(jnp.float32)
-            bits = jax.lax.bitcast_convert_type(value, jnp.int32)
-            number += jnp.minimum(bits & jnp.int32(0x7FFFFFFF), 0)  # always 0
+            number += zero_after(after)
         return jnp.where(number >= 0, jnp.int32(parts), 0)
 
     def apply(self, path, layer, index, w, state, dw, rate, t):
@@ -65,3 +63,10 @@ def square_of(dw):
 def flat(x):
     """[..., M] as [N, M]."""
     return x.reshape(-1, x.shape[-1])
+
+
+def zero_after(x: jax.Array) -> jax.Array:
+    """0 (int32), but XLA only knows when it has `x`: what uses it waits for `x`."""
+    value = x.reshape(-1)[0].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(value, jnp.int32)
+    return jnp.minimum(bits & jnp.int32(0x7FFFFFFF), 0)

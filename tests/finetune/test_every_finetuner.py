@@ -33,6 +33,12 @@ FINETUNERS = {
     "lisa persisting on the host": Lisa(
         period=2, moments="persist", persist_in="host", adamw=ADAMW
     ),
+    "lisa, tables' moments on the host": Lisa(
+        outside_moments="host", adamw=dataclasses.replace(ADAMW, max_grad_norm=0)
+    ),
+    "lisa, tables' moments factored": Lisa(
+        outside_moments="factored", adamw=dataclasses.replace(ADAMW, max_grad_norm=0)
+    ),
     "lomo": Lomo(variant="lomo", learning_rate=1.0),
     "adalomo": Lomo(learning_rate=3e-2),
     "embedding": Lisa(active_layers=0, period=2, adamw=ADAMW),
@@ -82,9 +88,7 @@ class TestEveryFinetuner:
         )
         np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
 
-    def test_metrics_are_what_the_loop_logs(
-        self, finetuner, start, tiny, random_batch
-    ):
+    def test_metrics_are_what_the_loop_logs(self, finetuner, start, tiny, random_batch):
         state, step = start()
         _, metrics = step(state, random_batch(tiny))
         assert {"loss", "lr", "grad_norm"} <= metrics.keys()

@@ -1,4 +1,4 @@
-"""LOMO is gradient descent, AdaLomo the official update, both without whole gradients."""
+"""LOMO is gradient descent, AdaLomo the official update; no gradient is whole."""
 
 import dataclasses
 from typing import Any
