@@ -307,6 +307,8 @@ class Lisa:
                 f"{self.accumulate} parts are summed. Set it to 1, or choose "
                 "update='separate'."
             )
+        if self.adamw.weight_rounding == "random" and not self.fuses:
+            self.adamw.clip_factor(())  # refuses it
         if self.outside_moments != "device" and not self.fuses:
             raise ValueError(
                 f"Lisa: outside_moments={self.outside_moments!r} needs a fused step, "
