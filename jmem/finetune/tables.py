@@ -193,14 +193,16 @@ class Tables(Walk):
         # Blocks of scales lie along the axis that is not cut, the rule's last one.
         turned = leaf.ndim == 2 and axis == 1
         if found is not None:  # the state is that of the whole leaf
+            assert isinstance(self.rule, Factored)
             factors, direction = found
             own = get(leaf), dw
             w, dw = jax.tree.map(jnp.transpose, own) if turned else own
             w = self.rule.move(w, direction(dw, index), factors)
             return put(leaf, w.T if turned else w), state
         on_host = any(map(is_on_host, state))
+        w = get(leaf)
         held = fetch_row(state, index) if on_host else tuple(map(get, state))
-        own = get(leaf), held, dw
+        own = w, held, dw
         w, held, dw = jax.tree.map(jnp.transpose, own) if turned else own
         moved = self.apply(path, 0, index, w, held, dw, rate, t)
         w, held = jax.tree.map(jnp.transpose, moved) if turned else moved

@@ -1,7 +1,7 @@
 """LOMO is gradient descent, AdaLomo the official update; no gradient is whole."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import chex
 import jax
@@ -11,7 +11,7 @@ import pytest
 from tiny_decoder import TINY, random_params
 
 from jmem.finetune import tables
-from jmem.finetune.lomo import Lomo
+from jmem.finetune.lomo import Lomo, Variant
 from jmem.finetune.rules import Factored
 from jmem.models.decoder import Decoder
 from jmem.program import by_key
@@ -70,14 +70,14 @@ def by_hand(lomo, model, params, batches):
     return flat, losses
 
 
-@pytest.mark.parametrize("variant", ["lomo", "adalomo"])
+@pytest.mark.parametrize("variant", get_args(Variant))
 @pytest.mark.parametrize("model", VARIANTS)
 def test_is_the_update_of_whole_gradients(variant, model, random_batch, monkeypatch):
     """Tables in several parts, the head's bias, norms, tied or not."""
     monkeypatch.setattr(tables, "TABLE", 48 * 32 // 4)
     config = dataclasses.replace(TINY, layers=2, **VARIANTS[model])
     model = Decoder(config)
-    rates = {"lomo": {"learning_rate": 0.5, "clip_value": 1e-2}}
+    rates: dict[str, Any] = {"lomo": {"learning_rate": 0.5, "clip_value": 1e-2}}
     lomo = Lomo(variant=variant, weight_decay=0.01, **rates.get(variant, {}))
     params = jax.tree.map(jnp.asarray, random_params(config, scale=0.2))
     batches = [random_batch(model, seed) for seed in range(3)]
@@ -113,7 +113,7 @@ def test_state_is_a_float_a_row_and_a_column(tiny):
                 )["moments"]
             )
         )
-        for variant in ("lomo", "adalomo")
+        for variant in get_args(Variant)
     }
     expected = sum(
         int(np.prod(leaf.shape[:-2])) * sum(leaf.shape[-2:])

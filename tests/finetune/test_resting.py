@@ -84,6 +84,7 @@ def test_host_is_device_across_a_checkpoint(update, tiny, random_batch, tmp_path
             return random_batch(tiny, step)
 
     def run(lisa, folder, *stops):
+        state: Any = None
         for stop in stops:
             state = train(
                 *(lisa, tiny, start(lisa, tiny), Data()),
