@@ -34,6 +34,7 @@ from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
+from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
@@ -45,7 +46,8 @@ from jmem.targets import Target
 from jmem.train import metrics
 from jmem.train.loop import train
 
-Method = Literal["full", "lora", "lisa", "embedding"]
+Usual = Literal["full", "lora", "lisa", "embedding"]
+Method = Literal[Usual, "lomo"]
 SEPARATOR = "<|endoftext|>"
 """What stood between the documents that many models were pretrained on."""
 
@@ -68,7 +70,7 @@ class Config:
     """The column of chats, as lists of messages. The checkpoint's template writes them
     out, and only what the assistant says is learnt."""
     only: tuple[Method, ...] = ()
-    """Methods to run; empty means all."""
+    """Methods to run; empty means all but lomo."""
     full: Full = Full(adamw=AdamW(learning_rate=5e-5, warmup_steps=4))
     lora: Lora = Lora(adamw=AdamW(learning_rate=5e-4, warmup_steps=4))
     lisa: Lisa = Lisa(period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4))
@@ -76,6 +78,8 @@ class Config:
         active_layers=0, period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4)
     )
     """LISA without active layers: embedding, final norm and head alone."""
+    lomo: Lomo = Lomo(warmup_steps=4)
+    """AdaLomo, or LOMO, on all parameters; runs where `only` names it."""
     steps: int = 16
     """Updates a method."""
     batch_size: int = 1
@@ -118,7 +122,7 @@ class Config:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        return self.only or get_args(Method)
+        return self.only or get_args(Usual)
 
 
 def dimensions(config: Config) -> DecoderConfig:

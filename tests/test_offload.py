@@ -172,6 +172,7 @@ class TestMomentsOnTheHost:
         _, found = kept.restore(abstract(state), data="text")
         placed = jax.tree.map(lambda leaf: leaf.sharding.memory_kind, found)
         assert placed == {"here": "device", "there": HOST, "step": "device"}
+        assert offload.is_on_host(found["there"])  # or a program would abort
         jax.tree.map(np.testing.assert_array_equal, found, state)
 
     def test_an_unknown_place_is_refused(self):

@@ -69,6 +69,10 @@ class AdamW:
     resolution (2^-8): the second moment then follows slowly or not at all, unless it is
     rounded at random, as a fused step does (`jmem.finetune.lisa`). float8 is a byte a
     value and a scale for 256, and needs a fused step."""
+    weight_rounding: Literal["nearest", "random"] = "nearest"
+    """How 16-bit weights are rounded. An update below half of their resolution (2^-9 of
+    a weight) is lost to the nearest; at random, with the chances that make the mean
+    exact, it counts in the long run. "random" needs a fused step."""
     rates: tuple[tuple[str, float], ...] = ()
     """(pattern, factor) pairs (`jmem.finetune.patterns`): the rate of every parameter
     that a pattern means is `factor` times the schedule's. Of several, the last holds.
@@ -99,6 +103,11 @@ class AdamW:
                     f"AdamW: rates={self.rates} gives {pattern!r} the factor {factor}, "
                     "which must be finite and not negative."
                 )
+        if self.weight_rounding not in ("nearest", "random"):
+            raise ValueError(
+                f"AdamW: weight_rounding={self.weight_rounding!r} must be 'nearest' or "
+                "'random'."
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(
                 f"AdamW: layer_decay={self.layer_decay} must be above 0 and at most 1, "
@@ -199,6 +208,9 @@ class AdamW:
         moved = m / (1 - self.b1**t) / (jnp.sqrt(v / (1 - self.b2**t)) + self.eps)
         decay = self.weight_decay if weight_decay is None else weight_decay
         wide -= rate * (moved + decay * wide)
+        if self.weight_rounding == "random" and w.dtype == jnp.bfloat16:
+            own = noise(w.shape, salt ^ jnp.uint32(0x2545F491))
+            wide = rounded(wide, own, mantissa=7)
         return wide.astype(w.dtype), self._stored(m, v, salt)
 
     def _wide(self, state: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -227,7 +239,8 @@ class AdamW:
         def leaf(path, value):
             shape = list(value.shape)
             if key(path) == "head/kernel":  # cut along its last axis when it moves
-                scale = (-(-shape[0] // min(BLOCK, shape[0])), *shape[1:])
+                *above, rows, columns = shape
+                scale = (*above, -(-rows // min(BLOCK, rows)), columns)
             else:
                 scale = (*shape[:-1], -(-shape[-1] // min(BLOCK, shape[-1])))
             kinds = (shape, jnp.float8_e4m3fn), (scale, jnp.float32)
@@ -244,7 +257,17 @@ class AdamW:
         return (scale(grads, factor) if self.max_grad_norm else grads), norm
 
     def clip_factor(self, grads: Any) -> tuple[jax.Array, jax.Array]:
-        """What `clip` scales by, 1 if it does not, and the norm; float32 scalars."""
+        """What `clip` scales by, 1 if it does not, and the norm; float32 scalars.
+
+        Raises:
+          ValueError: weights are to be rounded at random, which only a fused step does,
+            and that clips nothing.
+        """
+        if self.weight_rounding == "random":
+            raise ValueError(
+                "AdamW: weight_rounding='random' needs a fused step: Lisa with "
+                "adamw.max_grad_norm=0 and accumulate=1. Choose that, or 'nearest'."
+            )
         squares = [
             jnp.sum(jnp.square(cast(g, jnp.float32))) for g in jax.tree.leaves(grads)
         ]
@@ -255,7 +278,7 @@ class AdamW:
 
 
 class PackedMoments(NamedTuple):
-    """As optax's `ScaleByAdamState`, of 8 bits."""
+    """As optax's `ScaleByAdamState`, of 8 bits or by other rules."""
 
     steps: jax.Array
     moments: Any

@@ -16,8 +16,6 @@ Fence    XLA's scheduler may make all dW before it uses the first, whatever barr
 See      jmem/finetune/lisa.py, tests/finetune/test_fused.py
 """
 
-import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,23 +24,17 @@ from jaxtyping import Array, Float, Int
 
 from jmem.finetune.layerwise import put_row
 from jmem.finetune.patterns import join, split
+from jmem.finetune.rules import Factored
+from jmem.finetune.tables import Tables
+from jmem.finetune.walk import Rule, Walk, flat, square_of
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.program import by_key
-from jmem.train.loss import mean_weights, token_positions
-
-Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
-"""`rule(w, state, dw, rate, t, salt) -> (w, state)`: one update of a part of a weight.
-
-`state` holds arrays that have w's rows, `dw` is float32, `t` the number of this update
-since the state began (1 is the first; `state` is zeros then). `salt` is a uint32 that
-no other part and no other step has."""
+from jmem.train.loss import token_positions
 
 TILES = 4
 """Parts that a block's weight is updated in."""
-TABLE = 2**22
-"""Elements of the embedding or the head that are updated at a time, at most about."""
 
 
 class Moved(NamedTuple):
@@ -62,6 +54,7 @@ def fused_step(
     batch,
     rule: Rule,
     *,
+    outside_rule: Rule | None = None,
     row_of: Int[Array, " L"],
     blocks: Any,
     block_counts: Int[Array, " S"],
@@ -74,6 +67,7 @@ def fused_step(
 ) -> Moved:
     """One update of everything outside the blocks, and of the blocks that have a row.
 
+    `outside_rule`, if any, is that of what is outside the blocks.
     `row_of` says which row of `blocks` holds a block's state, -1 for a frozen block.
     `blocks` and `outside` are trees as the trained parameters, each leaf a tuple of
     arrays; those of the blocks are [S, ...]. Counts are the numbers of this update.
@@ -83,7 +77,8 @@ def fused_step(
     ops = model.ops if ops is None else ops
     chosen, rest = split(params, train, "fused_step: train")
     positions = token_positions(batch.tokens)
-    walk = _Walk(model, ops, rule, batch, positions, step)
+    walk = _Blocks(model, ops, rule, batch, positions, step)
+    tables = Tables(model, ops, outside_rule or rule, batch, positions, step)
 
     table = chosen["embed"].get("embedding")
     added = {k: v for k, v in chosen["embed"].items() if k != "embedding"}
@@ -101,7 +96,7 @@ def fused_step(
     layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
     x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"]))
 
-    head = walk.head(params, chosen, x, outside, outside_count, rates)
+    head = tables.head(params, chosen, x, outside, outside_count, rates)
     dx, moved_blocks, blocks, square = walk.blocks(
         chosen["blocks"],
         rest["blocks"],
@@ -119,7 +114,7 @@ def fused_step(
     fresh, own_state = {}, {}
     for name, leaf in added.items():
         if leaf is not None:
-            fresh[name], own_state[name], more = walk.whole(
+            fresh[name], own_state[name], more = tables.whole(
                 f"embed/{name}",
                 leaf,
                 outside["embed"][name],
@@ -127,7 +122,7 @@ def fused_step(
             )
             square += more
     if table is not None:
-        fresh["embedding"], own_state["embedding"], more = walk.embedding(
+        fresh["embedding"], own_state["embedding"], more = tables.embedding(
             table,
             outside["embed"]["embedding"],
             *(dx, head if model.config.tied else None),
@@ -140,58 +135,21 @@ def fused_step(
     return Moved(loss, moved, blocks, state, square + head.square)
 
 
-class _Head(NamedTuple):
-    """What the head's pass found, and what a tied table needs of it in the end."""
+class _Blocks(Walk):
+    """The backward pass through the blocks."""
 
-    loss: jax.Array
-    dx: jax.Array
-    params: dict
-    state: dict
-    square: jax.Array
-    hidden: jax.Array
-    """Normalised [N, M]."""
-    logsumexp: jax.Array
-    weights: jax.Array
+    def kernel(self, path, stack, state, h, dy, dx, layer, row, rate, t):
+        """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out].
 
+        `dx` is known when the block's weights have been read for the last time. Without
+        moments in the loop, XLA (0.12.0.1) would move the weights before that, and copy
+        whole stacks to do so (3 GiB at 7B).
 
-class _Walk(NamedTuple):
-    """The backward pass; what all of its parts share."""
-
-    model: Any
-    ops: Ops
-    rule: Rule
-    batch: Any
-    positions: jax.Array
-    number: jax.Array
-    """Of the step."""
-
-    def block(self, p, x, layer, ops: Ops):
-        """A block's output, and the sum of its `aux` losses."""
-        x, _, aux = self.model.block(p, x, self.positions, layer, ops, None)
-        return x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
-
-    # Parts of a weight ----------------------------------------------------------------
-
-    def trips(self, parts: int) -> jax.Array:
-        """`parts`, as only the data knows."""
-        return jnp.where(self.number >= 0, jnp.int32(parts), 0)
-
-    def apply(self, path, layer, index, w, state, dw, rate, t):
-        """The rule on a part; a state begins as zeros at its first update."""
-        state = tuple(jnp.where(t == 1, jnp.zeros_like(s), s) for s in state)
-        salt = jnp.uint32(zlib.crc32(path.encode()))
-        for number in (self.number, layer, index):
-            salt = salt * jnp.uint32(0x9E3779B1) + jnp.asarray(number, jnp.uint32)
-        return self.rule(w, state, dw.astype(jnp.float32), rate, t, salt)
-
-    def whole(self, path, w, state, dw, rate, t, layer=0):
-        """A small leaf at once: (w, state, square of the gradient's norm)."""
-        w, state = self.apply(path, layer, 0, w, state, dw, rate, t)
-        return w, state, _square(dw)
-
-    def kernel(self, path, stack, state, h, dy, layer, row, rate, t):
-        """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out]."""
-        parts = _divisor(stack.shape[1], TILES)
+        A rule that looks at a whole matrix gets it in one part: of all gradients, that
+        one exists.
+        """
+        whole = isinstance(self.rule, Factored)
+        parts = 1 if whole else _divisor(stack.shape[1], TILES)
         size = stack.shape[1] // parts
 
         def body(index, carry):
@@ -208,10 +166,11 @@ class _Walk(NamedTuple):
             state = tuple(
                 _set(s, o, row, index, parts) for s, o in zip(state, own, strict=True)
             )
-            return stack, state, square + _square(dw)
+            return stack, state, square + square_of(dw)
 
         carry = stack, state, jnp.float32(0)
-        return jax.lax.fori_loop(0, self.trips(parts), body, carry)
+        trips = self.trips(parts, None if state else dx)
+        return jax.lax.fori_loop(0, trips, body, carry)
 
     # Blocks ---------------------------------------------------------------------------
 
@@ -270,7 +229,7 @@ class _Walk(NamedTuple):
             for name, path in kernels.items():
                 stacks[path], states[path], more = self.kernel(
                     *(path, stacks[path], states[path]),
-                    *(_flat(read[name]), _flat(d_taps[name]), layer, place),
+                    *(flat(read[name]), flat(d_taps[name]), dx, layer, place),
                     *(_at(rates[path], layer), t),
                 )
                 square += more
@@ -320,200 +279,10 @@ class _Walk(NamedTuple):
         )
         return dx, nested(stacks, chosen), nested(states, chosen), square
 
-    # The head -------------------------------------------------------------------------
-
-    def logits(self, head, hidden, index, parts, tied):
-        """Of one part of the vocabulary, float32 [N, V / parts]."""
-        axis = 0 if tied else 1
-        size = head["kernel"].shape[axis] // parts
-        leaf = {
-            "kernel": jax.lax.dynamic_slice_in_dim(
-                head["kernel"], index * size, size, axis
-            )
-        }
-        if tied:
-            leaf["kernel"] = leaf["kernel"].T
-        if "bias" in head:
-            leaf["bias"] = jax.lax.dynamic_slice_in_dim(
-                head["bias"], index * size, size, 0
-            )
-        with jax.named_scope("head_loss"):
-            found = self.ops.linear("head", leaf, hidden)
-        return found.astype(jnp.float32), leaf["kernel"]
-
-    def d_logits(self, logits, logsumexp, weights, index, dtype):
-        """(softmax - one-hot) * weight of one part, in the activations' dtype."""
-        size = logits.shape[1]
-        at = self.batch.targets.reshape(-1) - index * size
-        hot = at[:, None] == jnp.arange(size, dtype=jnp.int32)[None]
-        d = jnp.exp(logits - logsumexp[:, None]) - hot
-        return (d * weights[:, None]).astype(dtype)
-
-    def head(self, params, chosen, x, outside, t, rates) -> _Head:
-        """Loss, gradient of x, and the update of head and final norm.
-
-        The vocabulary is walked twice, a part at a time: for the normaliser of the
-        softmax, then for gradients and update. A tied table is only read: it moves in
-        the end.
-        """
-        model, tied = self.model, self.model.config.tied
-        weights = mean_weights(self.batch)
-        targets = self.batch.targets.reshape(-1)
-
-        def normal(norm, x):
-            held = model.head_params(params) | {"final_norm": norm}
-            only = Ops(self.ops.attend, lambda name, leaf, x: x)
-            return model.head(held, x, only)
-
-        norm = join(chosen["final_norm"], params["final_norm"])
-        hidden, transpose = jax.vjp(normal, norm, _flat(x))
-        head = {"kernel": params["embed"]["embedding"]} if tied else params["head"]
-        vocab = head["kernel"].shape[0 if tied else 1]
-        parts = _parts(vocab, hidden.shape[1])
-        size = vocab // parts
-
-        def normaliser(carry, index):
-            running, picked = carry
-            logits, _ = self.logits(head, hidden, index, parts, tied)
-            running = jnp.logaddexp(running, jax.nn.logsumexp(logits, axis=-1))
-            at = targets - index * size
-            inside = (at >= 0) & (at < size)
-            own = jnp.take_along_axis(logits, jnp.clip(at, 0, size - 1)[:, None], 1)
-            return (running, jnp.where(inside, own[:, 0], picked)), None
-
-        nothing = jnp.full(targets.shape, -jnp.inf, jnp.float32)
-        (total, picked), _ = jax.lax.scan(
-            normaliser, (nothing, nothing), jnp.arange(parts, dtype=jnp.int32)
-        )
-        loss = jnp.sum(weights * (total - picked))
-
-        moving = {} if tied else {k: v for k, v in chosen["head"].items()}
-        moving = {k: v for k, v in moving.items() if v is not None}
-        still = {k: v for k, v in head.items() if k not in moving}
-        held = {} if tied else {k: outside["head"][k] for k in moving}
-
-        def body(index, carry):
-            moving, held, dh, square = carry
-            logits, kernel = self.logits(still | moving, hidden, index, parts, tied)
-            d = self.d_logits(logits, total, weights, index, hidden.dtype)
-            dh += jnp.einsum(
-                "nv,mv->nm",
-                *(d, kernel.astype(d.dtype)),
-                preferred_element_type=jnp.float32,
-            )
-            fresh, states = {}, {}
-            for name, leaf in moving.items():
-                axis = leaf.ndim - 1
-                dw = (
-                    jnp.einsum(
-                        "nm,nv->mv", hidden, d, preferred_element_type=jnp.float32
-                    )
-                    if name == "kernel"
-                    else d.astype(jnp.float32).sum(axis=0)
-                )
-                fresh[name], states[name] = self.part(
-                    *(f"head/{name}", leaf, held[name], dw, index, parts, axis),
-                    *(rates["head"][name], t),
-                )
-                square += _square(dw)
-            return fresh, states, dh, square
-
-        carry = moving, held, jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0)
-        moving, held, dh, square = jax.lax.fori_loop(0, self.trips(parts), body, carry)
-        d_norm, dx = transpose(dh.astype(hidden.dtype))
-        new = {"final_norm": {}}
-        state = {"final_norm": {}}
-        for name, leaf in chosen["final_norm"].items():
-            new["final_norm"][name], state["final_norm"][name] = leaf, None
-            if leaf is not None:
-                new["final_norm"][name], state["final_norm"][name], more = self.whole(
-                    *(f"final_norm/{name}", leaf, outside["final_norm"][name]),
-                    *(d_norm[name],),
-                    *(rates["final_norm"][name], t),
-                )
-                square += more
-        if not tied:
-            nothing = dict.fromkeys(chosen["head"])
-            new["head"], state["head"] = nothing | moving, nothing | held
-        dx = dx.reshape(x.shape)
-        return _Head(loss, dx, new, state, square, hidden, total, weights)
-
-    def part(self, path, leaf, state, dw, index, parts, axis, rate, t):
-        """Part `index` of `leaf` along `axis`, moved: (leaf, state)."""
-
-        def get(a):
-            size = a.shape[axis] // parts
-            return jax.lax.dynamic_slice_in_dim(a, index * size, size, axis)
-
-        def put(a, value):
-            size = a.shape[axis] // parts
-            return jax.lax.dynamic_update_slice_in_dim(a, value, index * size, axis)
-
-        own = get(leaf), tuple(map(get, state)), dw
-        # Blocks of scales lie along the axis that is not cut, the rule's last one.
-        turned = leaf.ndim == 2 and axis == 1
-        w, state_, dw = jax.tree.map(jnp.transpose, own) if turned else own
-        moved = self.apply(path, 0, index, w, state_, dw, rate, t)
-        w, state_ = jax.tree.map(jnp.transpose, moved) if turned else moved
-        return put(leaf, w), tuple(map(put, state, state_))
-
-    # The embedding --------------------------------------------------------------------
-
-    def embedding(self, table, state, dx, head: _Head | None, rate, t):
-        """Every row moves, as the rule says, though few have a gradient.
-
-        `head`, of a tied table: what its other reading adds to the gradient.
-        """
-        parts = _parts(*table.shape)
-        size = table.shape[0] // parts
-        tokens, rows = self.batch.tokens.reshape(-1), _flat(dx).astype(jnp.float32)
-
-        def body(index, carry):
-            table, state, square = carry
-            at = tokens - index * size
-            at = jnp.where((at >= 0) & (at < size), at, size)  # dropped
-            dw = jnp.zeros((size, table.shape[1]), jnp.float32)
-            dw = dw.at[at].add(rows, mode="drop")
-            if head is not None:
-                own = {"kernel": table}
-                logits, _ = self.logits(own, head.hidden, index, parts, tied=True)
-                d = self.d_logits(
-                    *(logits, head.logsumexp, head.weights, index, head.hidden.dtype)
-                )
-                dw += jnp.einsum(
-                    "nv,nm->vm", d, head.hidden, preferred_element_type=jnp.float32
-                )
-            table, state = self.part(
-                *("embed/embedding", table, state, dw, index, parts, 0, rate, t)
-            )
-            return table, state, square + _square(dw)
-
-        carry = table, state, jnp.float32(0)
-        return jax.lax.fori_loop(0, self.trips(parts), body, carry)
-
-
-def _square(dw):
-    return jnp.sum(jnp.square(dw.astype(jnp.float32)))
-
-
-def _flat(x):
-    """[..., M] as [N, M]."""
-    return x.reshape(-1, x.shape[-1])
-
 
 def _divisor(size: int, most: int) -> int:
     """The largest divisor of `size` that is at most `most`."""
     return next(n for n in range(min(most, size), 0, -1) if size % n == 0)
-
-
-def _parts(rows: int, width: int) -> int:
-    """Equal parts of `rows`, of about `TABLE` elements or fewer.
-
-    A number of rows without such a divisor (32,001 is 3 times a prime) is cut in fewer.
-    """
-    least = max(-(-rows * width // TABLE), 1)
-    divisors = [n for n in range(1, 4 * least + 1) if rows % n == 0]
-    return min((n for n in divisors if n >= least), default=divisors[-1])
 
 
 def _row(stacked, index):

@@ -12,6 +12,8 @@ Differs  The official code never drops a moment, so its memory grows to that of 
          AdamW; `moments="persist"` is that. The paper's runs restart the whole
          optimizer at each draw: "reset_all". The default, "reset_layers", restarts the
          active blocks only. Which blocks are active is data: no draw recompiles.
+         `persist_in="host"` keeps every block's moments at the device memory of the
+         default (`jmem.finetune.resting`).
 See      configs/lisa/, experiments/lisa.py, tests/finetune/test_lisa.py
 """
 
@@ -37,11 +39,16 @@ from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
 from jmem.finetune.orders import Order, active_in
 from jmem.finetune.patterns import join, split
+from jmem.finetune.resting import rest, swap, zero_rows
+from jmem.finetune.rules import Factored
+from jmem.finetune.tables import pieces
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
 Update = Literal["auto", "fused", "separate"]
+Place = Literal["device", "host"]
+Outside = Literal["device", "host", "factored"]
 
 
 def _check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> None:
@@ -118,19 +125,19 @@ def _init_rows(inner, blocks: Any, rows: int) -> Any:
     return jax.vmap(inner.init)(like)
 
 
-def _restart(fresh: jax.Array, start: Any, state: Any) -> Any:
+def _restart(fresh: jax.Array | bool, start: Any, state: Any) -> Any:
     """`start` where the scalar `fresh` holds, else `state`."""
     return jax.tree.map(lambda a, b: jnp.where(fresh, a, b), start, state)
 
 
-def _update_rows(inner, persist, fresh, active, grads, optimizer, blocks):
+def _update_rows(inner, rows_of_all, fresh, active, grads, optimizer, blocks):
     """`inner` on every active block: (updates [S, ...], optimizer).
 
-    The state of a block lives in row `layer` if it persists, else in row `slot`, where
-    a draw starts it afresh.
+    The state of a block lives in row `layer` if there is one for each, else in row
+    `slot`, where a draw starts it afresh.
     """
     params = _take(blocks, active)
-    if persist:
+    if rows_of_all:
         updates, rows = jax.vmap(inner.update)(grads, _take(optimizer, active), params)
         return updates, _put(optimizer, active, rows)
     start = _init_rows(inner, blocks, active.shape[0])
@@ -230,6 +237,17 @@ class Lisa:
     """Steps between draws (K)."""
     moments: Moments = "reset_layers"
     """What a draw forgets: the active blocks' moments, all moments, or none."""
+    persist_in: Place = "device"
+    """Where moments that persist are while their block is frozen. "host" is pinned
+    memory, which a draw swaps the active blocks' moments with: the device then holds
+    those of `active_layers` blocks, and the result is the same to the bit."""
+    outside_moments: Outside = "device"
+    """What is kept of the moments of embedding and head, which outweigh the blocks'
+    where the vocabulary is large. "host": all, in pinned memory, of which a fused step
+    fetches and stores a part of the vocabulary at a time; the same to the bit.
+    "factored": no first moment, and of the second one its means over rows and columns
+    (`jmem.finetune.rules.Factored`); another rule, for the final norm too, and the
+    vocabulary is walked twice more."""
     weights: tuple[float, ...] = ()
     """How often each block is drawn, relative to the others; empty means uniform.
 
@@ -256,6 +274,27 @@ class Lisa:
             raise ValueError(
                 f"Lisa: update={self.update!r} must be one of {get_args(Update)}."
             )
+        if self.persist_in not in get_args(Place):
+            raise ValueError(
+                f"Lisa: persist_in={self.persist_in!r} must be one of "
+                f"{get_args(Place)}."
+            )
+        if self.persist_in == "host" and self.moments != "persist":
+            raise ValueError(
+                f"Lisa: persist_in='host' is for moments that persist, and moments="
+                f"{self.moments!r} forgets them at a draw. Choose moments='persist', "
+                "or leave persist_in out."
+            )
+        if self.persist_in == "host" and not self.active_layers:
+            raise ValueError(
+                "Lisa: persist_in='host' is for the moments of blocks, and "
+                "active_layers=0 trains none. Leave persist_in out."
+            )
+        if self.outside_moments not in get_args(Outside):
+            raise ValueError(
+                f"Lisa: outside_moments={self.outside_moments!r} must be one of "
+                f"{get_args(Outside)}."
+            )
         if self.update == "fused" and self.adamw.max_grad_norm:
             raise ValueError(
                 f"Lisa: update='fused' moves weights before all gradients are known, "
@@ -268,9 +307,26 @@ class Lisa:
                 f"{self.accumulate} parts are summed. Set it to 1, or choose "
                 "update='separate'."
             )
+        if self.adamw.weight_rounding == "random" and not self.fuses:
+            self.adamw.clip_factor(())  # refuses it
+        if self.outside_moments != "device" and not self.fuses:
+            raise ValueError(
+                f"Lisa: outside_moments={self.outside_moments!r} needs a fused step, "
+                "which walks embedding and head in parts. Set adamw.max_grad_norm=0 "
+                "and accumulate=1, or leave it out."
+            )
         _check_options(
             *(self.active_layers, self.period, self.moments, self.weights, self.order)
         )
+
+    @property
+    def _all_on_device(self) -> bool:
+        """Whether moments have a row for each block, not for each active one."""
+        return self.moments == "persist" and self.persist_in == "device"
+
+    def _restarts(self, state) -> jax.Array | bool:
+        """Whether the active blocks' moments start afresh in this step."""
+        return self.moments != "persist" and state["step"] % self.period == 0
 
     @property
     def fuses(self) -> bool:
@@ -297,26 +353,55 @@ class Lisa:
                 f"Lisa: train={self.train} means nothing inside the blocks, so there "
                 "is nothing to draw. Use Full(train=...), which holds no more."
             )
-        rows = layers if self.moments == "persist" else self.active_layers
+        rows = layers if self._all_on_device else self.active_layers
         if self.fuses and self.adamw.moment_dtype == "float8":
             like = jax.tree.map(
                 lambda p: jax.ShapeDtypeStruct((rows, *p.shape[1:]), p.dtype),
                 trained["blocks"],
             )
-            packed = self.adamw.packed_moments
-            outside = PackedMoments(jnp.int32(0), packed(_outside(trained)))
-            blocks = PackedMoments(jnp.zeros((rows,), jnp.int32), packed(like))
+            packed = self.adamw.packed_moments(like)
+            blocks = PackedMoments(jnp.zeros((rows,), jnp.int32), packed)
         else:
-            inner = self.adamw.direction()
-            outside = inner.init(_outside(trained))
-            blocks = _init_rows(inner, trained["blocks"], rows)
-        return {
+            blocks = _init_rows(self.adamw.direction(), trained["blocks"], rows)
+        outside = self._init_outside(_outside(trained))
+        resting = {}
+        if self.persist_in == "host":
+            resting = {"resting": rest(blocks, layers)}
+        return resting | {
             "params": params,
             "outside": outside,
             "blocks": blocks,
             "key": jax.random.key_data(key),
             "step": jnp.int32(0),
         }
+
+    def _init_outside(self, outside):
+        """Moments of what is outside the blocks, in the form and place chosen."""
+        if self.outside_moments == "factored":
+            moments = jax.tree.map(self._factored.init, outside)
+            return PackedMoments(jnp.int32(0), moments)
+
+        def init(outside):
+            if self.adamw.moment_dtype == "float8" and self.fuses:
+                moments = self.adamw.packed_moments(outside)
+                return PackedMoments(jnp.int32(0), moments)
+            return self.adamw.direction().init(outside)
+
+        if self.outside_moments == "device":
+            return init(outside)
+        found = jax.eval_shape(init, pieces(outside))
+        return jax.tree.map(
+            lambda leaf: (
+                zero_rows(leaf, leaf.shape[0])
+                if leaf.ndim == 3
+                else jnp.zeros(leaf.shape, leaf.dtype)
+            ),
+            found,
+        )
+
+    @property
+    def _factored(self) -> Factored:
+        return Factored(weight_decay=self.adamw.weight_decay)
 
     def active(self, state, layers: int) -> Int[Array, " S"]:
         """The blocks the next step trains, ascending: a pure function of the state.
@@ -339,6 +424,9 @@ class Lisa:
             active = self.active(state, layers)
         else:
             _check_active(active, layers, self.active_layers)
+        if self.persist_in == "host":
+            resting, slots = swap(state["resting"], state["blocks"], active)
+            state = state | {"resting": resting, "blocks": slots}
 
         if self.fuses:
             return self._fused(model, state, batch, active)
@@ -354,7 +442,7 @@ class Lisa:
         rate = self.adamw.rate(state["step"])
         rates = self.adamw.leaf_rates(trained, rate, layers)
         inner = self.adamw.direction()
-        fresh = state["step"] % self.period == 0
+        fresh = self._restarts(state)
 
         outside, moments = _outside(trained), state["outside"]
         if self.moments == "reset_all":
@@ -362,9 +450,9 @@ class Lisa:
         updates, moments = inner.update(outside_grads, moments, outside)
         outside = descend(outside, updates, _outside(rates))
 
-        blocks, persist = trained["blocks"], self.moments == "persist"
+        blocks, rows_of_all = trained["blocks"], self._all_on_device
         updates, optimizer = _update_rows(
-            inner, persist, fresh, active, grads, state["blocks"], blocks
+            inner, rows_of_all, fresh, active, grads, state["blocks"], blocks
         )
         rates = jax.tree.map(lambda r: r[active] if r.ndim else r, rates["blocks"])
         rows = descend(_take(blocks, active), updates, rates)
@@ -382,13 +470,13 @@ class Lisa:
         params, layers = state["params"], model.config.layers
         trained, _ = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
-        fresh = state["step"] % self.period == 0
+        fresh = self._restarts(state)
         count, outside = moments_of(state["outside"])
         if self.moments == "reset_all":
             count = jnp.where(fresh, 0, count)
         counts, blocks = moments_of(state["blocks"])
         slots = jnp.arange(self.active_layers, dtype=jnp.int32)
-        if self.moments == "persist":
+        if self._all_on_device:
             rows, counts = active, counts.at[active].add(1)
         else:
             rows, counts = slots, jnp.where(fresh, 0, counts) + 1
@@ -398,6 +486,7 @@ class Lisa:
             params,
             batch,
             self.adamw.rule,
+            outside_rule=self._factored if self.outside_moments == "factored" else None,
             row_of=nothing.at[active].set(rows),
             blocks=blocks,
             block_counts=counts,
@@ -427,8 +516,8 @@ class Lisa:
 
     def labels(self, state):
         """The state's parts in the user's words."""
-        del state
-        return {"weights": "params", "optimizer": ["outside", "blocks"]}
+        parts = [name for name in ("outside", "blocks", "resting") if name in state]
+        return {"weights": "params", "optimizer": parts}
 
 
 def _check_active(active, layers: int, active_layers: int) -> None:

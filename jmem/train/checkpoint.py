@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmem.program import by_key
+from jmem.offload import HOST_SPACE
+from jmem.program import HOST, by_key
 
 FORMAT = 1
 
@@ -173,12 +174,17 @@ class Checkpoints:
             )
         leaves = []
         for name, template in templates.items():
-            leaf = restored.get(name)  # Orbax saves no array of size zero
+            leaf = restored.pop(name, None)  # Orbax saves no array of size zero
             if leaf is None:
                 leaf = jnp.zeros(template.shape, template.dtype)
             if _is_key(template):
                 leaf = _wrap(leaf, template)
-            leaves.append(jax.device_put(leaf, template.sharding))
+            leaf = jax.device_put(leaf, template.sharding)
+            if template.sharding.memory_kind == HOST:
+                # Its placement is right, its type says device (Orbax 0.12): a program
+                # lowered for that type would bring it there, and abort.
+                leaf = jax.device_put(leaf, HOST_SPACE)
+            leaves.append(leaf)
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

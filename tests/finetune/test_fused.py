@@ -11,6 +11,7 @@ from tiny_decoder import TINY
 
 import jmem
 import jmem.finetune.fused as fused
+import jmem.finetune.tables as tables
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
@@ -103,7 +104,7 @@ CASES = {
 )
 def test_fused_is_separate(case, tiles, monkeypatch):
     """Every architecture, every kind of moments; numbers of tiles do not matter."""
-    monkeypatch.setattr(fused, "TABLE", 48 * 16 // tiles)
+    monkeypatch.setattr(tables, "TABLE", 48 * 16 // tiles)
     monkeypatch.setattr(fused, "TILES", tiles)
     model = Decoder(dataclasses.replace(CONFIG, **VARIANTS[case.split(",")[0]]))
     found = both(model, **CASES[case])
@@ -169,7 +170,7 @@ def test_refuses(settings, message):
 
 def test_no_gradient_of_a_whole_weight(monkeypatch):
     """Compiled for an H200: no float32 buffer of a weight's size but moments."""
-    monkeypatch.setattr(fused, "TABLE", 2**18)
+    monkeypatch.setattr(tables, "TABLE", 2**18)
     card = jmem.targets.resolve("h200")
     config = dataclasses.replace(
         CONFIG, vocab_size=4096, hidden=512, head_dim=128, intermediate=1536
@@ -189,7 +190,7 @@ def test_no_gradient_of_a_whole_weight(monkeypatch):
 
 
 def test_parts_of_a_vocabulary():
-    assert fused._parts(32000, 4096) == 32
-    assert fused._parts(32001, 4096) == 3  # and a prime
-    assert fused._parts(50257, 768) == 29
-    assert fused._parts(48, 16) == 1
+    assert tables.parts_of(32000, 4096) == 32
+    assert tables.parts_of(32001, 4096) == 3  # and a prime
+    assert tables.parts_of(50257, 768) == 29
+    assert tables.parts_of(48, 16) == 1

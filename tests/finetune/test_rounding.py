@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.lisa import Lisa
 from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
 
 
@@ -63,3 +65,32 @@ def test_a_second_moment_follows_where_nearest_rounding_stands_still():
     found = float(jnp.square(unpacked(small, scale)).mean())
     assert found == pytest.approx(1 + 0.999**2000, rel=0.03)
     assert float(stuck.astype(jnp.float32).mean()) == 2.0
+
+
+def test_updates_that_bfloat16_loses_add_up_when_rounded_at_random():
+    """A tenth of a weight's last bit, 200 times, is 20 of its last bits on average."""
+    w = jnp.full((64, 64), 1.5, jnp.bfloat16)
+    bit, found = 2.0**-7, {}
+    for how in ("nearest", "random"):
+        adamw = AdamW(weight_rounding=how, max_grad_norm=0)
+
+        @jax.jit
+        def step(t, carry, adamw=adamw):
+            w, state = carry
+            salt = t.astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
+            dw, rate = -jnp.ones(w.shape), jnp.float32(0.1 * bit)
+            return adamw.rule(w, state, dw, rate, t + 1, salt)
+
+        state = (jnp.zeros(w.shape), jnp.zeros(w.shape))
+        found[how], _ = jax.lax.fori_loop(0, 200, step, (w, state))
+    assert (found["nearest"] == w).all()
+    mean = float(jnp.mean(found["random"].astype(jnp.float32)))
+    # One deviates by sqrt(200 * 0.1 * 0.9) bits, the mean of 4,096 by 0.07.
+    np.testing.assert_allclose(mean, 1.5 + 20 * bit, atol=5 * 0.07 * bit)
+
+
+def test_weights_rounded_at_random_need_a_fused_step():
+    with pytest.raises(ValueError, match="weight_rounding='random' needs a fused step"):
+        Lisa(adamw=AdamW(weight_rounding="random"))
+    with pytest.raises(ValueError, match="needs a fused step"):
+        AdamW(weight_rounding="random").clip({"w": jnp.ones(3)})
