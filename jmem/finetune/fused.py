@@ -30,6 +30,7 @@ from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.program import by_key
+from jmem.sharding import Layout, layout_of
 from jmem.train.loss import mean_weights, token_positions
 
 Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
@@ -170,6 +171,15 @@ class _Walk(NamedTuple):
         x, _, aux = self.model.block(p, x, self.positions, layer, ops, None)
         return x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
 
+    @property
+    def layout(self) -> Layout | None:
+        """How a mesh divides the model; None for one device."""
+        return layout_of(self.model)
+
+    def at_rest(self, path, dw):
+        """A gradient, summed over the mesh into the parts that its weight has."""
+        return dw if self.layout is None else self.layout.at_rest(path, dw)
+
     # Parts of a weight ----------------------------------------------------------------
 
     def trips(self, parts: int) -> jax.Array:
@@ -191,22 +201,28 @@ class _Walk(NamedTuple):
 
     def kernel(self, path, stack, state, h, dy, layer, row, rate, t):
         """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out]."""
-        parts = _divisor(stack.shape[1], TILES)
-        size = stack.shape[1] // parts
+        layout, axis, tiles = self.layout, 0, TILES
+        if layout is not None:  # along `in` a mesh has divided it
+            axis, tiles = 1, TILES if layout.cuts_columns(path) else 1
+        parts = _divisor(stack.shape[1 + axis], tiles)
+        size = stack.shape[1 + axis] // parts
 
         def body(index, carry):
             stack, state, square = carry
-            at = index * size
-            part = jax.lax.dynamic_slice_in_dim(h, at, size, axis=1)
-            dw = jnp.einsum("ni,no->io", part, dy, preferred_element_type=jnp.float32)
+            sides = [h, dy]
+            sides[axis] = jax.lax.dynamic_slice_in_dim(
+                sides[axis], index * size, size, axis=1
+            )
+            dw = jnp.einsum("ni,no->io", *sides, preferred_element_type=jnp.float32)
+            dw = self.at_rest(path, dw)
             w, *own = (
-                _get(a, place, index, parts)
+                _get(a, place, index, parts, axis)
                 for a, place in ((stack, layer), *((s, row) for s in state))
             )
             w, own = self.apply(path, layer, index, w, tuple(own), dw, rate, t)
-            stack = _set(stack, w, layer, index, parts)
+            stack = _set(stack, w, layer, index, axis)
             state = tuple(
-                _set(s, o, row, index, parts) for s, o in zip(state, own, strict=True)
+                _set(s, o, row, index, axis) for s, o in zip(state, own, strict=True)
             )
             return stack, state, square + _square(dw)
 
@@ -238,14 +254,12 @@ class _Walk(NamedTuple):
             """Of one layer, by what is trained of it and by what is not."""
             return join(_nested(p, chosen), _row(rest, layer))
 
-        def frozen(layer, x, dx, stacks):
-            p = layer_params(_row(stacks, layer), layer)
+        def frozen(layer, x, dx, p):
+            p = layer_params(p, layer)
             _, transpose = jax.vjp(lambda x: self.block(p, x, layer, self.ops), x)
             return transpose((dx, one))[0]
 
-        def trained(layer, place, x, dx, stacks, states):
-            p = _row(stacks, layer)
-
+        def trained(layer, place, x, dx, p, stacks, states):
             def tapped(taps, leaves, x):
                 read = {}
 
@@ -288,13 +302,20 @@ class _Walk(NamedTuple):
         def step(carry, xs):
             layer, place, x = xs
             dx, stacks, states, square = carry
+            # A stack that one branch reads and the other moves is copied by XLA 0.12
+            # where its rows are gathered (4.4 GiB, LLaMA-2-70B on 8 GPUs).
+            row = None if self.layout is None else _row(stacks, layer)
+
+            def read():
+                return _row(stacks, layer) if row is None else row
+
             if not counts.shape[0]:
-                dx = frozen(layer, x, dx, stacks) if whole else dx
+                dx = frozen(layer, x, dx, read()) if whole else dx
                 return (dx, stacks, states, square), None
 
             def still():
                 def onward():
-                    return frozen(layer, x, dx, stacks)
+                    return frozen(layer, x, dx, read())
 
                 below = (
                     onward()
@@ -305,7 +326,7 @@ class _Walk(NamedTuple):
 
             dx, stacks, states, more = jax.lax.cond(
                 place >= 0,
-                lambda: trained(layer, place, x, dx, stacks, states),
+                lambda: trained(layer, place, x, dx, read(), stacks, states),
                 still,
             )
             return (dx, stacks, states, square + more), None
@@ -337,6 +358,8 @@ class _Walk(NamedTuple):
             leaf["bias"] = jax.lax.dynamic_slice_in_dim(
                 head["bias"], index * size, size, 0
             )
+        if self.layout is not None:  # a part, once over the wire, for all tokens
+            leaf = jax.tree.map(self.layout.whole, leaf)
         with jax.named_scope("head_loss"):
             found = self.ops.linear("head", leaf, hidden)
         return found.astype(jnp.float32), leaf["kernel"]
@@ -349,6 +372,10 @@ class _Walk(NamedTuple):
         d = jnp.exp(logits - logsumexp[:, None]) - hot
         return (d * weights[:, None]).astype(dtype)
 
+    def tokens(self, x):
+        """[N, ...] tokens, divided over a mesh; each device has the loss of its own."""
+        return x if self.layout is None else self.layout.tokens(x)
+
     def head(self, params, chosen, x, outside, t, rates) -> _Head:
         """Loss, gradient of x, and the update of head and final norm.
 
@@ -357,8 +384,8 @@ class _Walk(NamedTuple):
         the end.
         """
         model, tied = self.model, self.model.config.tied
-        weights = mean_weights(self.batch)
-        targets = self.batch.targets.reshape(-1)
+        weights = self.tokens(mean_weights(self.batch))
+        targets = self.tokens(self.batch.targets.reshape(-1))
 
         def normal(norm, x):
             held = model.head_params(params) | {"final_norm": norm}
@@ -366,7 +393,7 @@ class _Walk(NamedTuple):
             return model.head(held, x, only)
 
         norm = join(chosen["final_norm"], params["final_norm"])
-        hidden, transpose = jax.vjp(normal, norm, _flat(x))
+        hidden, transpose = jax.vjp(normal, norm, self.tokens(_flat(x)))
         head = {"kernel": params["embed"]["embedding"]} if tied else params["head"]
         vocab = head["kernel"].shape[0 if tied else 1]
         parts = _parts(vocab, hidden.shape[1])
@@ -411,6 +438,7 @@ class _Walk(NamedTuple):
                     if name == "kernel"
                     else d.astype(jnp.float32).sum(axis=0)
                 )
+                dw = self.at_rest(f"head/{name}", dw)
                 fresh[name], states[name] = self.part(
                     *(f"head/{name}", leaf, held[name], dw, index, parts, axis),
                     *(rates["head"][name], t),
@@ -466,7 +494,10 @@ class _Walk(NamedTuple):
         """
         parts = _parts(*table.shape)
         size = table.shape[0] // parts
-        tokens, rows = self.batch.tokens.reshape(-1), _flat(dx).astype(jnp.float32)
+        tokens, rows = self.batch.tokens.reshape(-1), _flat(dx)
+        if self.layout is not None:
+            tokens = self.layout.whole(tokens)
+        rows = self.at_rest("embed/embedding", rows).astype(jnp.float32)
 
         def body(index, carry):
             table, state, square = carry
@@ -483,6 +514,7 @@ class _Walk(NamedTuple):
                 dw += jnp.einsum(
                     "nv,nm->vm", d, head.hidden, preferred_element_type=jnp.float32
                 )
+            dw = self.at_rest("embed/embedding", dw)
             table, state = self.part(
                 *("embed/embedding", table, state, dw, index, parts, 0, rate, t)
             )
@@ -529,16 +561,21 @@ def _at(rate, layer):
     return rate[layer].reshape(()) if rate.ndim else rate
 
 
-def _get(leaf, row, index, parts):
-    """Part `index` of row `row`: [rows / parts, ...]."""
-    size = leaf.shape[1] // parts
-    start = (row, index * size) + (0,) * (leaf.ndim - 2)
-    return jax.lax.dynamic_slice(leaf, start, (1, size, *leaf.shape[2:]))[0]
+def _get(leaf, row, index, parts, axis):
+    """Part `index`, along `axis`, of row `row`: [rows / parts, ...] for axis 0."""
+    sizes = list(leaf.shape[1:])
+    sizes[axis] //= parts
+    start = _start(leaf, row, index * sizes[axis], axis)
+    return jax.lax.dynamic_slice(leaf, start, (1, *sizes))[0]
 
 
-def _set(leaf, value, row, index, parts):
-    start = (row, index * (leaf.shape[1] // parts)) + (0,) * (leaf.ndim - 2)
+def _set(leaf, value, row, index, axis):
+    start = _start(leaf, row, index * value.shape[axis], axis)
     return jax.lax.dynamic_update_slice(leaf, value[None], start)
+
+
+def _start(leaf, row, at, axis):
+    return (row, *(at if n == axis else 0 for n in range(leaf.ndim - 1)))
 
 
 def _nested(flat: dict, like: Any) -> Any:

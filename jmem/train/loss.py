@@ -5,6 +5,8 @@ Idea    The head is the only place where activations grow with the vocabulary. I
         and dropped before the next chunk: [B, T, V] never exists, in any dtype.
 Memory  CHUNK * V * (4 + itemsize) bytes of logits and their gradient, and one gradient
         of the head's weight in float32 when somebody differentiates it.
+Mesh    Every device takes a chunk of its own tokens. Their activations are gathered,
+        and each device has the logits of its part of the vocabulary; the head is not.
 Differs The usual form recomputes the logits in the backward pass. Here the forward pass
         of a differentiated loss already computes the head's gradients, as nothing that
         follows can change them but a factor: one of three products less.
@@ -18,24 +20,54 @@ from jaxtyping import Array, Float, Int
 
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
+from jmem.sharding import Layout, layout_of
 
 CHUNK = 256
-"""Tokens whose logits exist at the same time."""
+"""Tokens (of a device) whose logits exist at the same time."""
 
 
-def _chunks(array: jax.Array) -> jax.Array:
-    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], padded with zeros (weight 0)."""
-    length = array.shape[0]
+def _parts(layout: Layout | None, length: int) -> int:
+    """Devices that hold tokens of their own."""
+    return 1 if layout is None or length % layout.devices else layout.devices
+
+
+def _chunks(layout: Layout | None, array: jax.Array) -> jax.Array:
+    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], padded with zeros (weight 0).
+
+    On a mesh a chunk has CHUNK tokens of each device.
+    """
+    parts = _parts(layout, array.shape[0])
+    if layout is not None:
+        array = layout.tokens(array)
+    split = array.reshape(parts, -1, *array.shape[1:])
+    length = split.shape[1]
     size = min(CHUNK, length)
-    padding = -length % size
-    array = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
-    return array.reshape(-1, size, *array.shape[1:])
+    padding = ((0, 0), (0, -length % size), *((0, 0),) * (array.ndim - 1))
+    split = jnp.pad(split, padding).reshape(parts, -1, size, *array.shape[1:])
+    return split.swapaxes(0, 1).reshape(-1, parts * size, *array.shape[1:])
+
+
+def _unchunked(layout: Layout | None, array: jax.Array, length: int) -> jax.Array:
+    """What `_chunks` made of an array of `length` tokens, back."""
+    parts = _parts(layout, length)
+    split = array.reshape(array.shape[0], parts, -1, *array.shape[2:]).swapaxes(0, 1)
+    split = split.reshape(parts, -1, *array.shape[2:])[:, : length // parts]
+    return split.reshape(length, *array.shape[2:])
 
 
 def _chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
+    layout = layout_of(model)
     with jax.named_scope("head_loss"):
-        logits = model.head(head_params, x, ops).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        if layout is not None:
+            x, targets, weights = map(layout.whole, (x, targets, weights))
+        logits = model.head(head_params, x, ops)
+        if layout is None:
+            logits = logits.astype(jnp.float32)
+            picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        else:  # a lookup in divided logits would gather them
+            logits = layout.divided(logits, -1).astype(jnp.float32)
+            own = targets[:, None] == jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+            picked = jnp.sum(jnp.where(own, logits, 0), axis=-1)
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 
@@ -56,7 +88,7 @@ def head_loss(
     def step(total, chunk):
         return total + _chunk_loss(model, ops, head_params, *chunk), None
 
-    chunks = (_chunks(x), _chunks(targets), _chunks(weights))
+    chunks = tuple(_chunks(layout_of(model), a) for a in (x, targets, weights))
     return jax.lax.scan(step, jnp.float32(0), chunks)[0]
 
 
@@ -71,9 +103,10 @@ def _head_loss_forward(model, ops, head_params, x, targets, weights):
         return (total + loss, sums), gradients[1]
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head_params)
-    chunks = (_chunks(x), _chunks(targets), _chunks(weights))
+    layout = layout_of(model)
+    chunks = tuple(_chunks(layout, a) for a in (x, targets, weights))
     (total, sums), dx = jax.lax.scan(step, (jnp.float32(0), zeros), chunks)
-    dx = dx.reshape(-1, x.shape[-1])[: x.shape[0]]
+    dx = _unchunked(layout, dx, x.shape[0])
     d_head = jax.tree.map(lambda s, p: s.astype(p.dtype), sums, head_params)
     return total, (d_head, dx)
 
