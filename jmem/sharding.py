@@ -226,10 +226,14 @@ class Layout:
         """[B, T, H, D] divided by sequences and heads."""
         return self._onto(x, PartitionSpec(FSDP, None, TENSOR))
 
+    def token_parts(self, tokens: int) -> int:
+        """Devices that so many tokens are divided over: all, or those of `fsdp`."""
+        return self.fsdp if tokens % self.devices else self.devices
+
     def tokens(self, x: jax.Array) -> jax.Array:
-        """[N, ...], of B sequences in a row, divided by tokens over all devices."""
-        over = FSDP if x.shape[0] % self.devices else (FSDP, TENSOR)
-        return self._onto(x, PartitionSpec(over))
+        """[N, ...], of B sequences in a row, divided by tokens."""
+        all_divide = self.token_parts(x.shape[0]) == self.devices
+        return self._onto(x, PartitionSpec((FSDP, TENSOR) if all_divide else FSDP))
 
     def whole(self, x: jax.Array) -> jax.Array:
         """`x` on every device."""

@@ -26,33 +26,34 @@ CHUNK = 256
 """Tokens (of a device) whose logits exist at the same time."""
 
 
-def _parts(layout: Layout | None, length: int) -> int:
-    """Devices that hold tokens of their own."""
-    return 1 if layout is None or length % layout.devices else layout.devices
+def _cut(array: jax.Array) -> jax.Array:
+    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], padded with zeros (weight 0)."""
+    length = array.shape[0]
+    size = min(CHUNK, length)
+    padding = -length % size
+    array = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
+    return array.reshape(-1, size, *array.shape[1:])
 
 
 def _chunks(layout: Layout | None, array: jax.Array) -> jax.Array:
-    """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], padded with zeros (weight 0).
-
-    On a mesh a chunk has CHUNK tokens of each device.
-    """
-    parts = _parts(layout, array.shape[0])
-    if layout is not None:
-        array = layout.tokens(array)
-    split = array.reshape(parts, -1, *array.shape[1:])
-    length = split.shape[1]
-    size = min(CHUNK, length)
-    padding = ((0, 0), (0, -length % size), *((0, 0),) * (array.ndim - 1))
-    split = jnp.pad(split, padding).reshape(parts, -1, size, *array.shape[1:])
-    return split.swapaxes(0, 1).reshape(-1, parts * size, *array.shape[1:])
+    """`_cut`; on a mesh every chunk has CHUNK tokens of each device."""
+    if layout is None:
+        return _cut(array)
+    devices = layout.token_parts(array.shape[0])
+    array = layout.tokens(array).reshape(devices, -1, *array.shape[1:])
+    chunks = jax.vmap(_cut, out_axes=1)(array)
+    return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
 
 
-def _unchunked(layout: Layout | None, array: jax.Array, length: int) -> jax.Array:
-    """What `_chunks` made of an array of `length` tokens, back."""
-    parts = _parts(layout, length)
-    split = array.reshape(array.shape[0], parts, -1, *array.shape[2:]).swapaxes(0, 1)
-    split = split.reshape(parts, -1, *array.shape[2:])[:, : length // parts]
-    return split.reshape(length, *array.shape[2:])
+def _joined(layout: Layout | None, chunks: jax.Array, length: int) -> jax.Array:
+    """The [N, M] that `_chunks` made `chunks` of."""
+    width = chunks.shape[-1]
+    if layout is None:
+        return chunks.reshape(-1, width)[:length]
+    devices = layout.token_parts(length)
+    split = chunks.reshape(chunks.shape[0], devices, -1, width).swapaxes(0, 1)
+    split = split.reshape(devices, -1, width)[:, : length // devices]
+    return split.reshape(length, width)
 
 
 def _chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
@@ -106,7 +107,7 @@ def _head_loss_forward(model, ops, head_params, x, targets, weights):
     layout = layout_of(model)
     chunks = tuple(_chunks(layout, a) for a in (x, targets, weights))
     (total, sums), dx = jax.lax.scan(step, (jnp.float32(0), zeros), chunks)
-    dx = _unchunked(layout, dx, x.shape[0])
+    dx = _joined(layout, dx, x.shape[0])
     d_head = jax.tree.map(lambda s, p: s.astype(p.dtype), sums, head_params)
     return total, (d_head, dx)
 
