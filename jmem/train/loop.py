@@ -278,7 +278,7 @@ def _compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
     def train_step(state, batch):
         return finetuner.step(model, state, batch)
 
-    placed = {}
+    placed: dict[str, Any] = {}
     if layout_of(model) is not None:  # else XLA chooses, perhaps another placement
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         placed = {"out_shardings": (shardings, None)}
