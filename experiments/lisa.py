@@ -3,6 +3,7 @@
     python -m experiments.lisa            SmolLM2-135M on this machine (6 minutes)
     python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
     python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
+    python -m experiments.lisa --preset llama2_70b_fsdp8 --measure-only
 
 Paper   Pan et al., LISA, NeurIPS 2024, arXiv:2403.17919, table 1 (peak memory).
 Expect  device(lora, rank 128) < device(lisa, 2 layers) < 0.5 * device(full) at 7B with
@@ -23,6 +24,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jmem
 import jmem.checkpoints
@@ -42,6 +44,7 @@ from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.nn.stack import Remat
 from jmem.offload import check_host, described, host_bytes
 from jmem.program import Program
+from jmem.sharding import Layout
 from jmem.targets import Target
 from jmem.train import metrics
 from jmem.train.loop import train
@@ -100,6 +103,8 @@ class Config:
     """As `dtype`, in what is trained here."""
     run_remat: Remat = "none"
     """As `remat`, in what is trained here."""
+    mesh: Layout = Layout()
+    """GPUs, of this machine and of `gpu` (as h200x8), that a step is divided over."""
     seed: int = 0
     """Of the order of the batches, of adapters and of draws."""
     gpu: str = "h200"
@@ -137,14 +142,29 @@ def dimensions(config: Config) -> DecoderConfig:
 
 
 def build(config: Config, dims: DecoderConfig, target: Target) -> Decoder:
-    """The model as it is compiled for the described GPU."""
-    return Decoder.on(target, dims, **PRECISIONS[config.dtype], remat=config.remat)
+    """The model as it is compiled for the described GPUs."""
+    if target.devices != config.mesh.devices:
+        raise ValueError(
+            f"lisa: gpu={config.gpu!r} is {target.devices} devices, and mesh.fsdp="
+            f"{config.mesh.fsdp} * mesh.tensor={config.mesh.tensor} is "
+            f"{config.mesh.devices}. Make them equal; a mesh of GPUs is written like "
+            "'h200x8'."
+        )
+    return Decoder.on(
+        target,
+        dims,
+        **PRECISIONS[config.dtype],
+        remat=config.remat,
+        layout=config.mesh,
+    )
 
 
 def build_here(config: Config, dims: DecoderConfig) -> Decoder:
     """The model as it is trained on this machine."""
     precision, remat = PRECISIONS[config.run_dtype], config.run_remat
-    return Decoder.on(models.attached(), dims, **precision, remat=remat)
+    return Decoder.on(
+        models.attached(), dims, **precision, remat=remat, layout=config.mesh
+    )
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -166,7 +186,9 @@ def main(config: Config, run: Run) -> None:
         report_memory(config, run, measure(config, run.target))
         return
     dims = dimensions(config)
+    build(config, dims, run.target)
     model = build_here(config, dims)
+    mesh = None if model.layout is None else model.layout.mesh()
     checkpoint = jmem.checkpoints.load(config.model, model.stored_dtype)
     if checkpoint.tokenizer is None:
         raise ValueError(
@@ -175,14 +197,14 @@ def main(config: Config, run: Run) -> None:
         )
     steps(config, model)
     training, held_out = batches(config, checkpoint)
-    pretrained = checkpoint.params()
+    pretrained = parameters(model, checkpoint, mesh)
     rows, before = {}, []
     for method in config.methods:
         folder = run.folder_of(method)
         train(
             getattr(config, method),
             model,
-            start(config, method, model, pretrained),
+            start(config, method, model, pretrained, mesh),
             training,
             steps=config.steps,
             folder=folder,
@@ -208,17 +230,34 @@ def main(config: Config, run: Run) -> None:
     run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
 
 
-def start(config: Config, method: Method, model: Decoder, pretrained: dict):
+def parameters(model: Decoder, checkpoint, mesh: Mesh | None) -> dict:
+    """The pretrained weights. Those of a mesh are read into host memory first."""
+    if model.layout is None or mesh is None:
+        return checkpoint.params()
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = checkpoint.params()
+    return jax.device_put(params, model.layout.shardings(params, mesh))
+
+
+def start(
+    config: Config,
+    method: Method,
+    model: Decoder,
+    pretrained: dict,
+    mesh: Mesh | None = None,
+):
     """A method's state from a copy of the pretrained weights: training consumes it."""
 
-    @jax.jit
     def init(params, key):
         copied = jax.tree.map(jnp.copy, params)
         return getattr(config, method).init(model, copied, key)
 
     given = pretrained, jax.random.key(config.seed)
-    check_host(host_bytes(described(init, *given)), f"the state of {method}")
-    return init(*given)
+    state = described(init, *given)
+    check_host(host_bytes(state), f"the state of {method}")
+    if model.layout is None:
+        return jax.jit(init)(*given)
+    return jax.jit(init, out_shardings=model.layout.shardings(state, mesh))(*given)
 
 
 def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, ...]]:
@@ -377,6 +416,11 @@ def report_memory(
             "(--lisa.adamw.max-grad-norm 0) they need not exist."
         )
     run.note(str(largest.fits()))
+    if run.target.devices > 1:
+        run.note(
+            f"Memory is that of each of {run.target.devices} devices, of which each "
+            f"has {config.batch_size // config.mesh.fsdp} of the batch's sequences."
+        )
     title = (
         f"{config.model}, {config.batch_size} x {config.seq_len} tokens, {config.dtype}"
     )

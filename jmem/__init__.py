@@ -28,7 +28,17 @@ _CALLS = {
 }
 _MODULES = {
     *("checkpoints", "data", "evaluate", "finetune", "generate", "kernels", "kvcache"),
-    *("memory", "methods", "models", "nn", "offload", "program", "targets", "train"),
+    *(
+        "memory",
+        "methods",
+        "models",
+        "nn",
+        "offload",
+        "program",
+        "sharding",
+        "targets",
+        "train",
+    ),
 }
 
 

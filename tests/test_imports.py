@@ -19,6 +19,7 @@ LAYERS = (
     ("program",),
     ("memory", "kernels"),
     ("offload",),
+    ("sharding",),
     ("nn",),
     ("models", "checkpoints", "data"),
     ("kvcache",),

@@ -8,7 +8,7 @@ come first, then the command line:
 
     --preset NAME      configs/<experiment>/NAME.toml, or the path of a TOML file
     --measure-only     compile only: no weights, no training, no GPU
-    --resume DIR       continue a run, with its own config
+    --resume DIR       continue a run, with its own config; `gpu` and `mesh` may differ
     --trace            let the XLA profiler record some steps
     --runs DIR         where run folders are made
 
@@ -35,6 +35,10 @@ from jmem.targets import resolve
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 """The checkout: presets are found in it, whatever the working directory is."""
+
+
+PLACES = ("gpu", "mesh")
+"""Fields that say where a run computes and not what: it may go on elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,8 @@ def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
     if flags.measure_only:
         raise ConfigError("--resume and --measure-only: there is nothing to resume.")
     for name, before, now in configs.differences(saved, given):
+        if name.partition(".")[0] in PLACES:
+            continue
         raise ConfigError(
             f"--resume {flags.resume}: {name}={now!r} differs from the saved run's "
             f"{before!r}.\n"

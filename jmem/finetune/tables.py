@@ -62,6 +62,8 @@ class Tables(Walk):
             leaf["bias"] = jax.lax.dynamic_slice_in_dim(
                 head["bias"], index * size, size, 0
             )
+        if self.layout is not None:  # a part, once over the wire, for all tokens
+            leaf = jax.tree.map(self.layout.whole, leaf)
         with jax.named_scope("head_loss"):
             found = self.ops.linear("head", leaf, hidden)
         return found.astype(jnp.float32), leaf["kernel"]
@@ -74,6 +76,10 @@ class Tables(Walk):
         d = jnp.exp(logits - logsumexp[:, None]) - hot
         return (d * weights[:, None]).astype(dtype)
 
+    def tokens(self, x):
+        """[N, ...] tokens, divided over a mesh; each device has the loss of its own."""
+        return x if self.layout is None else self.layout.tokens(x)
+
     def head(self, params, chosen, x, outside, t, rates) -> Head:
         """Loss, gradient of x, and the update of head and final norm.
 
@@ -82,8 +88,8 @@ class Tables(Walk):
         the end.
         """
         model, tied = self.model, self.model.config.tied
-        weights = mean_weights(self.batch)
-        targets = self.batch.targets.reshape(-1)
+        weights = self.tokens(mean_weights(self.batch))
+        targets = self.tokens(self.batch.targets.reshape(-1))
 
         def normal(norm, x):
             held = model.head_params(params) | {"final_norm": norm}
@@ -91,7 +97,7 @@ class Tables(Walk):
             return model.head(held, x, only)
 
         norm = join(chosen["final_norm"], params["final_norm"])
-        hidden, transpose = jax.vjp(normal, norm, flat(x))
+        hidden, transpose = jax.vjp(normal, norm, self.tokens(flat(x)))
         head = {"kernel": params["embed"]["embedding"]} if tied else params["head"]
         vocab = head["kernel"].shape[0 if tied else 1]
         parts = parts_of(vocab, hidden.shape[1])
@@ -123,11 +129,12 @@ class Tables(Walk):
             return self.d_logits(logits, total, weights, index, hidden.dtype), kernel
 
         def gradient(name, d):
-            if name != "kernel":
-                return d.astype(jnp.float32).sum(axis=0)
-            return jnp.einsum(
-                "nm,nv->mv", hidden, d, preferred_element_type=jnp.float32
+            dw = (
+                jnp.einsum("nm,nv->mv", hidden, d, preferred_element_type=jnp.float32)
+                if name == "kernel"
+                else d.astype(jnp.float32).sum(axis=0)
             )
+            return self.at_rest(f"head/{name}", dw)
 
         def gradients(index):
             d, _ = cotangent(moving, index)
@@ -284,7 +291,10 @@ class Tables(Walk):
         """
         parts = parts_of(*table.shape)
         size = table.shape[0] // parts
-        tokens, rows = self.batch.tokens.reshape(-1), flat(dx).astype(jnp.float32)
+        tokens, rows = self.batch.tokens.reshape(-1), flat(dx)
+        if self.layout is not None:
+            tokens = self.layout.whole(tokens)
+        rows = self.at_rest("embed/embedding", rows).astype(jnp.float32)
 
         def gradient(table, index):
             at = tokens - index * size
@@ -300,7 +310,7 @@ class Tables(Walk):
                 dw += jnp.einsum(
                     "nv,nm->vm", d, head.hidden, preferred_element_type=jnp.float32
                 )
-            return dw
+            return self.at_rest("embed/embedding", dw)
 
         name = "embedding"
         states, found = self.survey(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.nn.ops import Ops
+from jmem.sharding import Layout, layout_of
 
 Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 """`rule(w, state, dw, rate, t, salt) -> (w, state)`: one update of a part of a weight.
@@ -32,6 +33,15 @@ class Walk(NamedTuple):
         """A block's output, and the sum of its `aux` losses."""
         x, _, aux = self.model.block(p, x, self.positions, layer, ops, None)
         return x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
+
+    @property
+    def layout(self) -> Layout | None:
+        """How a mesh divides the model; None for one device."""
+        return layout_of(self.model)
+
+    def at_rest(self, path, dw):
+        """A gradient, summed over the mesh into the parts that its weight has."""
+        return dw if self.layout is None else self.layout.at_rest(path, dw)
 
     # Parts of a weight ----------------------------------------------------------------
 

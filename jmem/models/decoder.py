@@ -35,6 +35,7 @@ from jmem.nn.norm import Norm, NormKind, normalise
 from jmem.nn.ops import Feed, LinearMap, Ops
 from jmem.nn.rope import Rope, Scaling, YarnScaling
 from jmem.nn.stack import Remat, init_stack
+from jmem.sharding import GATHERED, Layout
 from jmem.targets import Target
 
 Precision = Literal["float32", "bfloat16", "mixed"]
@@ -283,9 +284,15 @@ class Decoder:
     """How linear maps are applied (`jmem.nn.ops`); packed weights need no other."""
     feed: Feed | None = None
     """How MLPs are computed, where not as usual (`jmem.nn.ops`)."""
+    layout: Layout | None = None
+    """How a mesh divides parameters, products and batches; None: one device."""
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.layout is not None:
+            self.layout.check_heads(self.config.heads, self.config.kv_heads)
+            if self.layout.devices == 1:
+                object.__setattr__(self, "layout", None)
         if self.param_dtype is not None:
             object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
         if self.chunk is not None and self.chunk < 1:
@@ -303,6 +310,7 @@ class Decoder:
         dtype: DTypeLike,
         param_dtype: DTypeLike | None = None,
         remat: Remat = "block",
+        layout: Layout | None = None,
     ) -> "Decoder":
         """The decoder with the fastest exact attention of `target` (None: the CPU)."""
         attention = choose(target, dtype, config.head_dim)
@@ -312,6 +320,7 @@ class Decoder:
             remat=remat,
             dtype=dtype,
             param_dtype=param_dtype,
+            layout=layout,
         )
 
     @property
@@ -328,7 +337,14 @@ class Decoder:
     def ops(self) -> Ops:
         """Plain causal attention, and the decoder's own products."""
         attend = causal(self.attention, window=self.config.sliding_window)
-        return Ops(attend, self.linear, self.feed)
+        if (layout := self.layout) is None:
+            return Ops(attend, self.linear, self.feed)
+
+        def divided(q, k, v, *others):
+            out, carry = attend(*map(layout.heads, (q, k, v)), *others)
+            return layout.heads(out), carry
+
+        return Ops(divided, self.linear, self.feed)
 
     def init(self, key: jax.Array) -> dict:
         """Random parameters: normal(0, 0.02) tables and maps, norms at one."""
@@ -394,7 +410,8 @@ class Decoder:
             if positions is None:
                 positions = jnp.arange(length, dtype=jnp.int32)[None]
             rows += params["embed"]["positions"].astype(jnp.float32)[positions]
-        return rows.astype(self.dtype)
+        rows = rows.astype(self.dtype)
+        return rows if self.layout is None else self.layout.rows(rows)
 
     def block(
         self,
@@ -406,16 +423,28 @@ class Decoder:
         carry,
     ):
         """One layer: (x, carry, aux), from one row of `params["blocks"]`."""
-        return self.stacked_block.apply(
-            {"params": layer_params}, x, positions, layer, ops, carry
-        )
+        others = positions, layer, ops, carry
+        if (layout := self.layout) is None:
+            return self.stacked_block.apply({"params": layer_params}, x, *others)
+
+        def run(layer_params, x):
+            params = layout.gathered(layer_params)
+            return self.stacked_block.apply({"params": params}, x, *others)
+
+        if self.remat == "none":  # gathered weights are not kept: that is all of them
+            keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            run = jax.checkpoint(run, policy=keep, prevent_cse=False)
+        x, carry, aux = run(layer_params, layout.batch(x))
+        return layout.batch(x), carry, aux
 
     def head_params(self, params: dict) -> dict:
         """The part of `params` that `head` reads: a small tree to differentiate."""
         head = {"final_norm": params["final_norm"]}
         if self.config.tied:
-            return head | {"embed": {"embedding": params["embed"]["embedding"]}}
-        return head | {"head": params["head"]}
+            head |= {"embed": {"embedding": params["embed"]["embedding"]}}
+        else:
+            head |= {"head": params["head"]}
+        return head if self.layout is None else self.layout.by_vocabulary(head)
 
     def head(
         self, params: dict, x: Float[Array, "*N M"], ops: Ops

@@ -31,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmem.data.batch import Batch
+from jmem.program import by_key
+from jmem.sharding import layout_of
 from jmem.train import progress as progresses
 from jmem.train.checkpoint import Checkpoints, abstract, difference
 from jmem.train.finetuner import Finetuner
@@ -101,7 +103,8 @@ def train[State](
       finetuner: the method. Its `step` is compiled ahead of the loop, so that nothing
         in the loop can compile again.
       model: handed to the method as it is.
-      state: from `finetuner.init`.
+      state: from `finetuner.init`. Where `model` has a layout, placed by it
+        (`Layout.shardings`); a checkpoint of any other mesh, or none, is divided anew.
       data: batches by update number, all of one shape.
       steps: updates in all, those of earlier sessions included.
       folder: where metrics, checkpoints and trace go.
@@ -167,8 +170,11 @@ def train[State](
         )
         began = time.perf_counter()
         first = data.batch(start)
-        step = _compile_step(finetuner, model, state, first)
-        held_out_loss = _compile_evaluation(finetuner, model, state, held_out, evaluate)
+        place = _placement(model, state)
+        step = _compile_step(finetuner, model, state, place(first))
+        held_out_loss = _compile_evaluation(
+            finetuner, model, state, held_out, evaluate, place
+        )
         compiling = time.perf_counter() - began
 
         lines = progresses.choose(folder.name, steps, start=start, silent=not progress)
@@ -202,7 +208,7 @@ def train[State](
             _check_batch(batch, first, done - 1)
             trace.before(done - 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=done - 1):
-                state, metrics = step(state, batch)
+                state, metrics = step(state, place(batch))
             log.step(done, metrics, batch.tokens.size)
 
             asked = stop.is_set()
@@ -242,6 +248,27 @@ def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
+def _placement(model, state) -> Callable[[Batch], Batch]:
+    """What puts a batch where `state` is: onto its mesh, if the model has a layout."""
+    if (layout := layout_of(model)) is None:
+        return lambda batch: batch
+    wanted = dict(layout.described.shape)
+    meshes = {
+        name: getattr(leaf.sharding, "mesh", None)
+        for name, leaf in by_key(state).items()
+    }
+    for name, mesh in meshes.items():
+        if mesh is None or dict(mesh.shape) != wanted:
+            raise TrainingError(
+                f"train: the model has {layout}, and leaf {name!r} of the state is on "
+                f"{'no mesh' if mesh is None else dict(mesh.shape)}.\n"
+                "Place it: jax.device_put(state, layout.shardings(state, "
+                "layout.mesh()))."
+            )
+    mesh = meshes["step"]
+    return lambda batch: jax.device_put(batch, layout.batch_shardings(batch, mesh))
+
+
 def _compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
     """`finetuner.step` for this model, state donated: an executable, not a jit.
 
@@ -251,7 +278,11 @@ def _compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
     def train_step(state, batch):
         return finetuner.step(model, state, batch)
 
-    jitted = jax.jit(train_step, donate_argnums=0, keep_unused=True)
+    placed: dict[str, Any] = {}
+    if layout_of(model) is not None:  # else XLA chooses, perhaps another placement
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        placed = {"out_shardings": (shardings, None)}
+    jitted = jax.jit(train_step, donate_argnums=0, keep_unused=True, **placed)
     lowered = jitted.lower(state, batch)
     following, metrics = lowered.out_info
     if changed := difference(state, following):
@@ -282,7 +313,7 @@ def _plan(step: jax.stages.Compiled) -> dict[str, Any]:
     }
 
 
-def _compile_evaluation(finetuner, model, state, held_out, evaluate) -> Callable:
+def _compile_evaluation(finetuner, model, state, held_out, evaluate, place) -> Callable:
     """State -> mean loss over `held_out`, each batch counted by its weights."""
     if not held_out:
         return lambda state: math.nan
@@ -292,11 +323,12 @@ def _compile_evaluation(finetuner, model, state, held_out, evaluate) -> Callable
 
     for number, batch in enumerate(held_out):
         _check_batch(batch, held_out[0], number, "held_out")
-    compiled = jax.jit(evaluate or held_out_loss).lower(state, held_out[0]).compile()
+    jitted = jax.jit(evaluate or held_out_loss)
+    compiled = jitted.lower(state, place(held_out[0])).compile()
     weights = np.array([np.sum(batch.weights, dtype=np.float64) for batch in held_out])
 
     def mean(state) -> float:
-        losses = jax.device_get([compiled(state, batch) for batch in held_out])
+        losses = jax.device_get([compiled(state, place(batch)) for batch in held_out])
         return float(np.dot(weights, np.array(losses, np.float64)) / weights.sum())
 
     return mean

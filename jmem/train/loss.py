@@ -5,6 +5,8 @@ Idea    The head is the only place where activations grow with the vocabulary. I
         and dropped before the next chunk: [B, T, V] never exists, in any dtype.
 Memory  CHUNK * V * (4 + itemsize) bytes of logits and their gradient, and one gradient
         of the head's weight in float32 when somebody differentiates it.
+Mesh    Every device takes a chunk of its own tokens. Their activations are gathered,
+        and each device has the logits of its part of the vocabulary; the head is not.
 Differs The usual form recomputes the logits in the backward pass. Here the forward pass
         of a differentiated loss already computes the head's gradients, as nothing that
         follows can change them but a factor: one of three products less.
@@ -18,12 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
+from jmem.sharding import Layout, layout_of
 
 CHUNK = 256
-"""Tokens whose logits exist at the same time."""
+"""Tokens (of a device) whose logits exist at the same time."""
 
 
-def _chunks(array: jax.Array) -> jax.Array:
+def _cut(array: jax.Array) -> jax.Array:
     """[N, ...] as [ceil(N / CHUNK), CHUNK, ...], padded with zeros (weight 0)."""
     length = array.shape[0]
     size = min(CHUNK, length)
@@ -32,10 +35,40 @@ def _chunks(array: jax.Array) -> jax.Array:
     return array.reshape(-1, size, *array.shape[1:])
 
 
+def _chunks(layout: Layout | None, array: jax.Array) -> jax.Array:
+    """`_cut`; on a mesh every chunk has CHUNK tokens of each device."""
+    if layout is None:
+        return _cut(array)
+    devices = layout.token_parts(array.shape[0])
+    array = layout.tokens(array).reshape(devices, -1, *array.shape[1:])
+    chunks = jax.vmap(_cut, out_axes=1)(array)
+    return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
+
+
+def _joined(layout: Layout | None, chunks: jax.Array, length: int) -> jax.Array:
+    """The [N, M] that `_chunks` made `chunks` of."""
+    width = chunks.shape[-1]
+    if layout is None:
+        return chunks.reshape(-1, width)[:length]
+    devices = layout.token_parts(length)
+    split = chunks.reshape(chunks.shape[0], devices, -1, width).swapaxes(0, 1)
+    split = split.reshape(devices, -1, width)[:, : length // devices]
+    return split.reshape(length, width)
+
+
 def _chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
+    layout = layout_of(model)
     with jax.named_scope("head_loss"):
-        logits = model.head(head_params, x, ops).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        if layout is not None:
+            x, targets, weights = map(layout.whole, (x, targets, weights))
+        logits = model.head(head_params, x, ops)
+        if layout is None:
+            logits = logits.astype(jnp.float32)
+            picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        else:  # a lookup in divided logits would gather them
+            logits = layout.divided(logits, -1).astype(jnp.float32)
+            own = targets[:, None] == jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
+            picked = jnp.sum(jnp.where(own, logits, 0), axis=-1)
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
 
 
@@ -56,7 +89,7 @@ def head_loss(
     def step(total, chunk):
         return total + _chunk_loss(model, ops, head_params, *chunk), None
 
-    chunks = (_chunks(x), _chunks(targets), _chunks(weights))
+    chunks = tuple(_chunks(layout_of(model), a) for a in (x, targets, weights))
     return jax.lax.scan(step, jnp.float32(0), chunks)[0]
 
 
@@ -71,9 +104,10 @@ def _head_loss_forward(model, ops, head_params, x, targets, weights):
         return (total + loss, sums), gradients[1]
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head_params)
-    chunks = (_chunks(x), _chunks(targets), _chunks(weights))
+    layout = layout_of(model)
+    chunks = tuple(_chunks(layout, a) for a in (x, targets, weights))
     (total, sums), dx = jax.lax.scan(step, (jnp.float32(0), zeros), chunks)
-    dx = dx.reshape(-1, x.shape[-1])[: x.shape[0]]
+    dx = _joined(layout, dx, x.shape[0])
     d_head = jax.tree.map(lambda s, p: s.astype(p.dtype), sums, head_params)
     return total, (d_head, dx)
 

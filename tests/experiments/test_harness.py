@@ -246,6 +246,11 @@ class TestCommandLine:
         with pytest.raises(ConfigError, match=r"lisa.active_layers=1 differs"):
             parse("--resume", folder, "--preset", "small")
 
+    def test_a_run_may_go_on_on_another_gpu(self, presets, tmp_path):
+        (tmp_path / "config.toml").write_text(config.write(Config(gpu="h200x8")))
+        moved = parse("--resume", str(tmp_path), "--gpu", "h200")
+        assert moved == Config(gpu="h200")
+
     def test_resume_of_nothing(self, presets, tmp_path):
         with pytest.raises(ConfigError, match="no run was saved there"):
             parse("--resume", str(tmp_path / "gone"))
