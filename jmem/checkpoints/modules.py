@@ -31,11 +31,16 @@ class Module:
         """The last part of its name: "q_proj"."""
         return self.names[0].rpartition(".")[2]
 
-    def halves(self, rank: int) -> Iterator[tuple[str, tuple[int, int], list[str]]]:
-        """(our name, PEFT's shape, PEFT's names by layer) of A and of B."""
+    def parts(
+        self, rank: int, dora: bool
+    ) -> Iterator[tuple[str, tuple[int, ...], list[str]]]:
+        """(our name, PEFT's shape, PEFT's names by layer) of A, B and the magnitude."""
         inputs, outputs = self.shape[0], len(self.paths) * self.shape[1]
         for half, shape in (("a", (rank, inputs)), ("b", (outputs, rank))):
             yield f"lora_{half}", shape, [_tensor(name, half) for name in self.names]
+        if dora:
+            names = [f"{_PREFIX}{name}.lora_magnitude_vector" for name in self.names]
+            yield "magnitude", (outputs,), names
 
 
 def modules(config: DecoderConfig) -> tuple[Module, ...]:

@@ -1,15 +1,16 @@
 """LoRA adapters in and out of the folders that Hugging Face's PEFT reads and writes.
 
     found = jmem.checkpoints.load_adapter("my-lora", checkpoint.config)
-    lora = Lora(**found.settings)               # rank, alpha, maps, rslora, dropout
+    lora = Lora(**found.settings)         # rank, alpha, maps, rslora, dora, dropout
     state = lora.init(model, params, key, found.adapters)
     jmem.checkpoints.save_adapter(state["lora"], config, "out", alpha=lora.alpha)
 
 Format   adapter_config.json, and adapter_model.safetensors with two tensors for each
          adapted map of each layer: `lora_A.weight` [r, in], `lora_B.weight` [out, r],
-         below the map's own name with `base_model.model.` before it.
+         below the map's own name with `base_model.model.` before it. DoRA (`use_dora`)
+         has a third, `lora_magnitude_vector` [out].
 Checks   What PEFT would compute otherwise than y = x W + scale * x A B on whole stacks
-         of layers is refused by name: DoRA and other variants, biases, trained
+         of layers, or DoRA of that, is refused by name: other variants, biases, trained
          embeddings, a rank or alpha of some layers' own, initialisations that changed
          the base. A field unknown here is refused unless it is empty or false.
 GPT-2    Its q, k and v are one module, c_attn. Its adapter gives the three the same A
@@ -18,12 +19,13 @@ GPT-2    Its q, k and v are one module, c_attn. Its adapter gives the three the 
          and B block-diagonal, zeros where one of the three has none, at the same scale:
          rank_pattern and alpha_pattern say so. That one gives the three back or, once
          PEFT has trained it and B is full, gives all maps its rank.
+         A magnitude goes with its columns, so DoRA needs all three adapted.
 Differs  PEFT fills what a file lacks with fresh adapters, and warns; here it is an
          error. Maps chosen by a regular expression are those the file holds: a pattern
          of somebody else's is not run. Dropout is drawn anew for each of GPT-2's q, k
          and v, which PEFT gives the same.
 Source   huggingface/peft 0.20: utils/save_and_load.py, tuners/lora/{config,layer,
-         model}.py, tuners/tuners_utils.py (what a target names).
+         model,dora}.py, tuners/tuners_utils.py (what a target names).
 """
 
 import dataclasses
@@ -63,7 +65,7 @@ _ELSE = (
 )
 
 _READ = (
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
     *("target_modules", "exclude_modules", "base_model_name_or_path"),
 )
 _HARMLESS = (
@@ -87,16 +89,18 @@ class Adapter:
     """What a PEFT folder holds."""
 
     settings: dict[str, Any]
-    """rank, alpha, maps, rslora, dropout: the fields of `jmem.finetune.lora.Lora`."""
+    """rank, alpha, maps, rslora, dora, dropout: the fields of
+    `jmem.finetune.lora.Lora`."""
     adapters: dict = dataclasses.field(repr=False)
     """{"attention": {"q": {"lora_a", "lora_b"}}, ...}: lora_a [L, in, rank] and lora_b
-    [L, rank, out], JAX arrays, as stored (float32 if stored in several dtypes)."""
+    [L, rank, out], JAX arrays, as stored (float32 if stored in several dtypes). DoRA's
+    also "magnitude" [L, out]."""
     base: str | None
     """The model it was trained on, as the file says."""
 
 
 def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapter:
-    """Reads a PEFT folder of LoRA or rank-stabilised LoRA for the decoder `config`.
+    """Reads a PEFT folder of LoRA, rank-stabilised or not, or DoRA for `config`.
 
     Raises:
       CheckpointError: a file is missing or damaged; the adapter computes something
@@ -110,6 +114,7 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
     rank = fields.size(raw, "r", str(where))
     alpha = fields.number(raw, "lora_alpha", str(where))
     rslora = fields.flag(raw, "use_rslora", str(where))
+    dora = fields.flag(raw, "use_dora", str(where))
     dropout = _dropout(raw, str(where))
     is_wide = _is_wide(raw, rank, alpha, rslora, str(where))
     base = raw.get("base_model_name_or_path")
@@ -124,12 +129,13 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
     tensors = safetensors.read_file(folder / WEIGHTS)
     adapted = _adapted(raw, known, tensors, str(where))
     ranks = {one: rank * (len(one.paths) if is_wide else 1) for one in adapted}
-    found = lowrank.match(ranks, tensors, str(folder / WEIGHTS), base)
+    found = lowrank.match(ranks, tensors, str(folder / WEIGHTS), base, dora)
     tree, common = lowrank.assemble(found, rank)
     settings = {
         "rank": common,
         "alpha": alpha if common == rank else _widened(alpha, rslora),
         "rslora": rslora,
+        "dora": dora,
         "dropout": dropout,
         "maps": tuple(name for part in tree.values() for name in part),
     }
@@ -148,8 +154,9 @@ def save_adapter(
 ) -> None:
     """Writes a folder that PEFT opens (`PeftModel.from_pretrained(model, folder)`).
 
-    Rank and maps are those of `adapters`, whose values keep their dtype; GPT-2's q, k
-    and v are joined, as said above. The folder appears whole or not at all.
+    Rank, maps and whether it is DoRA are those of `adapters`, whose values keep their
+    dtype; GPT-2's q, k and v are joined, as said above. The folder appears whole or not
+    at all.
 
     Args:
       adapters: the tree of `jmem.finetune.lora.Lora`, JAX or NumPy arrays.
@@ -166,7 +173,7 @@ def save_adapter(
     """
     folder = Path(folder)
     known = modules(config)
-    rank, ranks, tensors = lowrank.disassemble(adapters, known, config.layers)
+    rank, ranks, tensors, dora = lowrank.disassemble(adapters, known, config.layers)
     others = [one for one in known if one not in ranks]
     is_wide = any(own != rank for own in ranks.values())
     raw = {
@@ -182,7 +189,7 @@ def save_adapter(
         "r": rank,
         "target_modules": sorted({target(one, others) for one in ranks}),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": rslora,
         **(_patterns(rank, alpha, rslora) if is_wide else {}),
     }
