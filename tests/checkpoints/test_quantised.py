@@ -1,5 +1,8 @@
 """GGUF files whose linear maps stay as stored: the same values, the same text."""
 
+import dataclasses
+
+import chex
 import gguf
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jmem.generate.decode import decode_step, prefill
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
 from jmem.models.decoder import Decoder
-from jmem.nn.quantised import unpacked
+from jmem.nn.quantised import pack, unpacked
 
 from . import tiny
 
@@ -99,3 +102,27 @@ def test_packed_parameters_are_not_exported(tmp_path):
     with pytest.raises(CheckpointError, match=message):
         checkpoints.save(checkpoint.params(packed=True), TINY, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class TestOnTheWayIn:
+    """Any checkpoint's maps, quantised as they are read."""
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        config = dataclasses.replace(TINY, hidden=64, head_dim=16)
+        params = random_params(config, scale=0.1)
+        checkpoints.save(params, config, tmp_path / "model")
+        return checkpoints.load(tmp_path / "model"), params
+
+    @pytest.mark.parametrize("kind", ["NF4", "NF4_DOUBLE"])
+    def test_it_is_what_pack_makes_of_the_parameters(self, checkpoint, kind):
+        found, params = checkpoint
+        params = jax.tree.map(jnp.asarray, params)
+        chex.assert_trees_all_equal(found.params(packed=kind), pack(params, kind))
+
+    def test_refuses(self, checkpoint, tmp_path):
+        with pytest.raises(ValueError, match="params: packed='nf4' is no type that"):
+            checkpoint[0].params(packed="nf4")
+        checkpoints.save(random_params(TINY), TINY, tmp_path / "narrow")
+        with pytest.raises(ValueError, match="params: map 'q' has rows of 32 values"):
+            checkpoints.load(tmp_path / "narrow").params(packed="NF4")
