@@ -35,7 +35,7 @@ LEVELS = (
 )
 """The published table (bitsandbytes; appendix E of the paper), exact float32 values."""
 
-_TABLE = np.float32(LEVELS)
+_TABLE = np.array(LEVELS, np.float32)
 _BETWEEN = (_TABLE[1:] + _TABLE[:-1]) / 2
 
 
@@ -89,7 +89,9 @@ def _codes(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     """Two levels a byte, [..., blocks, 32]; those of a block of zeros are zero's."""
     unit = blocks / jnp.where(scale > 0, scale, 1)[..., None]
     # Fifteen comparisons that fuse: nothing is made that is 16 times as large.
-    code = sum((unit > middle).astype(jnp.uint8) for middle in _BETWEEN)
+    code = jnp.zeros(unit.shape, jnp.uint8)
+    for middle in _BETWEEN:
+        code += (unit > middle).astype(jnp.uint8)
     return code[..., : BLOCK // 2] | (code[..., BLOCK // 2 :] << 4)
 
 
@@ -107,7 +109,7 @@ def _parts(rows: jax.Array, blocks: int, width: int) -> tuple[jax.Array, jax.Arr
 
 
 def _values(codes: jax.Array, scale: jax.Array) -> jax.Array:
-    shifts = np.uint8([[0], [4]])
+    shifts = np.array([[0], [4]], np.uint8)
     shifts = shifts.reshape((1,) * (codes.ndim - 1) + (2, 1))
     code = (codes[..., None, :] >> shifts) & np.uint8(15)
     level = jnp.asarray(_TABLE).at[code.astype(jnp.int32)].get(mode="promise_in_bounds")

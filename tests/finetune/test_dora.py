@@ -40,11 +40,11 @@ def x():
 def formula(leaf, x):
     """Equation 5 of the paper in NumPy's float64, for kernels [in, out]."""
     w, a, b, m, bias = (
-        np.float64(leaf[name])
+        np.array(leaf[name], float)
         for name in ("kernel", "lora_a", "lora_b", "magnitude", "bias")
     )
     adapted = w + S * a @ b
-    return np.float64(x) @ (m * adapted / np.linalg.norm(adapted, axis=0)) + bias
+    return np.array(x, float) @ (m * adapted / np.linalg.norm(adapted, axis=0)) + bias
 
 
 def test_the_product_is_the_papers(leaf, x, strict_dtypes):
@@ -77,11 +77,13 @@ def test_dropout_is_before_a_alone(leaf, x):
     dropped = leaf | {"lora_key": jax.random.key(5)}
     found = lora_linear(S, 0.5)("q", dropped, x)
     kept = np.asarray(jax.random.bernoulli(jax.random.key(5), 0.5, x.shape)) / 0.5
-    w, a, b = (np.float64(leaf[name]) for name in ("kernel", "lora_a", "lora_b"))
-    x = np.float64(x)
+    w, a, b = (np.array(leaf[name], float) for name in ("kernel", "lora_a", "lora_b"))
+    x = np.array(x, float)
     norm = np.linalg.norm(w + S * a @ b, axis=0)
-    expected = (x @ w + S * (x * kept) @ a @ b) * np.float64(leaf["magnitude"]) / norm
-    expected += np.float64(leaf["bias"])
+    expected = (
+        (x @ w + S * (x * kept) @ a @ b) * np.array(leaf["magnitude"], float) / norm
+    )
+    expected += np.array(leaf["bias"], float)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -128,7 +130,8 @@ class TestState:
     ):
         state = trained(DORA, tiny, tiny_params, random_batch(tiny))
         leaf, kernel = state["lora"]["mlp"]["up"], tiny_params["blocks"]["mlp"]["up"]
-        a, b, w = map(np.float64, (leaf["lora_a"], leaf["lora_b"], kernel["kernel"]))
+        a, b = (np.array(leaf[name], float) for name in ("lora_a", "lora_b"))
+        w = np.array(kernel["kernel"], float)
         adapted = w + 1.5 * a @ b
         norm = np.linalg.norm(adapted, axis=1, keepdims=True)
         expected = adapted / norm * leaf["magnitude"][:, None]

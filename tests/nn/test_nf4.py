@@ -39,9 +39,9 @@ def test_levels_are_quantiles_of_the_normal_distribution():
 def nearest(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Every value's nearest level times its block's scale, by trying all sixteen."""
     blocks = values.reshape(*values.shape[:-1], -1, 64).astype(np.float64)
-    candidates = np.float64(nf4.LEVELS) * scale[..., None, None]
+    candidates = np.array(nf4.LEVELS) * scale[..., None, None]
     which = np.abs(blocks[..., None] - candidates).argmin(-1)
-    return (np.float64(nf4.LEVELS)[which] * scale[..., None]).reshape(values.shape)
+    return (np.array(nf4.LEVELS)[which] * scale[..., None]).reshape(values.shape)
 
 
 def normal(rows=64, width=4096) -> np.ndarray:
