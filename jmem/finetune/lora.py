@@ -227,9 +227,11 @@ class Lora:
     dora: bool = False
     """Train the length of each column of W + s A B as well (DoRA), in float32."""
     base: Base = "given"
-    """What `init` makes of the blocks' kernels, whose 4 bits then train nothing:
+    """What `init` makes of the blocks' kernels, which stay frozen:
     "nf4" (QLoRA's, 4.5 bits a value with its scales), "nf4-double" (4.13) or nothing.
-    Maps that are packed already stay as they are."""
+    Maps that are packed already stay as they are. The kernels live beside the packed
+    rows until the caller lets them go; `checkpoint.params(packed="NF4")` never has them
+    whole."""
     maps: tuple[str, ...] = MAPS
     """Linear maps that gain an adapter; the default is those a block has."""
     adapter_dtype: Literal["kernel", "float32"] = "kernel"
