@@ -262,6 +262,46 @@ def quality(
     return figure
 
 
+def against_bytes(
+    points: Mapping[str, tuple[float, Sequence[float]]],
+    *,
+    label: str,
+    title: str = "",
+) -> "Figure":
+    """A value against device bytes: `points[method]` is (bytes, a value a seed).
+
+    Dots are means, bars go from the least to the greatest.
+    """
+    figure, axes = _figure(8.0, 4.8)
+    for index, (name, (size, values)) in enumerate(points.items()):
+        mean = sum(values) / len(values)
+        spread = [[mean - min(values)], [max(values) - mean]]
+        colour = CURVES[index % len(CURVES)]
+        axes.errorbar(
+            *([size / GiB], [mean]),
+            yerr=spread,
+            color=colour,
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=8,
+            markeredgecolor="white",
+            elinewidth=1.2,
+            linestyle="none",
+        )
+        axes.annotate(
+            name,
+            xy=(size / GiB, mean),
+            xytext=(7, 5),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9.5,
+        )
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("device memory of a step, GiB")
+    axes.set_ylabel(label)
+    axes.set_title(title, loc="left")
+    return figure
+
+
 def cells(
     panels: Mapping[str, Sequence[Sequence[tuple[int, int]]]],
     *,

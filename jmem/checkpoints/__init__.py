@@ -7,6 +7,7 @@
     small = checkpoint.params(packed="NF4")             # quantised on the way in
     jmem.checkpoints.save(params, checkpoint.config, "exported", like=checkpoint)
     jmem.checkpoints.load_adapter("my-lora", checkpoint.config)  # and save_adapter
+    jmem.checkpoints.load_mixlora("mixture", checkpoint.config)  # and save_mixlora
 
     files        bounded reads, strict JSON, atomic writes
     safetensors  the format: single, sharded       gguf      the format
@@ -14,6 +15,7 @@
     layout       names, transposes, stacking       smollm2   the packaged model
     tokenizer    tokenizer.json, or GGUF's metadata
     peft         LoRA adapters, as PEFT's folders
+    mixlora      LoRA experts with a router, as MoE-PEFT's folders
 
 Everything is checked before anything is used; whatever is wrong is a `CheckpointError`
 that names file, place, value, rule and way out. No pickle is ever opened.
@@ -48,6 +50,7 @@ from jmem.checkpoints.files import (
     staged,
     write_text,
 )
+from jmem.checkpoints.mixlora import Mixture, load_mixlora, save_mixlora
 from jmem.checkpoints.peft import Adapter, load_adapter, save_adapter
 from jmem.models import zoo
 from jmem.models.decoder import DecoderConfig
@@ -59,10 +62,13 @@ __all__ = [
     "Adapter",
     "Checkpoint",
     "CheckpointError",
+    "Mixture",
     "load",
     "load_adapter",
+    "load_mixlora",
     "save",
     "save_adapter",
+    "save_mixlora",
 ]
 
 _CONFIG_LIMIT = 1 << 24

@@ -1,7 +1,7 @@
 """Fields of a description from outside (config.json, GGUF metadata), range-checked."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -26,18 +26,42 @@ def size(
 
 
 def number(
-    raw: Mapping[str, Any], field: str, where: str, default: float | None = None
+    raw: Mapping[str, Any],
+    field: str,
+    where: str,
+    default: float | None = None,
+    *,
+    or_zero: bool = False,
 ) -> float:
-    """A positive number that float32 can hold; `default` if absent or null.
+    """A positive number that float32 can hold, or zero; `default` if absent or null.
 
     Raises:
       CheckpointError: absent without a default, or anything else.
     """
     value = default if raw.get(field) is None else raw[field]
     limit = float(np.finfo(np.float32).max)
-    if isinstance(value, int | float) and value is not True and 0 < value <= limit:
+    if _is_number(value) and (0 < value <= limit or (or_zero and value == 0)):
         return float(value)
-    raise unsupported(where, field, value, "a positive finite number")
+    rule = "a finite number from 0" if or_zero else "a positive finite number"
+    raise unsupported(where, field, value, rule)
+
+
+def probability(
+    raw: Mapping[str, Any], field: str, where: str, default: float | None = None
+) -> float:
+    """At least 0 and below 1; `default` if absent or null.
+
+    Raises:
+      CheckpointError: absent without a default, or anything else.
+    """
+    value = default if raw.get(field) is None else raw[field]
+    if _is_number(value) and 0 <= value < 1:
+        return float(value)
+    raise unsupported(where, field, value, "a probability below 1")
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def flag(raw: Mapping[str, Any], field: str, where: str) -> bool:
@@ -64,6 +88,25 @@ def neutral(
         value = raw.get(prefix + field, allowed[0])
         if value not in allowed:
             raise unsupported(where, prefix + field, value, repr(allowed[0]))
+
+
+def nothing_more(
+    raw: Mapping[str, Any], understood: Container[str], where: str, supported: str
+) -> None:
+    """Passes if every field that is not understood holds nothing.
+
+    Raises:
+      CheckpointError: one holds something.
+    """
+    for field in sorted(raw):
+        if field not in understood and not is_empty(raw[field]):
+            raise unsupported(where, field, raw[field], supported)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field that holds this says as much as one that is absent."""
+    # Not `not value`: layers_to_transform=0 is a layer.
+    return value is None or value is False or value in ([], {}, "")
 
 
 def unsupported(where: str, field: str, value: Any, supported: str) -> CheckpointError:

@@ -30,7 +30,7 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 """Supported model_type, and the one class of it that is a language model."""
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_new",
     "gelu_pytorch_tanh": "gelu_new",
@@ -206,12 +206,12 @@ def _plain(
 ) -> dict[str, Any]:
     """What phi, gpt2 and opt share: LayerNorms, an MLP of two maps, biases."""
     activation = raw.get(field, default)
-    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-        raise unsupported(where, field, activation, " or ".join(_ACTIVATIONS))
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise unsupported(where, field, activation, " or ".join(ACTIVATIONS))
     return {
         "norm": "layer",
         "gated": False,
-        "activation": _ACTIVATIONS[activation],
+        "activation": ACTIVATIONS[activation],
         "qkv_bias": True,
         "o_bias": True,
         "mlp_bias": True,

@@ -1,16 +1,31 @@
 """The linear maps of the decoder's blocks, as PEFT names the modules that compute them.
 
-A module computes one map, or GPT-2's `c_attn` three: q, k and v side by side.
+A module computes one map, or GPT-2's `c_attn` three: q, k and v side by side. It has
+one adapter a layer, or as many as a mixture has experts.
 """
 
 import dataclasses
 from collections.abc import Container, Iterable, Iterator
+from typing import NamedTuple
 
 from jmem.checkpoints.names import leaves
 from jmem.models.decoder import DecoderConfig
 
 _PREFIX = "base_model.model."
 """PEFT's two wrappers around a model."""
+
+
+class Stack(NamedTuple):
+    """Tensors of one shape, in a file one by one, in our tree stacked."""
+
+    leaf: str
+    """Ours: "lora_a"."""
+    shape: tuple[int, ...]
+    """Of each of them, as torch has it."""
+    names: tuple[str, ...]
+    """Layer by layer, and in a layer expert by expert."""
+    because: str
+    """What, beside the base, asks for it and its shape: "r=4"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,25 +37,31 @@ class Module:
     shape: tuple[int, ...]
     """[in, out] of each of them."""
     names: tuple[str, ...]
-    """Hugging Face's, layer by layer: "model.layers.0.self_attn.q_proj"."""
+    """Hugging Face's, layer by layer: "model.layers.0.self_attn.q_proj". Where there
+    are experts, each has one: all of a layer, then those of the next."""
     transposed: bool
     """Stored [out, in], as a torch Linear is; GPT-2's Conv1D is stored [in, out]."""
+    prefix: str = _PREFIX
+    """What a file puts before the names."""
+    experts: int = 1
+    """Adapters a layer, which lie side by side in the tree."""
 
     @property
     def short_name(self) -> str:
         """The last part of its name: "q_proj"."""
         return self.names[0].rpartition(".")[2]
 
-    def parts(
-        self, rank: int, dora: bool
-    ) -> Iterator[tuple[str, tuple[int, ...], list[str]]]:
-        """(our name, PEFT's shape, PEFT's names by layer) of A, B and the magnitude."""
+    def stacks(self, rank: int, dora: bool = False) -> Iterator[Stack]:
+        """The tensors of A, B and, of DoRA, magnitude, of adapters of this rank."""
         inputs, outputs = self.shape[0], len(self.paths) * self.shape[1]
         for half, shape in (("a", (rank, inputs)), ("b", (outputs, rank))):
-            yield f"lora_{half}", shape, [_tensor(name, half) for name in self.names]
+            names = tuple(_tensor(self.prefix + name, half) for name in self.names)
+            yield Stack(f"lora_{half}", shape, names, f"r={rank}")
         if dora:
-            names = [f"{_PREFIX}{name}.lora_magnitude_vector" for name in self.names]
-            yield "magnitude", (outputs,), names
+            names = tuple(
+                f"{self.prefix}{name}.lora_magnitude_vector" for name in self.names
+            )
+            yield Stack("magnitude", (outputs,), names, "use_dora")
 
 
 def modules(config: DecoderConfig) -> tuple[Module, ...]:
@@ -61,7 +82,7 @@ def modules(config: DecoderConfig) -> tuple[Module, ...]:
 
 def holds(tensors: Container[str], name: str) -> bool:
     """Whether A or B of the module `name` is among the tensors."""
-    return any(_tensor(name, half) in tensors for half in "ab")
+    return any(_tensor(_PREFIX + name, half) in tensors for half in "ab")
 
 
 def target(one: Module, others: Iterable[Module]) -> str:
@@ -77,4 +98,4 @@ def suffixes(name: str) -> set[str]:
 
 
 def _tensor(name: str, half: str) -> str:
-    return f"{_PREFIX}{name}.lora_{half.upper()}.weight"
+    return f"{name}.lora_{half.upper()}.weight"

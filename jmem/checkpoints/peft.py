@@ -29,32 +29,19 @@ Source   huggingface/peft 0.20: utils/save_and_load.py, tuners/lora/{config,laye
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jmem.checkpoints import fields, layout, lowrank, safetensors
+from jmem.checkpoints import adapter_files, fields, lowrank
 from jmem.checkpoints.fields import unsupported
-from jmem.checkpoints.files import (
-    CheckpointError,
-    LazyTensor,
-    must_be_free,
-    parse_json,
-    read_whole,
-    staged,
-    write_text,
-)
+from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.modules import Module, holds, modules, suffixes, target
 from jmem.models.decoder import DecoderConfig
+from jmem.program import by_key
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-_CONFIG_LIMIT = 1 << 24
-"""Longest adapter_config.json, in bytes."""
 _FUSED, _PARTS = "c_attn", 3
 """GPT-2's module of q, k and v."""
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -62,6 +49,11 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _ELSE = (
     "as the adapter would compute something else. Merge it into its base with PEFT "
     "(merge_and_unload) and load the result"
+)
+
+_NO_PLACE = (
+    "trained embeddings, biases, heads and further layers are not supported. Merge the "
+    "adapter into its base with PEFT (merge_and_unload) and load the result."
 )
 
 _READ = (
@@ -107,30 +99,25 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
         else (names the field), or belongs to another base (names tensor and shapes).
     """
     folder = Path(folder)
-    where = folder / CONFIG
-    raw = parse_json(read_whole(where, _CONFIG_LIMIT), str(where))
+    raw, where = adapter_files.read_config(folder)
     known = modules(config)
-    _check_kind(raw, known, str(where))
-    rank = fields.size(raw, "r", str(where))
-    alpha = fields.number(raw, "lora_alpha", str(where))
-    rslora = fields.flag(raw, "use_rslora", str(where))
-    dora = fields.flag(raw, "use_dora", str(where))
-    dropout = _dropout(raw, str(where))
-    is_wide = _is_wide(raw, rank, alpha, rslora, str(where))
-    base = raw.get("base_model_name_or_path")
-    if not isinstance(base, str | None):
-        raise unsupported(str(where), "base_model_name_or_path", base, "a name")
+    _check_kind(raw, known, where)
+    rank = fields.size(raw, "r", where)
+    alpha = fields.number(raw, "lora_alpha", where)
+    rslora = fields.flag(raw, "use_rslora", where)
+    dora = fields.flag(raw, "use_dora", where)
+    dropout = fields.probability(raw, "lora_dropout", where, 0.0)
+    is_wide = _is_wide(raw, rank, alpha, rslora, where)
+    base = adapter_files.base_of(raw, where)
 
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
-        raise CheckpointError(
-            f"{folder}: holds adapter_model.bin, a pickle, which is never opened; save "
-            "the adapter again with PEFT, as safetensors."
-        )
-    tensors = safetensors.read_file(folder / WEIGHTS)
-    adapted = _adapted(raw, known, tensors, str(where))
+    tensors = adapter_files.read_weights(
+        folder, "save the adapter again with PEFT, as safetensors"
+    )
+    adapted = _adapted(raw, known, tensors, where)
     ranks = {one: rank * (len(one.paths) if is_wide else 1) for one in adapted}
-    found = lowrank.match(ranks, tensors, str(folder / WEIGHTS), base, dora)
-    tree, common = lowrank.assemble(found, rank)
+    stacks = [stack for one, own in ranks.items() for stack in one.stacks(own, dora)]
+    lowrank.check(stacks, tensors, str(folder / adapter_files.WEIGHTS), base, _NO_PLACE)
+    tree, common = lowrank.assemble(ranks, tensors, rank, dora)
     settings = {
         "rank": common,
         "alpha": alpha if common == rank else _widened(alpha, rslora),
@@ -173,7 +160,10 @@ def save_adapter(
     """
     folder = Path(folder)
     known = modules(config)
-    rank, ranks, tensors, dora = lowrank.disassemble(adapters, known, config.layers)
+    dora = any(path.endswith("/magnitude") for path in by_key(adapters))
+    rank, ranks, tensors = lowrank.disassemble(
+        adapters, known, config.layers, "save_adapter", dora
+    )
     others = [one for one in known if one not in ranks]
     is_wide = any(own != rank for own in ranks.values())
     raw = {
@@ -182,7 +172,7 @@ def save_adapter(
         "fan_in_fan_out": not known[0].transposed,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": _shortest(alpha),
+        "lora_alpha": adapter_files.shortest(alpha),
         "lora_dropout": dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
@@ -194,16 +184,12 @@ def save_adapter(
         **(_patterns(rank, alpha, rslora) if is_wide else {}),
     }
     fields.number(raw, "lora_alpha", "save_adapter")
-    _dropout(raw, "save_adapter")
-    must_be_free(folder)
-    with staged(folder, layout.total_bytes(tensors)) as stage:
-        stage.mkdir()
-        write_text(stage / CONFIG, json.dumps(raw, indent=2, sort_keys=True) + "\n")
-        safetensors.write(stage / WEIGHTS, tensors)
+    fields.probability(raw, "lora_dropout", "save_adapter")
+    adapter_files.write(folder, raw, tensors)
 
 
 def _check_kind(raw: Mapping[str, Any], known: Iterable[Module], where: str) -> None:
-    """Refuses every adapter that is not plain LoRA on such modules."""
+    """Refuses every adapter that is not LoRA or DoRA on such modules."""
     if raw.get("peft_type") != "LORA":
         raise unsupported(where, "peft_type", raw.get("peft_type"), "LORA")
     fields.neutral(raw, _NEUTRAL, where)
@@ -212,21 +198,14 @@ def _check_kind(raw: Mapping[str, Any], known: Iterable[Module], where: str) -> 
         understood.add("fan_in_fan_out")  # PEFT sets it by itself
     if any(len(one.paths) > 1 for one in known):
         understood.update(_PATTERNS)
-    for field in sorted(raw.keys() - understood):
-        if not _is_empty(raw[field]):
-            raise unsupported(where, field, raw[field], f"null or false, {_ELSE}")
-
-
-def _is_empty(value: Any) -> bool:
-    # Not `not value`: layers_to_transform=0 is a layer.
-    return value is None or value is False or value in ([], {}, "")
+    fields.nothing_more(raw, understood, where, f"null or false, {_ELSE}")
 
 
 def _is_wide(
     raw: Mapping[str, Any], rank: int, alpha: float, rslora: bool, where: str
 ) -> bool:
     """Whether c_attn has three times the rank at the same scale; no other patterns."""
-    if all(_is_empty(raw.get(field)) for field in _PATTERNS):
+    if all(fields.is_empty(raw.get(field)) for field in _PATTERNS):
         return False
     for field, wide in _patterns(rank, alpha, rslora).items():
         if (value := raw.get(field)) != wide:
@@ -236,25 +215,13 @@ def _is_wide(
 
 def _patterns(rank: int, alpha: float, rslora: bool) -> dict[str, dict]:
     """PEFT's fields of a c_attn that holds three adapters of `rank`."""
-    values = _PARTS * rank, _shortest(_widened(alpha, rslora))
+    values = _PARTS * rank, adapter_files.shortest(_widened(alpha, rslora))
     return {field: {_FUSED: value} for field, value in zip(_PATTERNS, values)}
 
 
 def _widened(alpha: float, rslora: bool) -> float:
     """What scales three times the rank as `alpha` does the rank."""
     return float(alpha) * (math.sqrt(_PARTS) if rslora else _PARTS)
-
-
-def _shortest(number: float) -> int | float:
-    """As LoraConfig has it: most alphas are integers."""
-    return int(number) if float(number).is_integer() else float(number)
-
-
-def _dropout(raw: Mapping[str, Any], where: str) -> float:
-    value = raw.get("lora_dropout") or 0.0
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise unsupported(where, "lora_dropout", value, "a probability below 1")
-    return float(value)
 
 
 def _adapted(

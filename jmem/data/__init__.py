@@ -7,7 +7,9 @@
     loader = jmem.data.Loader(jmem.data.pack(sequences, seq_len=512), batch_size=8)
     loader.batch(step)                                          # any step, no state
 
-Text without a file: `training, held_out = jmem.data.python_reference()`. Evaluation:
+Text without a file: `training, held_out = jmem.data.python_reference()`, and four tasks
+with prompts: `jmem.data.python_tasks()`. Rows of several loaders in each batch, for as
+many adapters or one model: `jmem.data.Joint((loader, other))`. Evaluation:
 `for batch in jmem.data.in_order(jmem.data.pack(held_out_sequences, 512), 8)`. Data that
 cannot be used raise `DataError`, a ValueError, before any training.
 """
@@ -16,7 +18,8 @@ from jmem.data.batch import Batch
 from jmem.data.builtin import Corpus, python_reference
 from jmem.data.chat import ChatTemplate, read_chats, read_template
 from jmem.data.document import DataError, Document
-from jmem.data.loader import Loader, in_order
+from jmem.data.loader import Joint, Loader, in_order
+from jmem.data.tasks import python_tasks
 from jmem.data.text import read
 from jmem.data.tokens import tokenise
 from jmem.data.windows import pack, pad
@@ -27,11 +30,13 @@ __all__ = [
     "Corpus",
     "DataError",
     "Document",
+    "Joint",
     "Loader",
     "in_order",
     "pack",
     "pad",
     "python_reference",
+    "python_tasks",
     "read",
     "read_chats",
     "read_template",

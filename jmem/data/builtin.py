@@ -48,6 +48,9 @@ TRAINING_MODULES = (
 # fmt: on
 
 
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 class Corpus(NamedTuple):
     """Documents to train on, and documents from other sources to judge by."""
 
@@ -55,10 +58,11 @@ class Corpus(NamedTuple):
     held_out: tuple[Document, ...]
 
 
-def python_reference() -> Corpus:
+def python_reference(*, also_held_out: Iterable[str] = ()) -> Corpus:
     """The default text: Python's own reference, split by source.
 
-    A source is named `topic:del` or `module:heapq`. Takes about a second.
+    A source is named `topic:del` or `module:heapq`. Modules in `also_held_out` are
+    held out too, after the others, which stay as they are. Takes about a second.
 
     Raises:
       DataError: this Python was installed without one of the sources.
@@ -69,7 +73,7 @@ def python_reference() -> Corpus:
     training = [_topic(topics, n) for n in names if n not in HELD_OUT_TOPICS]
     training += map(_module, TRAINING_MODULES)
     held_out = [_topic(topics, name) for name in HELD_OUT_TOPICS]
-    held_out += map(_module, HELD_OUT_MODULES)
+    held_out += map(_module, (*HELD_OUT_MODULES, *also_held_out))
     seen: set[str] = set()
     return Corpus(tuple(_news(training, seen)), tuple(_news(held_out, seen)))
 
@@ -90,26 +94,39 @@ def _topic(topics: dict[str, str], name: str) -> Document:
 
 def _module(name: str) -> Document:
     """Documentation strings of a module, laid out as the language reference is."""
-    path = Path(sysconfig.get_path("stdlib"), *name.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    try:
-        tree = ast.parse(path.read_bytes())
-    except OSError as error:
-        raise _missing(f"the source of module {name!r} ({path})") from error
+    tree = parsed(name)
     title = f'The "{name}" module'
     parts = [f"{title}\n{'*' * len(title)}", ast.get_docstring(tree) or ""]
     parts += _entries(tree, prefix=f"{name}.")
     return Document(text="\n\n".join(filter(None, parts)), source=f"module:{name}")
 
 
+def parsed(name: str) -> ast.Module:
+    """The source of a module of the standard library, which is not imported.
+
+    Raises:
+      DataError: this Python was installed without it.
+    """
+    path = Path(sysconfig.get_path("stdlib"), *name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    try:
+        return ast.parse(path.read_bytes())
+    except OSError as error:
+        raise _missing(f"the source of module {name!r} ({path})") from error
+
+
+def documented(parent: ast.Module | ast.ClassDef) -> Iterator[tuple[Definition, str]]:
+    """Its public members that have a documentation string, with that string."""
+    for node in parent.body:
+        if isinstance(node, Definition) and not node.name.startswith("_"):
+            text = ast.get_docstring(node)
+            if text:
+                yield node, text
+
+
 def _entries(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
     """A signature line and an indented text for each public, documented member."""
-    for node in parent.body:
-        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        text = ast.get_docstring(node)
-        if not text or node.name.startswith("_"):
-            continue
+    for node, text in documented(parent):
         if isinstance(node, ast.ClassDef):
             head = f"class {prefix}{node.name}"
             text = "\n\n".join([text, *_entries(node, prefix="")])
@@ -137,7 +154,7 @@ def _news(documents: Iterable[Document], seen: set[str]) -> Iterator[Document]:
     """Each document without what is in `seen`, to which its own runs are added."""
     for document in documents:
         text = _without(document["text"], seen)
-        words = _words(text)
+        words = words_of(text)
         if len(words) >= SHORTEST:
             seen.update(_runs(words))
             yield Document(text=text, source=document["source"])
@@ -149,9 +166,9 @@ def _without(text: str, seen: set[str]) -> str:
     Blank lines between paragraphs become one. A cut makes new neighbours, hence the
     loop.
     """
-    paragraphs = re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))
+    paragraphs = paragraphs_of(text)
     while True:
-        words = [(w, i) for i, p in enumerate(paragraphs) for w in _words(p)]
+        words = [(w, i) for i, p in enumerate(paragraphs) for w in words_of(p)]
         repeated = {
             paragraph
             for start, run in enumerate(_runs([word for word, _ in words]))
@@ -163,7 +180,12 @@ def _without(text: str, seen: set[str]) -> str:
         paragraphs = [p for i, p in enumerate(paragraphs) if i not in repeated]
 
 
-def _words(text: str) -> list[str]:
+def paragraphs_of(text: str) -> list[str]:
+    """What stands between blank lines."""
+    return re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))
+
+
+def words_of(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
@@ -173,7 +195,7 @@ def _runs(words: list[str]) -> list[str]:
 
 def _missing(what: str) -> DataError:
     return DataError(
-        f"python_reference: Python {platform.python_version()} comes without {what}. "
-        "Install the whole standard library, or give text of your own: "
-        "jmem.data.read(path)."
+        f"Python {platform.python_version()} comes without {what}, which the "
+        "built-in text is made of. Install the whole standard library, or give text of "
+        "your own: jmem.data.read(path)."
     )

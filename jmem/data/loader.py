@@ -62,6 +62,11 @@ class Loader:
         return self.data.tokens.shape[0]
 
     @property
+    def seq_len(self) -> int:
+        """Tokens a row, T."""
+        return self.data.tokens.shape[1]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps after which every row has been seen: N / batch_size, rounded up."""
         return -(-self.rows // self.batch_size)
@@ -94,9 +99,64 @@ class Loader:
         return Batch(*(np.asarray(leaf)[rows] for leaf in self.data))
 
 
-@functools.lru_cache(maxsize=4)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joint:
+    """The rows of several loaders in each batch, one loader's after another's.
+
+    For several adapters that are trained at once, each on the rows of its own loader
+    (`jmem.finetune.mixlora`), and as well for one model on several tasks: of B rows
+    every task has as many. A mean over all their targets is then moved most by the
+    task with the longest completions.
+
+    Loaders with as many rows as each other and one seed show the same row numbers in
+    one batch: give seeds of their own to those that tell of the same things.
+
+    Raises:
+      DataError: no loader; loaders whose batches have unequal shapes.
+    """
+
+    loaders: tuple[Loader, ...]
+    """Each goes through its own epochs, a short one sooner than a long one."""
+
+    def __post_init__(self):
+        if not self.loaders:
+            raise DataError("Joint: loaders is empty; give at least one Loader.")
+        first = self.loaders[0]
+        for number, loader in enumerate(self.loaders):
+            if loader.batch_size != first.batch_size:
+                raise DataError(
+                    f"Joint: loaders[{number}].batch_size={loader.batch_size} and "
+                    f"loaders[0].batch_size={first.batch_size}, but each gives as many "
+                    "rows to a batch. Make both loaders with one batch_size."
+                )
+            if loader.seq_len != first.seq_len:
+                raise DataError(
+                    f"Joint: loaders[{number}] has rows of {loader.seq_len} tokens and "
+                    f"loaders[0] of {first.seq_len}, but a batch has one length. Pad "
+                    "all to the longest: jmem.data.pad(sequences, seq_len="
+                    f"{max(other.seq_len for other in self.loaders)})."
+                )
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the loaders' own, in order."""
+        digests = "".join(loader.digest for loader in self.loaders)
+        return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every row of every loader has been seen."""
+        return max(loader.steps_per_epoch for loader in self.loaders)
+
+    def batch(self, step: SupportsIndex) -> Batch:
+        """Batch number `step`, NumPy arrays [B, T]: of J loaders, B / J rows each."""
+        batches = [loader.batch(step) for loader in self.loaders]
+        return Batch(*map(np.concatenate, zip(*batches)))
+
+
+@functools.lru_cache(maxsize=16)
 def order(seed: int, epoch: int, rows: int) -> Int64[np.ndarray, " N"]:
-    """The permutation of an epoch.
+    """The permutation of an epoch; kept for this epoch and the next of 8 loaders.
 
     Sorts raw 64-bit draws: NumPy promises that a bit generator's stream stays the same
     from release to release, and does not promise it of `Generator.permutation`.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jmem.data import rows
-from jmem.data.document import DataError, Document, nearest, text_of
+from jmem.data.document import DataError, Document, answered, nearest, text_of
 
 if TYPE_CHECKING:
     import datasets
@@ -151,11 +151,10 @@ def _document(row: Any, columns: tuple[str, ...], place: str) -> Document:
     """The text of one column; of two, the first is read and the second trained on."""
     *given, column = columns
     start = "".join(text_of(row, name, place, blank=True) for name in given)
-    text = start + text_of(row, column, place)
-    document = Document(text=text, source=place)
+    text = text_of(row, column, place)
     if given:
-        document["loss_spans"] = [(len(start), len(text))]
-    return document
+        return answered(start, text, place)
+    return Document(text=text, source=place)
 
 
 def _whole(path: Path) -> Document:

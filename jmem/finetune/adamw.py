@@ -182,8 +182,11 @@ class AdamW:
         rate: jax.Array,
         t: jax.Array,
         salt: jax.Array,
+        weight_decay: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Update number `t` (from 1) of a part of a weight: (w, its moments).
+
+        `rate`, `t` and `weight_decay` (in place of the field) broadcast against w.
 
         What `direction` and `descend` do to all of it, in float32. Moments of 16 or 8
         bits are rounded at random (`jmem.finetune.rounding`), by `salt`.
@@ -194,7 +197,8 @@ class AdamW:
         t = t.astype(jnp.float32)
         wide = w.astype(jnp.float32)
         moved = m / (1 - self.b1**t) / (jnp.sqrt(v / (1 - self.b2**t)) + self.eps)
-        wide -= rate * (moved + self.weight_decay * wide)
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        wide -= rate * (moved + decay * wide)
         return wide.astype(w.dtype), self._stored(m, v, salt)
 
     def _wide(self, state: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

@@ -236,7 +236,7 @@ class _Walk(NamedTuple):
 
         def layer_params(p, layer):
             """Of one layer, by what is trained of it and by what is not."""
-            return join(_nested(p, chosen), _row(rest, layer))
+            return join(nested(p, chosen), _row(rest, layer))
 
         def frozen(layer, x, dx, stacks):
             p = layer_params(_row(stacks, layer), layer)
@@ -318,7 +318,7 @@ class _Walk(NamedTuple):
             (layers, row_of, inputs),
             reverse=True,
         )
-        return dx, _nested(stacks, chosen), _nested(states, chosen), square
+        return dx, nested(stacks, chosen), nested(states, chosen), square
 
     # The head -------------------------------------------------------------------------
 
@@ -541,7 +541,7 @@ def _set(leaf, value, row, index, parts):
     return jax.lax.dynamic_update_slice(leaf, value[None], start)
 
 
-def _nested(flat: dict, like: Any) -> Any:
+def nested(flat: dict, like: Any) -> Any:
     """`flat`, by path, as the dicts of `like`, whose None it keeps."""
 
     def walk(tree, above):

@@ -36,7 +36,6 @@ from jmem.kvcache.plan import Plan
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.turn import check_turn, turn_attend
 from jmem.nn.ops import Ops
-from jmem.nn.quantised import linear
 from jmem.nn.stack import IN_PLACE, run_stack
 from jmem.program import Program
 from jmem.train.loss import token_positions
@@ -77,7 +76,7 @@ def prefill_step(
     attend = prefill_attend(
         plans, lengths, model.attention, model.config.sliding_window, model.chunk
     )
-    ops = Ops(attend, linear)
+    ops = model.ops._replace(attend=attend)
     carry = tuple(
         (cache, plan.policy.begin(plan))
         for plan, cache in zip(plans, caches, strict=True)
@@ -139,7 +138,7 @@ def read_on_step(
         *(plan, cache.start, before, lengths),
         *(model.attention, model.config.sliding_window, model.chunk),
     )
-    ops = Ops(attend, linear)
+    ops = model.ops._replace(attend=attend)
     carry = cache, plan.policy.begin(plan)
     x = model.embed(params, tokens, positions)
     x, carry, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
@@ -237,7 +236,8 @@ def decode_step(
     plan: Plan,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token a row, which enters the cache as `positions`."""
-    ops = Ops(decode_attend(plan, model.config.sliding_window), linear)
+    attend = decode_attend(plan, model.config.sliding_window)
+    ops = model.ops._replace(attend=attend)
     positions = positions[:, None]
     x = model.embed(params, tokens[:, None], positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)

@@ -43,8 +43,7 @@ from jmem.kvcache.scores import column_mass, pool
 from jmem.kvcache.select import select
 from jmem.nn.chunk import by_chunks
 from jmem.nn.norm import normalise
-from jmem.nn.ops import Attend, Ops
-from jmem.nn.quantised import linear
+from jmem.nn.ops import Attend
 from jmem.nn.stack import depth, run_stack
 from jmem.offload import (
     check_host,
@@ -344,13 +343,13 @@ def votes(
     """
     _check_layer(model, params, gem)
     positions = _positions(tokens)
-    attend = _attend(model, lengths)
+    ops = model.ops._replace(attend=_attend(model, lengths))
     blocks = params["blocks"]
 
     def below(layer, x):
         # By row, as a slice of a stack would be a copy of it.
         row = fetch_row(blocks, layer)
-        return model.block(row, x, positions, layer, Ops(attend, linear), ())[0]
+        return model.block(row, x, positions, layer, ops, ())[0]
 
     x = model.embed(params, tokens, positions)
     if gem.layer:
@@ -364,7 +363,7 @@ def votes(
     at = _voters(gem, tokens, lengths)
 
     def projected(name, x, heads, positions):
-        y = linear(name, voting[name], x)
+        y = ops.linear(name, voting[name], x)
         y = y.reshape(*x.shape[:2], heads, config.head_dim)
         return by_chunks(config.rope, y, positions, size=model.chunk)
 
@@ -602,7 +601,7 @@ def _recall(model, params: dict, gems: tuple[GemFilter, ...], tokens, lengths, s
 
     x = model.embed(params, tokens, positions)
     shape = (len(gems), model.config.layers, len(tokens))
-    recall, ops = jnp.zeros(shape, jnp.float32), Ops(attend, linear)
+    recall, ops = jnp.zeros(shape, jnp.float32), model.ops._replace(attend=attend)
     _, recall, _ = run_stack(model.block, params["blocks"], x, positions, ops, recall)
     return recall.mean(axis=2)
 

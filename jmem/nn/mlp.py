@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.nn.linear import Linear
-from jmem.nn.ops import LinearMap
+from jmem.nn.ops import Ops
 
 Activation = Literal["silu", "gelu", "gelu_new", "relu"]
 
@@ -23,7 +23,9 @@ ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))).
+    """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))), or what `ops` feeds.
+
+    Returns the output and `aux`, which is empty unless `ops.feed` says something.
 
     Source: gated: Shazeer, 2020, arXiv:2002.05202; plain: Vaswani et al., 2017,
     arXiv:1706.03762, section 3.3.
@@ -36,16 +38,18 @@ class MLP(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
-    def __call__(self, x: jax.Array, linear: LinearMap) -> jax.Array:
+    def __call__(self, x: jax.Array, ops: Ops) -> tuple[jax.Array, dict]:
         def project(name, features, x):
             leaf = Linear(features, self.use_bias, dtype=self.dtype, name=name)
-            return leaf(x, linear)
+            return leaf(x, ops.linear)
 
         activate = ACTIVATIONS[self.activation]
+        if ops.feed is not None and not self.is_initializing():
+            return ops.feed(dict(self.variables["params"]), x, activate)
         if self.gated:
             gate = project("gate", self.hidden, x)
             up = project("up", self.hidden, x)
             inner = activate(gate) * up
         else:
             inner = activate(project("up", self.hidden, x))
-        return project("down", x.shape[-1], inner)
+        return project("down", x.shape[-1], inner), {}

@@ -1,8 +1,9 @@
-"""The two doors into every model: how positions attend, how a linear map is applied.
+"""The doors into every model: how positions attend, how a linear map is applied.
 
-A block computes norms, activations and residuals; the two expensive things it does
-are arguments. LoRA, gradient taps, quantised and sparse weights are other `linear`s,
-KV caches and attention kernels other `attend`s; no module is ever patched.
+A block computes norms, activations and residuals; the expensive things it does are
+arguments. LoRA, gradient taps, quantised and sparse weights are other `linear`s, KV
+caches and attention kernels other `attend`s, experts another `feed`; no module is ever
+patched.
 
     attend(q, k, v, rope, positions, layer, carry) -> (out, carry)
         q [B,T,H,D], k and v [B,T,K,D]: queries and keys *before* rotation;
@@ -13,8 +14,11 @@ KV caches and attention kernels other `attend`s; no module is ever patched.
         name of the map ("q", "gate", "head" ...), its own parameter dict, its input
         [..., in]. The dict holds whatever the caller put there: "kernel" [in, out],
         perhaps "bias", perhaps leaves that only this `linear` understands.
+    feed(leaves, x, activate) -> (y, aux)
+        all of an MLP, from its dicts by name ("gate", "up", "down", others); `aux` is
+        what the block returns as such. None: down(activate(gate(x)) * up(x)).
 
-Neither may close over values that are differentiated: they are passed in, or lost.
+None may close over values that are differentiated: they are passed in, or lost.
 """
 
 from collections.abc import Callable
@@ -24,6 +28,7 @@ import jax
 
 Attend = Callable[..., tuple[jax.Array, Any]]
 LinearMap = Callable[[str, dict[str, jax.Array], jax.Array], jax.Array]
+Feed = Callable[[dict[str, Any], jax.Array, Callable], tuple[jax.Array, dict]]
 
 
 class Ops(NamedTuple):
@@ -31,3 +36,4 @@ class Ops(NamedTuple):
 
     attend: Attend
     linear: LinearMap
+    feed: Feed | None = None

@@ -335,7 +335,7 @@ class TestDora:
 REFUSED = {
     "another method": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; supported: LORA"),
     "no method": ({"peft_type": None}, "peft_type is missing"),
-    "DoRA": ({"use_dora": True}, "q_proj.lora_magnitude_vector' is missing"),
+    "DoRA": ({"use_dora": True}, "lora_magnitude_vector' is missing; use_dora and"),
     "DoRA text": ({"use_dora": "yes"}, "use_dora is 'yes'; supported: true or false"),
     "bias": ({"bias": "lora_only"}, "bias is 'lora_only'; supported: 'none'"),
     "bias of B": ({"lora_bias": True}, "lora_bias is True"),

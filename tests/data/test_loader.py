@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 from jmem.data.batch import Batch
 from jmem.data.document import DataError
-from jmem.data.loader import Loader, in_order, order
+from jmem.data.loader import Joint, Loader, in_order, order
+from jmem.train.loop import Data
 
 sizes = st.integers(1, 40).flatmap(
     lambda rows: st.tuples(st.just(rows), st.integers(1, rows))
@@ -154,3 +155,62 @@ class TestInOrder:
             np.testing.assert_array_equal(joined[:rows], getattr(data, field))
             assert not joined[rows:].any()
             assert joined.dtype == getattr(data, field).dtype
+
+
+class TestJoint:
+    def test_rows_of_each_loader_stand_together_in_order(self, numbered):
+        loaders = (Loader(numbered(7), 2, seed=1), Loader(numbered(5), 2, seed=2))
+        joint = Joint(loaders)
+        for step in range(9):
+            batch, parts = joint.batch(step), [x.batch(step) for x in loaders]
+            for field in Batch._fields:
+                joined, one, two = (getattr(b, field) for b in (batch, *parts))
+                assert joined.shape == (4, 3)
+                assert joined.dtype == one.dtype
+                np.testing.assert_array_equal(joined[:2], one)
+                np.testing.assert_array_equal(joined[2:], two)
+
+    def test_one_loader_is_that_loader(self, numbered):
+        loader = Loader(numbered(5), 2)
+        for ours, theirs in zip(Joint((loader,)).batch(3), loader.batch(3)):
+            np.testing.assert_array_equal(ours, theirs)
+
+    def test_it_trains_as_a_loader_does(self, numbered):
+        data: Data = Joint((Loader(numbered(5), 2),))
+        assert isinstance(data, Data)
+
+    def test_digest_is_of_every_loader_and_their_order(self, numbered):
+        one, two, other = (Loader(numbered(rows), 2) for rows in (4, 5, 6))
+        digests = [
+            Joint(loaders).digest
+            for loaders in ((one, two), (two, one), (one, other), (one,), (one, one))
+        ]
+        assert len(set(digests)) == 5
+        assert {len(digest) for digest in digests} == {16}
+
+    def test_digest_is_of_the_data_only(self, numbered):
+        made = [
+            Joint((Loader(numbered(4), size, seed=size), Loader(numbered(5), size)))
+            for size in (2, 3)
+        ]
+        assert made[0].digest == made[1].digest
+
+    def test_an_epoch_is_that_of_the_longest(self, numbered):
+        joint = Joint((Loader(numbered(4), 2), Loader(numbered(9), 2)))
+        assert joint.steps_per_epoch == 5
+
+    def test_refuses_no_loader(self):
+        with pytest.raises(DataError, match="loaders is empty; give at least one"):
+            Joint(())
+
+    def test_refuses_unequal_batch_sizes(self, numbered):
+        loaders = tuple(Loader(numbered(5), size) for size in (2, 2, 3))
+        message = r"loaders\[2\]\.batch_size=3 and loaders\[0\]\.batch_size=2, .* one b"
+        with pytest.raises(DataError, match=message):
+            Joint(loaders)
+
+    def test_refuses_unequal_lengths_and_names_the_longest(self, numbered):
+        loaders = tuple(Loader(numbered(5, length), 2) for length in (4, 3, 6))
+        message = r"loaders\[1\] .* of 3 tokens and loaders\[0\] of 4, .*seq_len=6\)"
+        with pytest.raises(DataError, match=message):
+            Joint(loaders)

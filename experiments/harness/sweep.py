@@ -1,0 +1,90 @@
+"""Methods at their best of several learning rates, over several seeds.
+
+    factors of a method's own rate, first seed    ->  the one of the least loss
+    that one, all other seeds                     ->  mean and spread
+
+The rate is chosen by one held-out loss and judged by another, of other text. Every
+single run leaves `done.json` in a folder of its own, so that a sweep of hours that was
+stopped goes on where it was; of a finished run only its losses and its metrics stay.
+"""
+
+import dataclasses
+import gc
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from experiments.harness.run import Run, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run: a method, a factor of its learning rate, a seed."""
+
+    method: str
+    factor: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-x{self.factor:g}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A method at its best rate."""
+
+    factor: float
+    edge: bool
+    """The best factor is the least or the greatest tried: one beyond may be better."""
+    losses: tuple[float, ...]
+    """One a seed, of text that chose nothing."""
+    more: tuple[dict[str, Any], ...]
+    """All that the trials told, one a seed."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.losses) / len(self.losses)
+
+
+def sweep(
+    run: Run,
+    methods: Iterable[str],
+    factors: tuple[float, ...],
+    seeds: tuple[int, ...],
+    train: Callable[[Trial, pathlib.Path], dict[str, Any]],
+) -> dict[str, Outcome]:
+    """Trains every method as said above.
+
+    `train(trial, folder)` gives {"choose": loss, "loss": loss} and what else JSON can
+    hold, and continues what it finds in the folder. Its checkpoints are removed once it
+    is done.
+    """
+
+    def result(trial: Trial) -> dict[str, Any]:
+        folder = run.folder_of(trial.name)
+        done = folder / "done.json"
+        if not done.exists():
+            found = train(trial, folder)
+            write_atomically(done, json.dumps(found, indent=1) + "\n")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            gc.collect()
+        return json.loads(done.read_text())
+
+    outcomes = {}
+    for method in methods:
+        tried = {f: result(Trial(method, f, seeds[0])) for f in factors}
+        best = min(tried, key=lambda factor: tried[factor]["choose"])
+        found = [
+            tried[best] if seed == seeds[0] else result(Trial(method, best, seed))
+            for seed in seeds
+        ]
+        outcomes[method] = Outcome(
+            best,
+            len(factors) > 1 and best in (min(factors), max(factors)),
+            tuple(one["loss"] for one in found),
+            tuple(found),
+        )
+    return outcomes

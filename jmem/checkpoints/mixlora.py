@@ -1,0 +1,350 @@
+"""MixLoRA adapters in and out of the folders of MoE-PEFT and of the plug-in mixlora.
+
+    found = jmem.checkpoints.load_mixlora("my-mixture", checkpoint.config)
+    found.adapters["mlp"]["router"]["kernel"]   # [L, M, E], beside gate, up and down
+    found.settings                              # rank, experts, router, top_k, ...
+    jmem.checkpoints.save_mixlora(found.adapters, config, "out", alpha=32, balance=1e-2)
+
+Format   adapter_config.json, and adapter_model.safetensors with, below
+         `mixlora.layers.0.`, the router `mlp.moe_gate.weight` [E, M], for each expert
+         of an adapted map of the MLP `mlp.gate_proj.experts.0.lora_A.weight` [r, in]
+         and `lora_B.weight` [out, r], and for each adapted map of attention
+         `self_attn.q_proj.lora_A.weight` and `lora_B.weight`.
+Checks   What the programs would compute otherwise than top-k or top-p routing among
+         experts of one rank and scale is refused by name: switch routing, DoRA, experts
+         with settings of their own, a temperature, another activation than the base's,
+         a classifier. A field unknown here is refused unless it is empty or false.
+Differs  Both programs read and write adapter_model.bin, a pickle; the tensors are the
+         same, and two lines of torch turn one file into the other. They fill what a
+         file lacks with fresh experts (MoE-PEFT) or stop (mixlora); here it is an
+         error. MoE-PEFT writes neither the balance loss's coefficient nor the jitter,
+         so that its adapters come back with its defaults, 0.001 and 0; here both are
+         written, and MoE-PEFT reads them. They stop at an alpha that is no integer and
+         at a dropout of 0, which are written as they are.
+DoRA     MoE-PEFT does not save the magnitudes it trains: such an adapter is not whole.
+Source   TUDB-Labs/MoE-PEFT 40f8cb7: adapters/mixlora/{config,model}.py,
+         common/config.py, model.py (tensor names), trainer.py (files).
+         TUDB-Labs/MixLoRA d59d09b: mixlora/{config,model}.py.
+"""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmem.checkpoints import adapter_files, fields, layout, lowrank
+from jmem.checkpoints.fields import unsupported
+from jmem.checkpoints.files import CheckpointError
+from jmem.checkpoints.huggingface import ACTIVATIONS
+from jmem.checkpoints.modules import Module, Stack, modules
+from jmem.checkpoints.names import family
+from jmem.models.decoder import DecoderConfig
+from jmem.program import by_key
+
+_ROUTER = "mlp/router/kernel"
+_STRATEGIES = {"mixlora": "top_k", "mixlora-dynamic": "top_p"}
+"""Routers by the programs' names of them."""
+_TOP_K, _TOP_P, _BALANCE, _JITTER = 2, 0.8, 0.001, 0.0
+"""What both programs take where a field is absent."""
+_FAMILIES = ("llama", "phi")
+"""Whose modules the programs know; Mistral and Qwen2 are Llamas by name."""
+_CONVERT = (
+    "convert it with torch, tensors = torch.load(path, weights_only=True) and "
+    "safetensors.torch.save_file(tensors, 'adapter_model.safetensors')"
+)
+_NO_PLACE = "classifiers, biases, trained magnitudes and further layers have none."
+
+_READ = (
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+    *("routing_strategy", "num_experts", "top_k", "top_p", "act_fn", "expert_lora"),
+    *("router_loss", "router_aux_loss_coef", "jitter_noise"),
+    "base_model_name_or_path",
+)
+_HARMLESS = (
+    *("name", "task_name", "lora_init", "router_init_range"),
+    # Of switch routing, which is refused.
+    *("router_z_loss_coef", "expert_capacity", "ffn_dropout", "sparse_step"),
+)
+"""Fields that change no value of an adapter that passes all other checks."""
+_NEUTRAL: Mapping[str, tuple] = {
+    "bias": ("none",),
+    "task_type": ("CAUSAL_LM", "QUESTION_ANS", None),
+    "use_dora": (False, None),
+    "temperature": (0.0, 1.0, None),
+}
+"""Fields that must be absent or hold one of these values."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """What a folder of MixLoRA holds."""
+
+    settings: dict[str, Any]
+    """rank, alpha, rslora, dropout, maps, experts, router ("top_k" or "top_p"), top_k,
+    top_p, balance (the auxiliary loss's coefficient), jitter and dora (False). Of top_k
+    and top_p, the one that `router` does not name is the programs' default."""
+    adapters: dict = dataclasses.field(repr=False)
+    """{"attention": {"q": {"lora_a", "lora_b"}, ...}, "mlp": {"router": {"kernel"},
+    "gate": {"lora_a", "lora_b"}, ...}}, JAX arrays. Of attention, lora_a [L, in, r] and
+    lora_b [L, r, out]; of the MLP, lora_a [L, in, E r] and lora_b [L, E r, out], where
+    expert e owns columns e r to (e + 1) r of A, and the same rows of B. As stored
+    (float32 if in several dtypes); the router is float32 [L, M, E]."""
+    base: str | None
+    """The model it was trained on, as the file says."""
+
+
+def load_mixlora(folder: str | os.PathLike[str], config: DecoderConfig) -> Mixture:
+    """Reads a folder of MixLoRA, of either program, for the decoder `config`.
+
+    Raises:
+      CheckpointError: a file is missing or damaged; the adapter computes something
+        else (names the field), or belongs to another base (names tensor and shapes).
+    """
+    folder = Path(folder)
+    raw, where = adapter_files.read_config(folder)
+    _check_family(config, where)
+    settings = _settings(raw, config, where)
+    base = adapter_files.base_of(raw, where)
+    chosen = _chosen(raw, config, where)
+    tensors = adapter_files.read_weights(folder, _CONVERT)
+
+    rank, experts = settings["rank"], settings["experts"]
+    router = _router(config, experts)
+    # The router comes first: it bounds how many names the experts may have.
+    stacks = itertools.chain([router], _stacks(chosen, experts, rank))
+    file = str(folder / adapter_files.WEIGHTS)
+    lowrank.check(stacks, tensors, file, base, _NO_PLACE)
+    ranks = {_named(one, experts): rank for one in chosen}
+    tree, _ = lowrank.assemble(ranks, tensors, rank)
+    kernel = lowrank.stacked(router, tensors, np.dtype(np.float32))
+    if not np.isfinite(kernel).all():
+        layer = np.isfinite(kernel).all((1, 2)).argmin()
+        raise CheckpointError(
+            f"{file}: tensor {router.names[layer]!r} holds values that are not finite, "
+            "so that no token has an expert. Take an earlier save of the adapter."
+        )
+    layout.insert(tree, _ROUTER, jnp.array(kernel))
+    maps = tuple(one.paths[0].rpartition("/")[2] for one in chosen)
+    return Mixture(settings=settings | {"maps": maps}, adapters=tree, base=base)
+
+
+def save_mixlora(
+    adapters: Mapping,
+    config: DecoderConfig,
+    folder: str | os.PathLike[str],
+    *,
+    alpha: float,
+    balance: float,
+    router: str = "top_k",
+    top_k: int = _TOP_K,
+    top_p: float = _TOP_P,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    jitter: float = _JITTER,
+    base: str | None = None,
+) -> None:
+    """Writes a folder that, its weights made a pickle, MoE-PEFT and mixlora open.
+
+    Rank, experts and maps are those of `adapters`, whose values keep their dtype. The
+    folder appears whole or not at all. For the programs,
+    torch.save(safetensors.torch.load_file("adapter_model.safetensors"),
+    "adapter_model.bin") goes beside it.
+
+    Args:
+      adapters: the tree of `Mixture`, JAX or NumPy arrays.
+      config: the decoder they belong to.
+      folder: one that is absent or empty.
+      alpha: products are scaled by alpha / rank; the programs need an integer ...
+      balance: coefficient of the loss that balances the experts.
+      router: "top_k" or "top_p": a token goes to so many experts, or to the first
+        that reach such a share. Only the one that it names is written, and the plug-in
+        opens "top_k" only.
+      top_k: experts a token.
+      top_p: share of the router's probability that the experts of a token reach.
+      rslora: ... or scaled by alpha / sqrt(rank).
+      dropout: what they were trained with; the programs need more than 0.
+      jitter: noise on the router's input in training. The plug-in adds it in use too.
+      base: name or folder of the base model, which the plug-in opens.
+
+    Raises:
+      CheckpointError: `adapters` does not fit `config`, a setting is none of the
+        programs', the folder exists and is not empty, or it cannot be written.
+    """
+    who = "save_mixlora"
+    _check_family(config, who)
+    strategies = {ours: theirs for theirs, ours in _STRATEGIES.items()}
+    if router not in strategies:
+        raise CheckpointError(
+            f"{who}: router={router!r} is not one of {', '.join(strategies)}."
+        )
+    given = by_key(adapters)
+    kernel = given.pop(_ROUTER, None)
+    experts = _experts_of(kernel, config, who)
+    known = [_named(one, experts) for one in modules(config)]
+    rank, ranks, tensors = lowrank.disassemble(given, known, config.layers, who)
+    tensors += lowrank.unstacked(_router(config, experts), kernel)
+    adapted = {one.paths for one in ranks}
+    raw = {
+        "act_fn": config.activation,  # without it the plug-in has none
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "jitter_noise": float(jitter),
+        "lora_alpha": adapter_files.shortest(alpha),
+        "lora_dropout": float(dropout),
+        "num_experts": experts,
+        "peft_type": "MIXLORA",
+        "r": rank,
+        "router_aux_loss_coef": float(balance),
+        "routing_strategy": strategies[router],
+        "target_modules": sorted(
+            one.short_name for one in modules(config) if one.paths in adapted
+        ),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": rslora,
+        **(
+            {"top_k": top_k}
+            if router == "top_k"
+            else {"top_p": float(top_p), "temperature": 0.0}
+        ),
+    }
+    _settings(raw, config, who)
+    adapter_files.write(Path(folder), raw, tensors)
+
+
+def _check_family(config: DecoderConfig, where: str) -> None:
+    if (kind := family(config)) not in _FAMILIES:
+        raise CheckpointError(
+            f"{where}: MixLoRA's programs have no names for the maps of a base like "
+            f"{kind}; supported are Llama, Mistral, Qwen2 and Phi."
+        )
+
+
+def _settings(
+    raw: Mapping[str, Any], config: DecoderConfig, where: str
+) -> dict[str, Any]:
+    """What `Mixture` says of its settings, but for maps; refuses all else by name."""
+    if raw.get("peft_type") != "MIXLORA":
+        raise unsupported(where, "peft_type", raw.get("peft_type"), "MIXLORA")
+    strategy = raw.get("routing_strategy")
+    if not isinstance(strategy, str) or strategy not in _STRATEGIES:
+        old = " (older folders: MixLoRA's misc/legacy_weights_convertor.py)"
+        rule = " or ".join(_STRATEGIES) + (old if strategy == "mixtral" else "")
+        raise unsupported(where, "routing_strategy", strategy, rule)
+    fields.neutral(raw, _NEUTRAL, where)
+    fields.nothing_more(
+        raw,
+        {*_READ, *_HARMLESS, *_NEUTRAL},
+        where,
+        "null or false, as the adapter would compute something else",
+    )
+    _check_activation(raw, config, where)
+    _check_experts(raw, where)
+    router, experts = _STRATEGIES[strategy], fields.size(raw, "num_experts", where)
+    top_k, top_p = min(_TOP_K, experts), _TOP_P
+    if router == "top_k":
+        top_k = fields.size(raw, "top_k", where, _TOP_K)
+        if top_k > experts:
+            rule = f"an integer of 1 to num_experts={experts}"
+            raise unsupported(where, "top_k", top_k, rule)
+    else:
+        top_p = fields.number(raw, "top_p", where, _TOP_P)
+        if top_p > 1:
+            raise unsupported(where, "top_p", top_p, "a number above 0 and up to 1")
+    balance = fields.number(raw, "router_aux_loss_coef", where, _BALANCE, or_zero=True)
+    if raw.get("router_loss") is not None:  # absent, it means true
+        balance *= fields.flag(raw, "router_loss", where)
+    return {
+        "rank": fields.size(raw, "r", where),
+        "alpha": fields.number(raw, "lora_alpha", where),
+        "rslora": fields.flag(raw, "use_rslora", where),
+        "dropout": fields.probability(raw, "lora_dropout", where, 0.0),
+        "experts": experts,
+        "router": router,
+        "top_k": top_k,
+        "top_p": top_p,
+        "balance": balance,
+        "jitter": fields.number(raw, "jitter_noise", where, _JITTER, or_zero=True),
+        "dora": False,
+    }
+
+
+def _check_activation(raw: Mapping[str, Any], config: DecoderConfig, where: str):
+    name = raw.get("act_fn")
+    is_own = isinstance(name, str) and ACTIVATIONS.get(name) == config.activation
+    if name is not None and not is_own:
+        raise unsupported(where, "act_fn", name, f"{config.activation!r}, the base's")
+
+
+def _check_experts(raw: Mapping[str, Any], where: str) -> None:
+    own = raw.get("expert_lora")
+    if fields.is_empty(own):
+        return
+    if not isinstance(own, dict) or any(
+        (value or None) != (raw.get(field) or None) for field, value in own.items()
+    ):
+        rule = "null, or what the adapter says itself: all have one rank and scale"
+        raise unsupported(where, "expert_lora", own, rule)
+
+
+def _chosen(
+    raw: Mapping[str, Any], config: DecoderConfig, where: str
+) -> tuple[Module, ...]:
+    """The modules of this decoder that target_modules names."""
+    value = raw.get("target_modules")
+    if isinstance(value, dict):
+        if not all(isinstance(wanted, bool) for wanted in value.values()):
+            raise unsupported(where, "target_modules", value, "names to true or false")
+        value = [name for name, wanted in value.items() if wanted]
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise unsupported(where, "target_modules", value, "a list of names")
+    known = modules(config)
+    chosen = tuple(one for one in known if one.short_name in value)
+    if not chosen:
+        rule = "linear maps of this decoder's blocks, such as "
+        rule += ", ".join(one.short_name for one in known)
+        raise unsupported(where, "target_modules", value, rule)
+    return chosen
+
+
+def _named(one: Module, experts: int) -> Module:
+    """The module, or its experts if it is of the MLP, under the programs' names."""
+    names = [name.removeprefix("model.") for name in one.names]
+    if not one.paths[0].startswith("mlp/"):
+        return dataclasses.replace(one, prefix="mixlora.", names=tuple(names))
+    each = (f"{name}.experts.{expert}" for name in names for expert in range(experts))
+    return dataclasses.replace(
+        one, prefix="mixlora.", names=tuple(each), experts=experts
+    )
+
+
+def _stacks(chosen: tuple[Module, ...], experts: int, rank: int) -> Iterator[Stack]:
+    for one in chosen:
+        yield from _named(one, experts).stacks(rank)
+
+
+def _router(config: DecoderConfig, experts: int) -> Stack:
+    names = (f"mixlora.layers.{i}.mlp.moe_gate.weight" for i in range(config.layers))
+    shape = (experts, config.hidden)
+    return Stack("kernel", shape, tuple(names), f"num_experts={experts}")
+
+
+def _experts_of(
+    kernel: jax.Array | np.ndarray | None, config: DecoderConfig, who: str
+) -> int:
+    """How many experts the router's stacked kernel chooses among."""
+    needed = f"config needs ({config.layers}, {config.hidden}, experts)"
+    if kernel is None:
+        raise CheckpointError(f"{who}: {_ROUTER} is missing; {needed}.")
+    if kernel.shape[:-1] != (config.layers, config.hidden) or not kernel.shape[-1]:
+        raise CheckpointError(f"{who}: {_ROUTER} has shape {kernel.shape}; {needed}.")
+    if kernel.dtype not in layout.WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"{who}: {_ROUTER} has dtype {kernel.dtype}; a router is float32."
+        )
+    return kernel.shape[-1]

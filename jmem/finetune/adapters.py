@@ -1,0 +1,96 @@
+"""One training step of adapters over frozen weights, moved inside the backward pass.
+
+Idea     A layer's adapters are read by nothing that the backward pass still has to do,
+         so they move as soon as their gradient is known: the gradients of one layer's
+         adapters exist, never those of all.
+Memory   L*B*T*M activations, one block's internals and one layer's gradients.
+Exact    The update that follows a whole backward pass. What is lost is anything that
+         looks at all gradients first (clipping by a norm) or adds several
+         (accumulation).
+See      jmem/finetune/mixlora.py, jmem/finetune/lora.py, tests/finetune/
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmem.finetune.layerwise import put_row
+from jmem.nn.ops import Ops
+from jmem.nn.stack import depth
+from jmem.offload import fetch
+from jmem.train.loss import token_positions
+
+
+def attach(tree: dict, adapters: dict) -> dict:
+    """`tree` with the leaves of `adapters` added at the same paths (nothing copied)."""
+    added = {
+        name: attach(tree.get(name, {}), value) if isinstance(value, dict) else value
+        for name, value in adapters.items()
+    }
+    return tree | added
+
+
+def fused_step(
+    model,
+    params: dict,
+    adapters: Any,
+    moments: Any,
+    batch,
+    ops: Ops,
+    nothing: jax.Array,
+    *,
+    head: Callable[[jax.Array], tuple[jax.Array, Any]],
+    balance: Callable[[dict], tuple[jax.Array, Any]],
+    move: Callable[[jax.Array, Any, Any, Any], tuple[Any, Any, jax.Array]],
+) -> tuple[Any, Any, jax.Array, Any, Any]:
+    """(adapters, moments, squares, what `head` saw, what `balance` saw).
+
+    `adapters` and `moments` are stacked on axis 0 as `params["blocks"]` is, at whose
+    paths the adapters belong. The loss is that of `head(x)`, on the last block's output
+    [B, T, M], and of `balance(aux)`, on what the blocks said, stacked to [L, ...]; each
+    returns (loss, more). `move(layer, adapters, moments, gradients)` makes one layer's
+    adapters and moments into the next, and what is summed over layers besides (squares
+    of gradients, float32), from `nothing` on.
+    """
+    positions = token_positions(batch.tokens)
+
+    def block(p, own, x, layer):
+        x, _, aux = model.block(attach(p, own), x, positions, layer, ops, None)
+        return x, aux
+
+    def forward(x, xs):
+        layer, p, own = xs
+        out, aux = block(fetch(p), own, x, layer)
+        return out, (x, aux)
+
+    layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
+    x = model.embed(params, batch.tokens, positions)
+    x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"], adapters))
+    (_, seen), dx = jax.value_and_grad(head, has_aux=True)(x)
+    (_, traffic), d_aux = jax.value_and_grad(balance, has_aux=True)(aux)
+
+    def backward(carry, xs):
+        dx, adapters, moments, squares = carry
+        layer, p, x, d_aux = xs
+        own, state = (
+            jax.tree.map(lambda a: a[layer], tree) for tree in (adapters, moments)
+        )
+        p = fetch(p)
+        _, pull = jax.vjp(lambda own, x: block(p, own, x, layer), own, x)
+        gradients, dx = pull((dx, d_aux))
+        own, state, more = move(layer, own, state, gradients)
+        adapters, moments = (
+            put_row(adapters, layer, own),
+            put_row(moments, layer, state),
+        )
+        return (dx, adapters, moments, squares + more), None
+
+    (_, adapters, moments, squares), _ = jax.lax.scan(
+        backward,
+        (dx, adapters, moments, nothing),
+        (layers, params["blocks"], inputs, d_aux),
+        reverse=True,
+    )
+    return adapters, moments, squares, seen, traffic
