@@ -135,9 +135,9 @@ def page(claims: Claims, records: Records) -> str:
 
 
 def choices(everything: list[tuple[Claims, Records]]) -> str:
-    """Which method trains which model on which card: claims with a `choice`, by bytes.
+    """Which method trains which model on which card: claims with a `choice`.
 
-    A card is named if the upper end of the interval fits in its `ROOM`.
+    By model and bytes. A card is named if the interval's upper end fits in its `ROOM`.
     """
     rows = [
         "| model | method | trains | device memory | fits |",
@@ -149,8 +149,9 @@ def choices(everything: list[tuple[Claims, Records]]) -> str:
         for claim in claims.by_name.values()
         if claim.choice and (mine := current(claim, records))
     ]
+    found.sort(key=lambda row: row[1].value)
     models = list(dict.fromkeys(choice[0] for choice, _ in found))
-    found.sort(key=lambda row: (models.index(row[0][0]), row[1].value))
+    found.sort(key=lambda row: models.index(row[0][0]))
     for choice, mine in found:
         most = max(mine.interval or (mine.value,))
         cards = [card for card, room in ROOM.items() if most <= room * 2**30]

@@ -4,6 +4,7 @@
     checkpoint.config, checkpoint.tokenizer             # no weights are read for these
     params = checkpoint.params()                        # the decoder's stacked tree
     small = checkpoint.params(packed=True)              # GGUF's types kept as they are
+    small = checkpoint.params(packed="NF4")             # quantised on the way in
     jmem.checkpoints.save(params, checkpoint.config, "exported", like=checkpoint)
     jmem.checkpoints.load_adapter("my-lora", checkpoint.config)  # and save_adapter
     jmem.checkpoints.load_mixlora("mixture", checkpoint.config)  # and save_mixlora
@@ -26,7 +27,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -92,7 +93,7 @@ class Checkpoint:
     tensors: Mapping[str, tuple[LazyTensor, ...]] = dataclasses.field(repr=False)
     """The stored tensors of each parameter ("blocks/mlp/up/kernel"), layer by layer."""
 
-    def params(self, *, packed: bool = False) -> dict:
+    def params(self, *, packed: bool | Literal["NF4", "NF4_DOUBLE"] = False) -> dict:
         """The decoder's parameters as JAX arrays, blocks stacked [L, ...].
 
         Fills one leaf at a time, in place: peak memory is the result and one stored
@@ -102,11 +103,14 @@ class Checkpoint:
           packed: keep the blocks' linear maps as a GGUF file's bytes, to be dequantised
             where they are used (`jmem.nn.quantised`, which generation and LoRA know).
             Types that can are Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; a map
-            with a layer of another is dequantised, as are embedding, norms and head.
+            with a layer of another is dequantised, as are embedding, norms and head. Or
+            a type of `jmem.nn.nf4`: those maps are quantised to it, a layer as it is
+            read, so that the device never holds them at full width.
 
         Raises:
           CheckpointError: a file changed since `load`, a value overflows `dtype`, or
             nothing can stay packed.
+          ValueError: another type, or a map whose rows are not whole blocks of it.
         """
         return layout.assemble(self.config, self.tensors, self.dtype, packed)
 

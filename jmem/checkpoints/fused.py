@@ -3,6 +3,9 @@
 GPT-2's `c_attn` computes q, k and v; an adapter of it has one A [in, rank] for the
 three, and a B [rank, 3 out]. Arrays are stacked: a [L, in, rank], b [L, rank, out].
 
+A magnitude [L, out] (DoRA) belongs to columns, and is joined and cut as they are; a map
+without an adapter has none, so there all three have one.
+
 Joined   Adapters whose A's are equal, bit for bit, share it: the rank stays. Others are
          stacked, A = [A_q A_k A_v], and B holds theirs on its diagonal: three times the
          rank, and the very products. A map without an adapter is zeros.
@@ -17,12 +20,19 @@ import numpy as np
 from jaxtyping import Shaped
 
 Pair = dict[str, np.ndarray]
-"""{"lora_a": [L, in, rank], "lora_b": [L, rank, out]}."""
+"""{"lora_a": [L, in, rank], "lora_b": [L, rank, out]}, and perhaps "magnitude"."""
 
 
 def joined(pairs: Sequence[Pair | None]) -> Pair:
-    """One adapter that computes the products of all, side by side; not all are None."""
+    """One adapter that computes the products of all, side by side; not all are None.
+
+    None of them is None where they have magnitudes.
+    """
     present = [pair for pair in pairs if pair is not None]
+    if "magnitude" in present[0]:
+        lengths = [pair["magnitude"] for pair in present]
+        bare = [_without(pair) for pair in present]
+        return joined(bare) | {"magnitude": np.concatenate(lengths, axis=-1)}
     a, b = present[0]["lora_a"], present[0]["lora_b"]
     if all(pair["lora_a"].tobytes() == a.tobytes() for pair in present):
         thirds = [
@@ -40,7 +50,15 @@ def joined(pairs: Sequence[Pair | None]) -> Pair:
 
 
 def cut(pair: Pair, parts: int, rank: int) -> list[Pair | None]:
-    """The adapter of each map; None where A and B are both zeros, which never learn."""
+    """The adapter of each map; None where A and B are both zeros, which never learn.
+
+    One with a magnitude does learn, and stays.
+    """
+    if "magnitude" in pair:
+        bare, zeros = _without(pair), _zeros(pair, parts, rank)
+        found = [own or zeros for own in cut(bare, parts, rank)]
+        lengths = np.split(pair["magnitude"], parts, axis=-1)
+        return [own | {"magnitude": part} for own, part in zip(found, lengths)]
     a, b = pair["lora_a"], pair["lora_b"]
     if a.shape[-1] == parts * rank:
         blocks = _blocks(b, parts, rank)
@@ -52,6 +70,20 @@ def cut(pair: Pair, parts: int, rank: int) -> list[Pair | None]:
         if any(alive) and not blocks[~np.eye(parts, dtype=bool)].any():
             return alive
     return [{"lora_a": a, "lora_b": third} for third in np.split(b, parts, axis=-1)]
+
+
+def _without(pair: Pair) -> Pair:
+    return {name: value for name, value in pair.items() if name != "magnitude"}
+
+
+def _zeros(pair: Pair, parts: int, rank: int) -> Pair:
+    a, b = pair["lora_a"], pair["lora_b"]
+    layers, inputs, _ = a.shape
+    outputs = b.shape[-1] // parts
+    return {
+        "lora_a": np.zeros((layers, inputs, rank), a.dtype),
+        "lora_b": np.zeros((layers, rank, outputs), b.dtype),
+    }
 
 
 def _blocks(
@@ -68,7 +100,7 @@ def padded(pair: Pair, rank: int) -> Pair:
     more = rank - a.shape[-1]
     if not more:
         return pair
-    return {
+    return pair | {
         "lora_a": np.pad(a, ((0, 0), (0, 0), (0, more))),
         "lora_b": np.pad(b, ((0, 0), (0, more), (0, 0))),
     }

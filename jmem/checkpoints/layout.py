@@ -19,7 +19,14 @@ import numpy as np
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.names import Leaf, Naming, family, leaves
 from jmem.models.decoder import DecoderConfig
-from jmem.nn.quantised import KINDS
+from jmem.nn.quantised import (
+    GGUF,
+    KINDS,
+    PACKERS,
+    check_blocks,
+    check_packer,
+    packed_rows,
+)
 from jmem.program import by_key
 
 WEIGHT_DTYPES = tuple(np.dtype(d) for d in ("float32", ml_dtypes.bfloat16, "float16"))
@@ -104,31 +111,46 @@ def assemble(
     config: DecoderConfig,
     found: Mapping[str, tuple[LazyTensor, ...]],
     dtype: np.dtype,
-    packed: bool = False,
+    packed: bool | str = False,
 ) -> dict:
     """Reads the tensors that `match` found into the decoder's parameter tree.
 
     With `packed`, a block's linear map whose layers are all of types that can stay so
-    is the leaf of `jmem.nn.quantised`.
+    is the leaf of `jmem.nn.quantised`; with the name of a type all its linear maps are,
+    each layer quantised as it is read.
 
     Raises:
       CheckpointError: a file changed since it was checked, a value overflows dtype, or
         nothing can stay packed.
+      ValueError: rows are not whole blocks of the type.
     """
     params: dict = {}
-    stay = {leaf.path for leaf in leaves(config) if packed and _can_stay(leaf, found)}
-    if packed and not stay:
+    kind = packed if isinstance(packed, str) else None
+    if kind is not None:
+        _check_kind(config, kind)
+    stay = {
+        leaf.path
+        for leaf in leaves(config)
+        if packed is True and _can_stay(leaf, found)
+    }
+    if packed is True and not stay:
         tensors = [tensor for members in found.values() for tensor in members]
         kinds = sorted({t.kind or str(t.dtype) for t in tensors})
         raise CheckpointError(
             f"{tensors[0].origin}: no linear map can stay packed, as its tensors are "
-            f"of the types {', '.join(kinds)}. Supported are {', '.join(KINDS)}. Load "
-            "it with packed=False."
+            f"of the types {', '.join(kinds)}. Supported are {', '.join(GGUF)}. Load "
+            f"it with packed=False, or quantise it, packed={next(iter(PACKERS))!r}."
         )
     for leaf in leaves(config):
         members = found[leaf.path]
+        parts = None
         if leaf.path in stay:
-            for name, value in _packed(members).items():
+            parts = _packed(members)
+        elif kind is not None and _is_map(leaf):
+            kernels = (leaf.taken_from(_cast(tensor, dtype)) for tensor in members)
+            parts = _quantised(kernels, (len(members), *leaf.shape), kind)
+        if parts is not None:
+            for name, value in parts.items():
                 insert(params, leaf.path.removesuffix("kernel") + name, value)
             continue
         if leaf.stacked:
@@ -141,8 +163,36 @@ def assemble(
 
 
 def _can_stay(leaf: Leaf, found: Mapping[str, tuple[LazyTensor, ...]]) -> bool:
-    is_map = leaf.stacked and leaf.path.endswith("/kernel")
-    return is_map and all(tensor.kind in KINDS for tensor in found[leaf.path])
+    return _is_map(leaf) and all(t.kind in GGUF for t in found[leaf.path])
+
+
+def _is_map(leaf: Leaf) -> bool:
+    return leaf.stacked and leaf.path.endswith("/kernel")
+
+
+def _check_kind(config: DecoderConfig, kind: str) -> None:
+    """Refuses a type that no kernel can be packed to, or not these."""
+    check_packer("params", "packed", kind)
+    for leaf in filter(_is_map, leaves(config)):
+        check_blocks("params", leaf.path.split("/")[-2], kind, leaf.shape[0])
+
+
+def _quantised(
+    kernels: Iterable[np.ndarray], shape: tuple[int, ...], kind: str
+) -> dict[str, jax.Array]:
+    """As `_packed`, of kernels [in, out]; one at a time is on the device."""
+    layers, inputs, outputs = shape
+    rows = (_quantise(kind, kernel) for kernel in kernels)
+    packed = layers, outputs, KINDS[kind].row_bytes(inputs)
+    return {
+        "packed": _stacked(rows, packed, np.dtype(np.uint8)),
+        f"kind/{kind}": jnp.ones((layers,), jnp.bool),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantise(kind: str, kernel: jax.Array) -> jax.Array:
+    return packed_rows(kind, kernel.T)
 
 
 def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
@@ -162,7 +212,7 @@ def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
 
 
 def _stacked(
-    rows: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype
+    rows: Iterable[np.ndarray | jax.Array], shape: tuple[int, ...], dtype: np.dtype
 ) -> jax.Array:
     """The rows as one array, filled in place: beside it there is one row."""
     value = jnp.zeros(shape, dtype)

@@ -1,7 +1,7 @@
-"""The A's and B's of an adapter's file to the tree that is trained, and back.
+"""The A's, B's and magnitudes of an adapter's file to the tree trained, and back.
 
 Experts lie side by side: where a layer has several adapters of a map, the first owns
-the first `rank` columns of A and rows of B, and so on.
+the first `rank` columns of A and rows of B, and so on. Such maps have no magnitudes.
 """
 
 import functools
@@ -67,16 +67,21 @@ def check(
 
 
 def assemble(
-    ranks: Mapping[Module, int], tensors: Mapping[str, LazyTensor], rank: int
+    ranks: Mapping[Module, int],
+    tensors: Mapping[str, LazyTensor],
+    rank: int,
+    dora: bool = False,
 ) -> tuple[dict, int]:
     """The tree of adapters, and the one rank of all: `rank`, or the highest found."""
-    halves = {one: list(one.halves(own)) for one, own in ranks.items()}
-    names = [name for pair in halves.values() for half in pair for name in half.names]
-    dtype = layout.widest(tensors[name] for name in names)
+    stacks = {one: list(one.stacks(own, dora)) for one, own in ranks.items()}
+    dtypes = _widest([stack for own in stacks.values() for stack in own], tensors)
     tree: dict = {}
     # A module of several maps goes first: it may raise the rank of all.
-    for one in sorted(halves, key=lambda one: len(one.paths), reverse=True):
-        pair = {half.leaf: stacked(half, tensors, dtype) for half in halves[one]}
+    for one in sorted(stacks, key=lambda one: len(one.paths), reverse=True):
+        pair = {
+            stack.leaf: stacked(stack, tensors, dtypes[stack.leaf])
+            for stack in stacks[one]
+        }
         parts = dict(zip(one.paths, fused.cut(pair, len(one.paths), rank)))
         rank = max(rank, *(part["lora_a"].shape[-1] for part in parts.values() if part))
         for path, part in parts.items():
@@ -87,16 +92,28 @@ def assemble(
     return tree, rank
 
 
+def _widest(
+    stacks: Sequence[Stack], tensors: Mapping[str, LazyTensor]
+) -> dict[str, np.dtype]:
+    """One for A's and B's, and one for magnitudes, which are stored in more digits."""
+    found = {}
+    for leaves in (("lora_a", "lora_b"), ("magnitude",)):
+        alike = [stack for stack in stacks if stack.leaf in leaves]
+        dtype = layout.widest(tensors[name] for stack in alike for name in stack.names)
+        found |= dict.fromkeys(leaves, dtype)
+    return found
+
+
 def stacked(
     stack: Stack, tensors: Mapping[str, LazyTensor], dtype: np.dtype
-) -> Shaped[np.ndarray, "LE columns rows"]:
+) -> Shaped[np.ndarray, "LE ..."]:
     """The tensors of a stack, each transposed to our layout."""
     return np.stack([tensors[name].read().T.astype(dtype) for name in stack.names])
 
 
 def _beside(
-    value: Shaped[np.ndarray, "LE rows columns"], half: str, experts: int
-) -> Shaped[np.ndarray, "L all_rows all_columns"]:
+    value: Shaped[np.ndarray, "LE ..."], half: str, experts: int
+) -> Shaped[np.ndarray, "L ..."]:
     """The experts of each layer side by side along their rank."""
     if experts == 1:
         return value
@@ -105,7 +122,11 @@ def _beside(
 
 
 def disassemble(
-    adapters: Mapping, known: Iterable[Module], layers: int, who: str
+    adapters: Mapping,
+    known: Iterable[Module],
+    layers: int,
+    who: str,
+    dora: bool = False,
 ) -> tuple[int, dict[Module, int], list[LazyTensor]]:
     """The tree's rank, the rank of each adapted module, and the file's tensors.
 
@@ -122,13 +143,15 @@ def disassemble(
     )
     ranks, tensors = {}, []
     for one in known:
-        pairs = [_taken(given, one, path, rank, layers, who) for path in one.paths]
+        pairs = [
+            _taken(given, one, path, rank, layers, who, dora) for path in one.paths
+        ]
         if not any(pairs):
             continue
         pair = _joined(one, pairs, who)
         ranks[one] = pair["lora_a"].shape[-1] // one.experts
-        for half in one.halves(ranks[one]):
-            tensors += unstacked(half, pair[half.leaf], one.experts)
+        for stack in one.stacks(ranks[one], dora):
+            tensors += unstacked(stack, pair[stack.leaf], one.experts)
     if given or rank is None:
         raise CheckpointError(
             f"{who}: {next(iter(given), 'adapters')!r} is no adapter of a linear map "
@@ -144,11 +167,17 @@ def _taken(
     rank: int | None,
     layers: int,
     who: str,
+    dora: bool,
 ) -> dict[str, Any]:
-    """A and B of the map at `path`, which leave `given`; empty if it has neither."""
+    """The parts of the map at `path`, which leave `given`; empty if it has none."""
     inputs, outputs = one.shape
     width = one.experts * (rank or 0)
-    needed = {"lora_a": (layers, inputs, width), "lora_b": (layers, width, outputs)}
+    needed: dict[str, tuple[int, ...]] = {
+        "lora_a": (layers, inputs, width),
+        "lora_b": (layers, width, outputs),
+    }
+    if dora:
+        needed["magnitude"] = (layers, outputs)
     pair = {half: given.pop(f"{path}/{half}", None) for half in needed}
     if all(value is None for value in pair.values()):
         return {}
@@ -157,7 +186,7 @@ def _taken(
             raise CheckpointError(
                 f"{who}: {path}/{half} "
                 + ("is missing" if value is None else f"has shape {value.shape}")
-                + f"; config, and one rank for all maps, need {needed[half]}."
+                + f"; config, and one rank and kind for all maps, need {needed[half]}."
             )
         if value.dtype not in layout.WEIGHT_DTYPES:
             raise CheckpointError(
@@ -170,7 +199,19 @@ def _joined(one: Module, pairs: Sequence[dict[str, Any]], who: str) -> dict[str,
     """The adapter of a module: that of its map, or of its maps, then on the host."""
     if len(pairs) == 1:
         return pairs[0]
-    dtypes = {str(value.dtype) for pair in pairs for value in pair.values()}
+    if any("magnitude" in pair for pair in pairs) and not all(pairs):
+        bare = [path for path, pair in zip(one.paths, pairs) if not pair]
+        raise CheckpointError(
+            f"{who}: {', '.join(bare)} has no adapter, but is computed by one module "
+            f"with others, {one.short_name}, whose DoRA needs the magnitude of all. "
+            "Train it with maps that name all of them, or save the merged weights."
+        )
+    dtypes = {
+        str(value.dtype)
+        for pair in pairs
+        for leaf, value in pair.items()
+        if leaf != "magnitude"
+    }
     if len(dtypes) > 1:
         raise CheckpointError(
             f"{who}: adapters of {', '.join(one.paths)} have dtypes "
@@ -183,7 +224,10 @@ def _joined(one: Module, pairs: Sequence[dict[str, Any]], who: str) -> dict[str,
 def unstacked(
     stack: Stack, value: jax.Array | np.ndarray, experts: int = 1
 ) -> list[LazyTensor]:
-    """The tensors of a stack, each copied to the host when read."""
+    """The tensors of a stack, each copied to the host when read.
+
+    Experts are cut apart along the rank of A or B; of one, a layer is whole.
+    """
     dtype = np.dtype(value.dtype)
     is_b = stack.leaf == "lora_b"
     rank = stack.shape[1 if is_b else 0]

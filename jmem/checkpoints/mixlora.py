@@ -325,7 +325,7 @@ def _named(one: Module, experts: int) -> Module:
 
 def _stacks(chosen: tuple[Module, ...], experts: int, rank: int) -> Iterator[Stack]:
     for one in chosen:
-        yield from _named(one, experts).halves(rank)
+        yield from _named(one, experts).stacks(rank)
 
 
 def _router(config: DecoderConfig, experts: int) -> Stack:

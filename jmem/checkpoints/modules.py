@@ -20,12 +20,12 @@ class Stack(NamedTuple):
 
     leaf: str
     """Ours: "lora_a"."""
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     """Of each of them, as torch has it."""
     names: tuple[str, ...]
     """Layer by layer, and in a layer expert by expert."""
     because: str
-    """What the shape follows from beside the base: "r=4"."""
+    """What, beside the base, asks for it and its shape: "r=4"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,17 @@ class Module:
         """The last part of its name: "q_proj"."""
         return self.names[0].rpartition(".")[2]
 
-    def halves(self, rank: int) -> Iterator[Stack]:
-        """The tensors of A, then of B, of adapters of this rank."""
+    def stacks(self, rank: int, dora: bool = False) -> Iterator[Stack]:
+        """The tensors of A, B and, of DoRA, magnitude, of adapters of this rank."""
         inputs, outputs = self.shape[0], len(self.paths) * self.shape[1]
         for half, shape in (("a", (rank, inputs)), ("b", (outputs, rank))):
             names = tuple(_tensor(self.prefix + name, half) for name in self.names)
             yield Stack(f"lora_{half}", shape, names, f"r={rank}")
+        if dora:
+            names = tuple(
+                f"{self.prefix}{name}.lora_magnitude_vector" for name in self.names
+            )
+            yield Stack("magnitude", (outputs,), names, "use_dora")
 
 
 def modules(config: DecoderConfig) -> tuple[Module, ...]:

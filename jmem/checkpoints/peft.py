@@ -1,15 +1,16 @@
 """LoRA adapters in and out of the folders that Hugging Face's PEFT reads and writes.
 
     found = jmem.checkpoints.load_adapter("my-lora", checkpoint.config)
-    lora = Lora(**found.settings)               # rank, alpha, maps, rslora, dropout
+    lora = Lora(**found.settings)         # rank, alpha, maps, rslora, dora, dropout
     state = lora.init(model, params, key, found.adapters)
     jmem.checkpoints.save_adapter(state["lora"], config, "out", alpha=lora.alpha)
 
 Format   adapter_config.json, and adapter_model.safetensors with two tensors for each
          adapted map of each layer: `lora_A.weight` [r, in], `lora_B.weight` [out, r],
-         below the map's own name with `base_model.model.` before it.
+         below the map's own name with `base_model.model.` before it. DoRA (`use_dora`)
+         has a third, `lora_magnitude_vector` [out].
 Checks   What PEFT would compute otherwise than y = x W + scale * x A B on whole stacks
-         of layers is refused by name: DoRA and other variants, biases, trained
+         of layers, or DoRA of that, is refused by name: other variants, biases, trained
          embeddings, a rank or alpha of some layers' own, initialisations that changed
          the base. A field unknown here is refused unless it is empty or false.
 GPT-2    Its q, k and v are one module, c_attn. Its adapter gives the three the same A
@@ -18,12 +19,13 @@ GPT-2    Its q, k and v are one module, c_attn. Its adapter gives the three the 
          and B block-diagonal, zeros where one of the three has none, at the same scale:
          rank_pattern and alpha_pattern say so. That one gives the three back or, once
          PEFT has trained it and B is full, gives all maps its rank.
+         A magnitude goes with its columns, so DoRA needs all three adapted.
 Differs  PEFT fills what a file lacks with fresh adapters, and warns; here it is an
          error. Maps chosen by a regular expression are those the file holds: a pattern
          of somebody else's is not run. Dropout is drawn anew for each of GPT-2's q, k
          and v, which PEFT gives the same.
 Source   huggingface/peft 0.20: utils/save_and_load.py, tuners/lora/{config,layer,
-         model}.py, tuners/tuners_utils.py (what a target names).
+         model,dora}.py, tuners/tuners_utils.py (what a target names).
 """
 
 import dataclasses
@@ -38,6 +40,7 @@ from jmem.checkpoints.fields import unsupported
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.modules import Module, holds, modules, suffixes, target
 from jmem.models.decoder import DecoderConfig
+from jmem.program import by_key
 
 _FUSED, _PARTS = "c_attn", 3
 """GPT-2's module of q, k and v."""
@@ -54,7 +57,7 @@ _NO_PLACE = (
 )
 
 _READ = (
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
     *("target_modules", "exclude_modules", "base_model_name_or_path"),
 )
 _HARMLESS = (
@@ -78,16 +81,18 @@ class Adapter:
     """What a PEFT folder holds."""
 
     settings: dict[str, Any]
-    """rank, alpha, maps, rslora, dropout: the fields of `jmem.finetune.lora.Lora`."""
+    """rank, alpha, maps, rslora, dora, dropout: the fields of
+    `jmem.finetune.lora.Lora`."""
     adapters: dict = dataclasses.field(repr=False)
     """{"attention": {"q": {"lora_a", "lora_b"}}, ...}: lora_a [L, in, rank] and lora_b
-    [L, rank, out], JAX arrays, as stored (float32 if stored in several dtypes)."""
+    [L, rank, out], JAX arrays, as stored (float32 if stored in several dtypes). DoRA's
+    also "magnitude" [L, out]."""
     base: str | None
     """The model it was trained on, as the file says."""
 
 
 def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapter:
-    """Reads a PEFT folder of LoRA or rank-stabilised LoRA for the decoder `config`.
+    """Reads a PEFT folder of LoRA, rank-stabilised or not, or DoRA for `config`.
 
     Raises:
       CheckpointError: a file is missing or damaged; the adapter computes something
@@ -100,6 +105,7 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
     rank = fields.size(raw, "r", where)
     alpha = fields.number(raw, "lora_alpha", where)
     rslora = fields.flag(raw, "use_rslora", where)
+    dora = fields.flag(raw, "use_dora", where)
     dropout = fields.probability(raw, "lora_dropout", where, 0.0)
     is_wide = _is_wide(raw, rank, alpha, rslora, where)
     base = adapter_files.base_of(raw, where)
@@ -109,13 +115,14 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
     )
     adapted = _adapted(raw, known, tensors, where)
     ranks = {one: rank * (len(one.paths) if is_wide else 1) for one in adapted}
-    stacks = [stack for one, own in ranks.items() for stack in one.halves(own)]
+    stacks = [stack for one, own in ranks.items() for stack in one.stacks(own, dora)]
     lowrank.check(stacks, tensors, str(folder / adapter_files.WEIGHTS), base, _NO_PLACE)
-    tree, common = lowrank.assemble(ranks, tensors, rank)
+    tree, common = lowrank.assemble(ranks, tensors, rank, dora)
     settings = {
         "rank": common,
         "alpha": alpha if common == rank else _widened(alpha, rslora),
         "rslora": rslora,
+        "dora": dora,
         "dropout": dropout,
         "maps": tuple(name for part in tree.values() for name in part),
     }
@@ -134,8 +141,9 @@ def save_adapter(
 ) -> None:
     """Writes a folder that PEFT opens (`PeftModel.from_pretrained(model, folder)`).
 
-    Rank and maps are those of `adapters`, whose values keep their dtype; GPT-2's q, k
-    and v are joined, as said above. The folder appears whole or not at all.
+    Rank, maps and whether it is DoRA are those of `adapters`, whose values keep their
+    dtype; GPT-2's q, k and v are joined, as said above. The folder appears whole or not
+    at all.
 
     Args:
       adapters: the tree of `jmem.finetune.lora.Lora`, JAX or NumPy arrays.
@@ -152,8 +160,9 @@ def save_adapter(
     """
     folder = Path(folder)
     known = modules(config)
+    dora = any(path.endswith("/magnitude") for path in by_key(adapters))
     rank, ranks, tensors = lowrank.disassemble(
-        adapters, known, config.layers, "save_adapter"
+        adapters, known, config.layers, "save_adapter", dora
     )
     others = [one for one in known if one not in ranks]
     is_wide = any(own != rank for own in ranks.values())
@@ -170,7 +179,7 @@ def save_adapter(
         "r": rank,
         "target_modules": sorted({target(one, others) for one in ranks}),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": rslora,
         **(_patterns(rank, alpha, rslora) if is_wide else {}),
     }
@@ -180,7 +189,7 @@ def save_adapter(
 
 
 def _check_kind(raw: Mapping[str, Any], known: Iterable[Module], where: str) -> None:
-    """Refuses every adapter that is not plain LoRA on such modules."""
+    """Refuses every adapter that is not LoRA or DoRA on such modules."""
     if raw.get("peft_type") != "LORA":
         raise unsupported(where, "peft_type", raw.get("peft_type"), "LORA")
     fields.neutral(raw, _NEUTRAL, where)

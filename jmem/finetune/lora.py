@@ -4,18 +4,31 @@ Paper    Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021,
          arXiv:2106.09685. Here a baseline beside the methods that jmem is about.
          rsLoRA: Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with
          LoRA, 2023, arXiv:2312.03732: alpha / sqrt(rank), so that a high rank learns.
+         QLoRA: Dettmers et al., 2023, arXiv:2305.14314: W in 4 bits (`jmem.nn.nf4`).
+         DoRA: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024,
+         arXiv:2402.09353: each column of W + s A B has a trained length, its magnitude.
 Idea     y = x W + (alpha / rank) x A B, with A [in, rank] random and B [rank, out]
          zero, so training starts at the pretrained model, in a thin subspace.
+         DoRA: y = x (W + s A B) * magnitude / norm, which starts as the norms of W's
+         columns, and the norm, of W + s A B now, has no gradient (its section 4.3).
 Memory   w*P + (w + g + 2*m) * rank * sum(in + out) bytes. Dropout gives each map an
          input of its own: about [B, T, in] more a map, of one layer where blocks are
-         rematerialised, of all layers otherwise.
-See      experiments/lisa.py, jmem/checkpoints/peft.py, tests/finetune/test_lora.py
+         rematerialised, of all layers otherwise. DoRA: 24 * out a map, in float32. A
+         base in NF4: 0.56 or 0.52 bytes a value of the blocks' maps in place of w, and
+         at most two maps of one layer at full width while they are used.
+Differs  The norm of W + s A B is |W|^2 + 2 s <W'A, B> + s^2 <A'A B, B>, by columns:
+         |W|^2 is kept, W'A is a product of `rank` rows, and W + s A B is never made.
+         DoRA's dropout is before A alone; PEFT's drops x for (magnitude / norm - 1) W
+         as well, which takes another product with W. Without dropout they agree.
+See      experiments/lisa.py, jmem/checkpoints/peft.py, tests/finetune/test_lora.py,
+         test_dora.py
 """
 
 import dataclasses
 import difflib
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +37,18 @@ from jaxtyping import Array, Float
 from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, gradient_step
 from jmem.nn import quantised
+from jmem.nn.linear import along_last
 from jmem.nn.stack import depth
+from jmem.offload import fetch
 from jmem.program import by_key
 from jmem.train.loss import next_token_loss
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear maps of a block; one whose MLP is not gated has no "gate"."""
+
+Base = Literal["given", "nf4", "nf4-double"]
+_PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
+"""What `base` is called in `jmem.nn.quantised`."""
 
 
 @jax.custom_vjp
@@ -61,6 +80,33 @@ def _low_rank_backward(residuals, dy):
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
+@jax.custom_vjp
+def scaled(
+    y: Float[Array, "*N out"], factor: Float[Array, " out"]
+) -> Float[Array, "*N out"]:
+    """The product in float32, then in y's dtype; y is all that it keeps.
+
+    A factor near one would lose its last two digits in bfloat16, and with them what a
+    step moves it by.
+    """
+    return (y.astype(jnp.float32) * along_last(factor, y)).astype(y.dtype)
+
+
+def _scaled_forward(y, factor):
+    return scaled(y, factor), (y, factor)
+
+
+def _scaled_backward(residuals, dz):
+    y, factor = residuals
+    wide = dz.astype(jnp.float32)
+    rows = tuple(range(y.ndim - 1))
+    d_factor = jnp.sum(wide * y.astype(jnp.float32), rows)
+    return scaled(dz, factor), d_factor
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
 def drop_out(x: Float[Array, "*N in"], rate: float, key: jax.Array):
     """Zeroes each value with probability `rate`; the others grow, so the mean stays."""
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -71,20 +117,82 @@ def lora_linear(scale: float, dropout: float = 0.0):
     """A `linear` that adds `scale * (x A) B` where a leaf holds A and B.
 
     The leaf may be packed (`jmem.nn.quantised`). One that also holds `lora_key` has x
-    dropped out for that product.
+    dropped out for that product. One that holds `magnitude` has the sum, but not the
+    bias, multiplied by it and divided by `lora_norm`; where that is not there, it is
+    computed (`norms` does it once a step).
     """
 
     def linear(name, leaf, x):
-        y = quantised.linear(name, leaf, x)
+        decomposed = "magnitude" in leaf
+        bias = leaf["bias"] if decomposed and "bias" in leaf else None
+        base = leaf if bias is None else {k: v for k, v in leaf.items() if k != "bias"}
+        y = quantised.linear(name, base, x)
         if "lora_a" not in leaf:
             return y
         if "lora_key" in leaf:
             x = drop_out(x, dropout, leaf["lora_key"])
         a, b = (leaf[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
         delta = low_rank(x, a, b)
-        return y + delta * jnp.asarray(scale, y.dtype)
+        y = y + delta * jnp.asarray(scale, y.dtype)
+        if not decomposed:
+            return y
+        if (norm := leaf.get("lora_norm")) is None:
+            one = jax.tree.map(lambda value: value[None], base)
+            square = quantised.squares(one)[0]
+            norm = jax.lax.stop_gradient(column_norm(name, base, square, scale))
+        y = scaled(y, leaf["magnitude"] / norm)
+        return y if bias is None else y + along_last(bias.astype(y.dtype), y)
 
     return linear
+
+
+def column_norm(
+    name: str, leaf: dict, square: Float[Array, " out"], scale: float
+) -> Float[Array, " out"]:
+    """Norms of the columns of W + scale A B, float32, of one layer's leaf.
+
+    `square` is that of W's columns. The rows A'W are computed in the kernel's dtype
+    (packed: A's), all else in float32. A column that is zero has norm 1.
+    """
+    a, b = leaf["lora_a"], leaf["lora_b"].astype(jnp.float32)
+    bare = {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
+    dtype = leaf["kernel"].dtype if "kernel" in leaf else a.dtype
+    crossed = quantised.linear(name, bare, a.T.astype(dtype)).astype(jnp.float32)
+    wide = a.astype(jnp.float32)
+    within = (wide.T @ wide) @ b
+    total = square + jnp.sum((2 * scale * crossed + scale**2 * within) * b, axis=0)
+    return jnp.where(total > 0, jnp.sqrt(total), 1)
+
+
+def norms(
+    blocks: dict, adapters: dict, squares: dict, scale: float, name: str = ""
+) -> dict:
+    """A tree like `adapters` with a `lora_norm` [L, out] in each, a layer at a time.
+
+    `squares` has {"square": [L, out]} in their places. For `attach`: what a loss is
+    given so has no gradient.
+    """
+    if "lora_a" in adapters:
+        held = {
+            key: blocks[key] for key in ("kernel", "packed", "kind") if key in blocks
+        }
+
+        def row(leaf, square):
+            return column_norm(name, fetch(leaf), square, scale)
+
+        rows = (held | adapters, squares["square"])
+        return {"lora_norm": jax.lax.map(lambda each: row(*each), rows)}
+    return {
+        key: norms(blocks[key], tree, squares[key], scale, key)
+        for key, tree in adapters.items()
+    }
+
+
+def base_squares(blocks: dict, adapters: dict) -> dict:
+    """Like `adapters`, with {"square": [L, out]}: squared norms of W's columns."""
+    if "lora_a" in adapters:
+        return {"square": quantised.squares(blocks)}
+    return {key: base_squares(blocks[key], tree) for key, tree in adapters.items()}
 
 
 def attach(tree: dict, adapters: dict) -> dict:
@@ -116,6 +224,14 @@ class Lora:
     dropout: float = 0.0
     """Share of the product's input values that are zeroed in training, anew at every
     step, layer and map."""
+    dora: bool = False
+    """Train the length of each column of W + s A B as well (DoRA), in float32."""
+    base: Base = "given"
+    """What `init` makes of the blocks' kernels, which stay frozen:
+    "nf4" (QLoRA's, 4.5 bits a value with its scales), "nf4-double" (4.13) or nothing.
+    Maps that are packed already stay as they are. The kernels live beside the packed
+    rows until the caller lets them go; `checkpoint.params(packed="NF4")` never has them
+    whole."""
     maps: tuple[str, ...] = MAPS
     """Linear maps that gain an adapter; the default is those a block has."""
     adapter_dtype: Literal["kernel", "float32"] = "kernel"
@@ -142,6 +258,11 @@ class Lora:
                 f"Lora: adapter_dtype={self.adapter_dtype!r} must be 'kernel', which "
                 "is the dtype of the kernel that is adapted, or 'float32'."
             )
+        if self.base not in get_args(Base):
+            raise ValueError(
+                f"Lora: base={self.base!r} is not one of {', '.join(get_args(Base))}. "
+                "GGUF's types are packed by the checkpoint: params(packed=True)."
+            )
         for name in self.maps:
             if name not in MAPS:
                 near = difflib.get_close_matches(name, MAPS, n=1)
@@ -163,11 +284,12 @@ class Lora:
 
         The tree mirrors `blocks`: {"attention": {"q": {"lora_a", "lora_b"}}, ...}, with
         lora_a [L, in, rank] and lora_b [L, rank, out] in `adapter_dtype`; a packed
-        kernel's is that of the norms.
+        kernel's is that of the norms. With `dora` also magnitude [L, out], float32.
         """
         dtype = blocks["attention_norm"]["scale"].dtype
 
-        def adapter(name, kernel):
+        def adapter(name, leaf):
+            kernel = quantised.described_kernel(leaf, dtype)
             layers, inputs, outputs = kernel.shape
             # One stream a map, whatever other maps are chosen.
             stream = jax.random.fold_in(key, MAPS.index(name))
@@ -177,13 +299,16 @@ class Lora:
             wide = self.adapter_dtype == "float32"
             stored = jnp.float32 if wide else kernel.dtype
             b = jnp.zeros((layers, self.rank, outputs), stored)
-            return {"lora_a": a.astype(stored), "lora_b": b}
+            pair = {"lora_a": a.astype(stored), "lora_b": b}
+            if self.dora:
+                pair["magnitude"] = jnp.sqrt(quantised.squares(leaf))
+            return pair
 
         def walk(tree):
             out = {}
             for name, value in tree.items():
                 if name in self.maps:
-                    out[name] = adapter(name, quantised.described_kernel(value, dtype))
+                    out[name] = adapter(name, value)
                 elif isinstance(value, dict) and (inner := walk(value)):
                     out[name] = inner
             return out
@@ -198,16 +323,19 @@ class Lora:
         return walk(blocks)
 
     def init(self, model, params, key, adapters: dict | None = None):
-        """State that takes over `params` (frozen) and adds adapters.
+        """State that takes over `params` (frozen, packed for `base`) and adds adapters.
 
         They are fresh, or `adapters` trained before (jmem.checkpoints.load_adapter), in
         `adapter_dtype`.
 
         Raises:
-          ValueError: `adapters` are not of this rank, these maps and these blocks, or a
-            pattern of `adamw.rates` matches none of them.
+          ValueError: `adapters` are not of this rank, these maps and these blocks, a
+            pattern of `adamw.rates` matches none of them, or a map's rows are not whole
+            blocks of `base`.
         """
         del model
+        if self.base != "given":
+            params = quantised.pack(params, _PACKED[self.base])
         blocks = params["blocks"]
         if adapters is None:
             lora = self.adapters(blocks, key)
@@ -220,6 +348,8 @@ class Lora:
             "optimizer": self.adamw.direction().init(lora),
             "step": jnp.int32(0),
         }
+        if self.dora:
+            state["squares"] = base_squares(blocks, lora)
         if self.dropout:
             # A stream beside those of the maps.
             state["key"] = jax.random.key_data(jax.random.fold_in(key, len(MAPS)))
@@ -236,18 +366,19 @@ class Lora:
             if given.get(path) != wanted.get(path):
                 raise ValueError(
                     f"Lora: adapters hold {path} with shape {given.get(path)}, but "
-                    f"rank={self.rank}, maps={self.maps} and these blocks need "
-                    f"{wanted.get(path)}. Make Lora with the adapter's own settings."
+                    f"rank={self.rank}, maps={self.maps}, dora={self.dora} and these "
+                    f"blocks need {wanted.get(path)}. Make Lora with the adapter's own "
+                    "settings."
                 )
         return jax.tree.map(lambda a, f: jnp.asarray(a, f.dtype), adapters, fresh)
 
     def step(self, model, state, batch):
         """One update of the adapters from one batch: (state, metrics)."""
-        params = state["params"]
+        params, base = state["params"], self.base_blocks(state)
         ops = model.ops._replace(linear=lora_linear(self.scale, self.dropout))
 
         def gradients(part, number):
-            blocks = params["blocks"]
+            blocks = base
             if self.dropout:
                 key = jax.random.wrap_key_data(state["key"])
                 key = jax.random.fold_in(key, state["step"])
@@ -274,10 +405,23 @@ class Lora:
         step = state["step"] + 1
         return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
 
+    def base_blocks(self, state) -> dict:
+        """The frozen blocks as one step's `lora_linear` wants them: DoRA's norms added.
+
+        They are those of the adapters that the step begins with.
+        """
+        blocks = state["params"]["blocks"]
+        return attach(blocks, self._norms(state)) if self.dora else blocks
+
+    def _norms(self, state) -> dict:
+        blocks = state["params"]["blocks"]
+        return norms(blocks, state["lora"], state["squares"], self.scale)
+
     def merged(self, state):
         """The base with every product added to its kernel (float32, then cast).
 
-        A packed base is dequantised for it, all of it.
+        With `dora` its columns then have the trained lengths. A packed base is
+        dequantised for it, all of it, to the dtype of the norms.
         """
 
         def merge(tree, lora):
@@ -285,16 +429,20 @@ class Lora:
                 wide = [lora[n].astype(jnp.float32) for n in ("lora_a", "lora_b")]
                 delta = self.scale * jnp.einsum("lir,lro->lio", *wide)
                 kernel = tree["kernel"]
-                added = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-                return tree | {"kernel": added}
+                added = kernel.astype(jnp.float32) + delta
+                if self.dora:
+                    added *= (lora["magnitude"] / lora["lora_norm"])[:, None]
+                return tree | {"kernel": added.astype(kernel.dtype)}
             return tree | {name: merge(tree[name], lora[name]) for name in lora}
 
-        params = state["params"]
-        dtype = jax.tree.leaves(state["lora"])[0].dtype
+        params, lora = state["params"], state["lora"]
+        if self.dora:
+            lora = attach(lora, self._norms(state))
+        dtype = params["blocks"]["attention_norm"]["scale"].dtype
         blocks = quantised.unpacked(params["blocks"], dtype)
-        return params | {"blocks": merge(blocks, state["lora"])}
+        return params | {"blocks": merge(blocks, lora)}
 
     def labels(self, state):
         """The state's parts in the user's words."""
-        del state
-        return {"weights": "params", "lora": "lora", "optimizer": "optimizer"}
+        weights = ("params", "squares") if "squares" in state else "params"
+        return {"weights": weights, "lora": "lora", "optimizer": "optimizer"}

@@ -1,9 +1,11 @@
-"""Linear maps kept in llama.cpp's quantised types, dequantised where they are used.
+"""Linear maps kept in quantised types, dequantised where they are used.
 
-Idea     A map stays the file's bytes, and each block turns its own into numbers just
-         before the product, so that one map at a time exists at full width.
+Idea     A map stays bytes, a GGUF file's or those that `pack` makes of a kernel, and
+         each block turns its own into numbers just before the product, so that one map
+         at a time exists at full width.
 Memory   Bytes a value: Q8_0 34/32, Q6_K 210/256, Q5_1 24/32, Q5_0 22/32, Q5_K 176/256,
-         Q4_1 20/32, Q4_0 18/32, Q4_K 144/256, where bfloat16 has 2. While it is used,
+         Q4_1 20/32, Q4_0 18/32, Q4_K 144/256, QLoRA's NF4 36/64 and NF4_DOUBLE 33/64
+         and 8 bytes a row (`jmem.nn.nf4`), where bfloat16 has 2. While it is used,
          a map takes [out, in] in x's dtype besides, and two where two read the same x;
          nothing where x is a single row, as in decoding one sequence.
 Values   The types' definitions in float32, bit for bit: their products have at most 24
@@ -11,11 +13,12 @@ Values   The types' definitions in float32, bit for bit: their products have at 
          parts do. Then in x's dtype.
 Differs  llama.cpp quantises x too, and multiplies integers.
 Source   https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h, the layouts
-See      jmem/checkpoints (`params(packed=True)`), tests/nn/test_quantised.py
+See      jmem/checkpoints (`params(packed=True)`), jmem/finetune/lora.py (`base`),
+         tests/nn/test_quantised.py, test_nf4.py
 
 A packed leaf has lost "kernel" [L, in, out]; in its place, layers stacked as ever:
 
-    leaf["packed"]   uint8 [L, out, row_bytes]   the file's rows, blocks along `in`
+    leaf["packed"]   uint8 [L, out, row_bytes]   rows, whose blocks lie along `in`
     leaf["kind"]     {"Q4_K": bool [L], ...}     which layers are of that type
 
 The types are names in the tree, and so static. A map of one type compiles to that type
@@ -33,7 +36,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
+from jmem.nn import nf4
 from jmem.nn.linear import along_last, dense
+from jmem.offload import fetch
 from jmem.program import by_key
 
 
@@ -145,14 +150,22 @@ class Kind:
     values: int
     nbytes: int
     decode: Callable[[jax.Array], jax.Array]
-    """uint8 [..., nbytes] to float32 [..., values]."""
+    """uint8 [..., nbytes] to float32 [..., values]; whole rows if there is `encode`."""
+    encode: Callable[[jax.Array], jax.Array] | None = None
+    """float32 [..., in] to uint8 [..., row_bytes]; None: such rows come from a file."""
+    tail: int = 0
+    """Bytes that a row has besides its blocks."""
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of `width` values, which are whole blocks."""
-        return width // self.values * self.nbytes
+        return width // self.values * self.nbytes + self.tail
+
+    def row_values(self, row_bytes: int) -> int:
+        """Values of a row of so many bytes."""
+        return (row_bytes - self.tail) // self.nbytes * self.values
 
 
-KINDS: Mapping[str, Kind] = {
+GGUF: Mapping[str, Kind] = {
     "Q4_0": Kind(32, 18, _q4_0),
     "Q4_1": Kind(32, 20, _q4_1),
     "Q5_0": Kind(32, 22, _q5_0),
@@ -162,7 +175,16 @@ KINDS: Mapping[str, Kind] = {
     "Q5_K": Kind(256, 176, _q5_k),
     "Q6_K": Kind(256, 210, _q6_k),
 }
-"""The types that can stay packed, by llama.cpp's names."""
+"""The types of a file that can stay packed, by llama.cpp's names."""
+
+PACKERS: Mapping[str, Kind] = {
+    "NF4": Kind(nf4.BLOCK, 36, nf4.decode, nf4.encode),
+    "NF4_DOUBLE": Kind(nf4.BLOCK, 33, nf4.decode_double, nf4.encode_double, tail=8),
+}
+"""The types that `pack` makes."""
+
+KINDS: Mapping[str, Kind] = {**GGUF, **PACKERS}
+"""All types of packed rows."""
 
 
 def dequantise(kind: str, rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in"]:
@@ -170,8 +192,11 @@ def dequantise(kind: str, rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in
 
     A scale that is infinite or no number gives what float32 arithmetic gives.
     """
-    blocks = rows.reshape(*rows.shape[:-1], -1, KINDS[kind].nbytes)
-    return _joined(KINDS[kind].decode(blocks))
+    found = KINDS[kind]
+    if found.encode is not None:
+        return found.decode(rows)
+    blocks = rows.reshape(*rows.shape[:-1], -1, found.nbytes)
+    return _joined(found.decode(blocks))
 
 
 def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
@@ -201,7 +226,7 @@ def kernel_shape(leaf: dict) -> tuple[int, ...]:
     """[..., in, out] of the kernel that a packed leaf stands for."""
     *stacked, outputs, row_bytes = leaf["packed"].shape
     widest = max((KINDS[k] for k in leaf["kind"]), key=lambda k: k.row_bytes(256))
-    return (*stacked, row_bytes // widest.nbytes * widest.values, outputs)
+    return (*stacked, widest.row_values(row_bytes), outputs)
 
 
 def described_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -224,6 +249,103 @@ def unpacked(tree: dict, dtype: DTypeLike) -> dict:
     )
     kept = {name: tree[name] for name in tree.keys() - {"packed", "kind"}}
     return kept | {"kernel": kernel}
+
+
+def pack(params: dict, kind: str = "NF4") -> dict:
+    """`params` with the kernels of its blocks' linear maps quantised to `kind`.
+
+    Maps that are packed already stay, as do biases, norms, embedding and head. Beside a
+    stack of kernels and its packed form there is one layer in float32; the kernels
+    themselves live as long as the caller holds them. What never had them whole is
+    `jmem.checkpoints.load(path).params(packed=kind)`.
+
+    Raises:
+      ValueError: a type that cannot be made here, or rows that are not whole blocks.
+
+    >>> leaf = {"kernel": jnp.ones((2, 128, 3), jnp.bfloat16)}
+    >>> packed = pack({"blocks": {"mlp": {"up": leaf}}}, "NF4")["blocks"]["mlp"]["up"]
+    >>> packed["packed"].shape, list(packed["kind"])  # 128 / 64 * 36 bytes
+    ((2, 3, 72), ['NF4'])
+    """
+    check_packer("pack", "kind", kind)
+
+    def leaf(name: str, value):
+        if not isinstance(value, dict) or "kernel" not in value:
+            return value
+        check_blocks("pack", name, kind, value["kernel"].shape[1])
+        kept = {key: part for key, part in value.items() if key != "kernel"}
+        flags = {kind: jnp.ones(value["kernel"].shape[:1], jnp.bool)}
+        return kept | {"packed": _packed(kind, value["kernel"]), "kind": flags}
+
+    blocks = {
+        part: {name: leaf(name, value) for name, value in leaves.items()}
+        for part, leaves in params["blocks"].items()
+    }
+    return params | {"blocks": blocks}
+
+
+def check_packer(who: str, argument: str, kind: object) -> None:
+    """For whoever is given a type to pack into.
+
+    Raises:
+      ValueError: it is none of `PACKERS`.
+    """
+    if kind not in PACKERS:
+        raise ValueError(
+            f"{who}: {argument}={kind!r} is no type that kernels can be packed to; "
+            f"choose among {', '.join(PACKERS)}. Others come from GGUF files."
+        )
+
+
+def check_blocks(who: str, name: str, kind: str, inputs: int) -> None:
+    """Refuses rows of a map that are not whole blocks.
+
+    Raises:
+      ValueError: `inputs` values are not.
+    """
+    values = KINDS[kind].values
+    if inputs % values:
+        way_out = (
+            "Leave this model's maps in 16 bits."
+            if kind in PACKERS
+            else "llama.cpp stores such a map as Q5_0, Q5_1 or Q8_0, whose blocks are "
+            "of 32."
+        )
+        raise ValueError(
+            f"{who}: map {name!r} has rows of {inputs} values, which are not whole "
+            f"{kind} blocks of {values}. {way_out}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _packed(kind: str, kernel: jax.Array) -> jax.Array:
+    """Rows [L, out, bytes] of kernels [L, in, out], a layer at a time."""
+    return jax.lax.map(lambda w: packed_rows(kind, fetch(w).T), kernel)
+
+
+def packed_rows(kind: str, values: Float[Array, "out in"]) -> UInt8[Array, "out bytes"]:
+    """The values of one layer quantised to `kind`, one of `PACKERS`."""
+    encode = KINDS[kind].encode
+    assert encode is not None  # of PACKERS
+    return encode(values)
+
+
+def squares(leaf: dict) -> Float[Array, "L out"]:
+    """The sum over `in` of each column's squares, float32, of a stacked leaf.
+
+    Summed as they are dequantised or widened: no kernel is made for it.
+    """
+
+    def dense_row(kernel):
+        return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)
+
+    def packed_row(packed, flags):
+        return _chosen(lambda values: jnp.sum(jnp.square(values), -1), packed, flags)
+
+    if "packed" in leaf:
+        rows = leaf["packed"], leaf["kind"]
+        return jax.lax.map(lambda row: packed_row(*fetch(row)), rows)
+    return jax.lax.map(lambda row: dense_row(fetch(row)), leaf["kernel"])
 
 
 def refuse_packed(who: str, params: dict) -> None:
@@ -357,12 +479,7 @@ def _described(name: str, leaf: dict, kinds: tuple[str, ...]) -> dict:
                 f"abstract: map {name!r} is of type {kind!r}, which cannot stay "
                 f"packed; choose among {', '.join(KINDS)}."
             )
-        if inputs % KINDS[kind].values:
-            raise ValueError(
-                f"abstract: map {name!r} has rows of {inputs} values, which are not "
-                f"whole {kind} blocks of {KINDS[kind].values}. llama.cpp stores such a "
-                "map as Q5_0, Q5_1 or Q8_0, whose blocks are of 32."
-            )
+        check_blocks("abstract", name, kind, inputs)
     row_bytes = max(KINDS[kind].row_bytes(inputs) for kind in kinds)
     kept = {key: value for key, value in leaf.items() if key != "kernel"}
     return kept | {

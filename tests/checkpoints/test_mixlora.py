@@ -649,6 +649,10 @@ class TestSave:
         refused("'adapters' is no adapter", {"mlp": {"router": {"kernel": router}}})
         params = random_params(TINY)["blocks"]["mlp"]["up"]
         refused("'mlp/up/kernel' is no adapter", {"mlp": mlp | {"up": params}})
+        for part, name, width in (("mlp", "up", 64), ("attention", "q", 32)):
+            dora = mixture.adapters[part][name] | {"magnitude": np.ones((5, width))}
+            tree = mixture.adapters | {part: mixture.adapters[part] | {name: dora}}
+            refused(f"'{part}/{name}/magnitude' is no adapter", tree)
         # The width that attention's rank gives, not seven experts of another.
         fewer = jax.tree.map(np.asarray, mlp["up"])
         fewer["lora_a"] = fewer["lora_a"][..., :112]

@@ -232,10 +232,111 @@ class TestLoad:
         }
 
 
+MAGNITUDE = "base_model.model.model.layers.{}.{}.lora_magnitude_vector"
+
+
+def dora_tensors(targets, dtype=np.float32):
+    """As `peft_tensors`, and the third tensor of `DoraLinearLayer`, [out].
+
+    `get_peft_model_state_dict` cuts ".weight" off its name as well as the adapter's.
+    """
+    random = np.random.default_rng(1)
+    lengths = {
+        MAGNITUDE.format(i, MODULES[target][2]): random.random(MODULES[target][4])
+        for i in range(5)
+        for target in targets
+    }
+    return peft_tensors(targets, dtype=dtype) | {
+        name: (1 + value).astype(np.float32) for name, value in lengths.items()
+    }
+
+
+class TestDora:
+    def test_the_product_is_pefts(self, tmp_path):
+        """As `DoraLinearLayer.forward` adds it to the base's result, at inference."""
+        tensors = dora_tensors(["v_proj", "q_proj"])
+        folder = folder_of(tmp_path / "a", tensors, use_dora=True)
+        found = checkpoints.load_adapter(folder, TINY)
+        lora = Lora(**found.settings)
+        assert lora.dora
+        weights = random_params(TINY)["blocks"]["attention"]["v"]["kernel"][3].T
+        x = np.random.default_rng(1).standard_normal((2, 6, 32)).astype(np.float32)
+        name = "base_model.model.model.layers.3.self_attn.v_proj.lora_{}.weight"
+        a, b = tensors[name.format("A")], tensors[name.format("B")]
+        magnitude = tensors[MAGNITUDE.format(3, "self_attn.v_proj")]
+        norm = np.linalg.norm(weights + 4 * b @ a, axis=1)
+        ratio = magnitude / norm
+        base = x @ weights.T
+        expected = base + (ratio - 1) * base + ratio * ((x @ a.T) @ b.T) * 4
+
+        leaf = jax.tree.map(lambda x: x[3], found.adapters["attention"]["v"])
+        linear = lora_linear(lora.scale)
+        y = linear("v", leaf | {"kernel": jnp.asarray(weights.T)}, jnp.asarray(x))
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=str)
+    def test_round_trip_keeps_each_dtype(self, tmp_path, dtype):
+        tensors = dora_tensors([*MODULES], dtype)
+        folder = folder_of(
+            tmp_path / "a", tensors, use_dora=True, target_modules=[*MODULES]
+        )
+        found = checkpoints.load_adapter(folder, TINY)
+        leaf = found.adapters["mlp"]["down"]
+        assert leaf["lora_a"].dtype == dtype
+        assert leaf["magnitude"].dtype == np.float32
+        checkpoints.save_adapter(found.adapters, TINY, tmp_path / "b", alpha=16)
+        raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+        assert raw["use_dora"] is True
+        back = safetensors.numpy.load_file(tmp_path / "b/adapter_model.safetensors")
+        chex.assert_trees_all_equal(back, tensors)
+
+    def test_a_map_without_its_magnitude_is_refused(self, tmp_path):
+        tensors = dora_tensors(["q_proj", "v_proj"])
+        folder = folder_of(tmp_path / "a", tensors, use_dora=True)
+        adapters = checkpoints.load_adapter(folder, TINY).adapters
+        del adapters["attention"]["v"]["magnitude"]
+        with pytest.raises(CheckpointError, match="v/magnitude is missing"):
+            checkpoints.save_adapter(adapters, TINY, tmp_path / "b", alpha=16)
+        short = tensors | {MAGNITUDE.format(2, "self_attn.v_proj"): np.ones(3, "f")}
+        folder = folder_of(tmp_path / "c", short, use_dora=True)
+        with pytest.raises(CheckpointError, match=r"shape \(3,\); .* shape \(16,\)"):
+            checkpoints.load_adapter(folder, TINY)
+
+    def test_gpt2_s_c_attn_has_the_columns_of_all_three(self, tmp_path):
+        config, _ = FAMILIES["gpt2"]
+        random = np.random.default_rng(0)
+
+        def pair():
+            return {
+                "lora_a": random.standard_normal((5, 32, 4)).astype("f"),
+                "lora_b": random.standard_normal((5, 4, 32)).astype("f"),
+                "magnitude": random.random((5, 32)).astype("f"),
+            }
+
+        adapters = {"attention": {name: pair() for name in "qkv"}}
+        # Nothing to multiply, but a length that was trained.
+        adapters["attention"]["k"]["lora_a"][:] = 0
+        adapters["attention"]["k"]["lora_b"][:] = 0
+        checkpoints.save_adapter(adapters, config, tmp_path / "a", alpha=8)
+        found = safetensors.numpy.load_file(tmp_path / "a/adapter_model.safetensors")
+        name = "base_model.model.transformer.h.3.attn.c_attn.lora_magnitude_vector"
+        lengths = [adapters["attention"][n]["magnitude"][3] for n in "qkv"]
+        np.testing.assert_array_equal(found[name], np.concatenate(lengths))
+        back = checkpoints.load_adapter(tmp_path / "a", config)
+        chex.assert_trees_all_equal(back.adapters, adapters)
+        assert back.settings["dora"]
+
+        del adapters["attention"]["k"]
+        message = "attention/k has no adapter, .* c_attn, whose DoRA needs"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.save_adapter(adapters, config, tmp_path / "b", alpha=8)
+
+
 REFUSED = {
     "another method": ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; supported: LORA"),
     "no method": ({"peft_type": None}, "peft_type is missing"),
-    "DoRA": ({"use_dora": True}, "use_dora is True; .*merge_and_unload"),
+    "DoRA": ({"use_dora": True}, "lora_magnitude_vector' is missing; use_dora and"),
+    "DoRA text": ({"use_dora": "yes"}, "use_dora is 'yes'; supported: true or false"),
     "bias": ({"bias": "lora_only"}, "bias is 'lora_only'; supported: 'none'"),
     "bias of B": ({"lora_bias": True}, "lora_bias is True"),
     "saved modules": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_"),
@@ -420,6 +521,7 @@ class TestSave:
             "rank": 4,
             "alpha": 2.5,
             "rslora": True,
+            "dora": False,
             "dropout": 0.1,
             "maps": ("q", "v", "o", "gate", "up", "down"),
         }

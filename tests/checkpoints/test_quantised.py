@@ -1,5 +1,8 @@
 """GGUF files whose linear maps stay as stored: the same values, the same text."""
 
+import dataclasses
+
+import chex
 import gguf
 import jax
 import jax.numpy as jnp
@@ -8,12 +11,13 @@ import pytest
 from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
+from jmem.checkpoints import layout
 from jmem.checkpoints.files import CheckpointError
 from jmem.generate.decode import decode_step, prefill
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
 from jmem.models.decoder import Decoder
-from jmem.nn.quantised import unpacked
+from jmem.nn.quantised import pack, unpacked
 
 from . import tiny
 
@@ -99,3 +103,29 @@ def test_packed_parameters_are_not_exported(tmp_path):
     with pytest.raises(CheckpointError, match=message):
         checkpoints.save(checkpoint.params(packed=True), TINY, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class TestOnTheWayIn:
+    """Any checkpoint's maps, quantised as they are read."""
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        config = dataclasses.replace(TINY, hidden=64, head_dim=16)
+        params = random_params(config, scale=0.1)
+        checkpoints.save(params, config, tmp_path / "model")
+        return checkpoints.load(tmp_path / "model"), params
+
+    @pytest.mark.parametrize("kind", ["NF4", "NF4_DOUBLE"])
+    def test_it_is_what_pack_makes_of_the_parameters(self, checkpoint, kind):
+        found, params = checkpoint
+        params = jax.tree.map(jnp.asarray, params)
+        chex.assert_trees_all_equal(found.params(packed=kind), pack(params, kind))
+
+    def test_refuses(self, checkpoint, tmp_path):
+        found, _ = checkpoint
+        with pytest.raises(ValueError, match="params: packed='nf4' is no type that"):
+            # Below `params`, whose annotation the tests check first.
+            layout.assemble(found.config, found.tensors, found.dtype, "nf4")
+        checkpoints.save(random_params(TINY), TINY, tmp_path / "narrow")
+        with pytest.raises(ValueError, match="params: map 'q' has rows of 32 values"):
+            checkpoints.load(tmp_path / "narrow").params(packed="NF4")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_decoder import TINY
 
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
@@ -20,6 +21,7 @@ from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
+from jmem.nn import quantised
 from jmem.targets import resolve
 from jmem.train.loss import next_token_loss
 
@@ -28,6 +30,9 @@ FINETUNERS = {
     "full": Full(adamw=ADAMW),
     "lora": Lora(rank=2, adamw=ADAMW),
     "lora of some maps": Lora(rank=3, alpha=1.0, maps=("v", "up"), adamw=ADAMW),
+    "dora": Lora(rank=2, dora=True, adamw=ADAMW),
+    "qlora": Lora(rank=2, base="nf4", adamw=ADAMW),
+    "qlora, double": Lora(rank=2, base="nf4-double", dora=True, adamw=ADAMW),
     "lisa": Lisa(active_layers=2, period=2, adamw=ADAMW),
     "lisa persisting": Lisa(active_layers=1, period=2, moments="persist", adamw=ADAMW),
     "lisa persisting on the host": Lisa(
@@ -43,6 +48,18 @@ FINETUNERS = {
     "adalomo": Lomo(learning_rate=3e-2),
     "embedding": Lisa(active_layers=0, period=2, adamw=ADAMW),
 }
+
+
+@pytest.fixture
+def tiny_config(tiny_config):
+    """Its maps' rows are whole blocks of NF4."""
+    return dataclasses.replace(tiny_config, hidden=64, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def initial_params():
+    config = dataclasses.replace(TINY, hidden=64, head_dim=16)
+    return jax.jit(Decoder(config).init)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("finetuner", FINETUNERS.values(), ids=list(FINETUNERS))
@@ -62,7 +79,12 @@ class TestEveryFinetuner:
         return lambda: (init(initial_params), step)
 
     def test_a_new_state_is_the_model_it_came_from(self, finetuner, start, tiny_params):
+        """Over a base in four bits, that of its values."""
         state, _ = start()
+        kinds = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
+        if kind := kinds.get(getattr(finetuner, "base", "")):
+            blocks = quantised.pack(tiny_params, kind)["blocks"]
+            tiny_params |= {"blocks": quantised.unpacked(blocks, jnp.float32)}
         chex.assert_trees_all_equal(finetuner.merged(state), tiny_params)
         assert state["step"] == 0
 

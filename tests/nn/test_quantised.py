@@ -19,7 +19,7 @@ from jmem.models import zoo
 from jmem.models.decoder import Decoder
 from jmem.nn import quantised
 from jmem.nn.linear import dense
-from jmem.nn.quantised import KINDS, Q4_K_M
+from jmem.nn.quantised import GGUF, KINDS, Q4_K_M
 
 SCALES = (0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00)
 """Float16: zeros, least and greatest subnormal, greatest, infinite, not a number."""
@@ -52,7 +52,7 @@ def by_package(kind, rows) -> np.ndarray:
         return gguf.dequantize(rows, gguf.GGMLQuantizationType[kind])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GGUF)
 def test_values_are_the_packages_bit_for_bit(kind, strict_dtypes):
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == (
         KINDS[kind].values,
