@@ -10,16 +10,19 @@ Exact    The update that follows a whole backward pass. What is lost is anything
 See      jmem/finetune/mixlora.py, jmem/finetune/lora.py, tests/finetune/
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jmem.finetune.fused import nested, tuples
 from jmem.finetune.layerwise import put_row
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.offload import fetch
+from jmem.program import by_key
 from jmem.train.loss import token_positions
 
 
@@ -94,3 +97,26 @@ def fused_step(
         reverse=True,
     )
     return adapters, moments, squares, seen, traffic
+
+
+def moved(
+    adapters: Any,
+    moments: Any,
+    gradients: Any,
+    update: Callable[..., tuple[jax.Array, Any]],
+    *numbers: jax.Array,
+) -> tuple[Any, Any]:
+    """(adapters, moments) after `update(path, w, moments, dw, salt)` of every leaf.
+
+    dw is float32. The salt (uint32) is one that no other leaf has, nor other `numbers`
+    (of the step, of the layer).
+    """
+    gradients, states, found = by_key(gradients), tuples(moments, adapters), {}
+    for path, w in by_key(adapters).items():
+        salt = jnp.uint32(zlib.crc32(path.encode()))
+        for number in numbers:
+            salt = salt * jnp.uint32(0x9E3779B1) + number.astype(jnp.uint32)
+        dw = gradients[path].astype(jnp.float32)
+        found[path] = update(path, w, states[path], dw, salt)
+    weights, states = ({path: pair[i] for path, pair in found.items()} for i in (0, 1))
+    return nested(weights, adapters), nested(states, adapters)

@@ -186,7 +186,7 @@ class _Blocks(Walk):
         Unless `whole`, nothing below the lowest block with a row asks for dx, and the
         blocks there compute nothing.
         """
-        stacks, states, rates = by_key(chosen), _tuples(states, chosen), by_key(rates)
+        stacks, states, rates = by_key(chosen), tuples(states, chosen), by_key(rates)
         kernels = {
             path.split("/")[-2]: path for path in stacks if path.endswith("/kernel")
         }
@@ -342,7 +342,7 @@ def nested(flat: dict, like: Any) -> Any:
     return walk(like, "")
 
 
-def _tuples(states: Any, like: Any) -> dict:
+def tuples(states: Any, like: Any) -> dict:
     """The tuple of arrays of each leaf of `like`, by path."""
 
     def at(path):

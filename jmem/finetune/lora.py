@@ -35,17 +35,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jmem.finetune.accumulate import accumulated, check_parts
-from jmem.finetune.adamw import AdamW, gradient_step
+from jmem.finetune.adamw import AdamW, gradient_step, moments_of, with_moments
+from jmem.finetune.adapters import attach, fused_step, moved
 from jmem.nn import quantised
 from jmem.nn.linear import along_last
 from jmem.nn.stack import depth
 from jmem.offload import fetch
 from jmem.program import by_key
-from jmem.train.loss import next_token_loss
+from jmem.train.loss import mean_head_loss, next_token_loss
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear maps of a block; one whose MLP is not gated has no "gate"."""
 
+Update = Literal["auto", "fused", "separate"]
 Base = Literal["given", "nf4", "nf4-double"]
 _PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
 """What `base` is called in `jmem.nn.quantised`."""
@@ -195,15 +197,6 @@ def base_squares(blocks: dict, adapters: dict) -> dict:
     return {key: base_squares(blocks[key], tree) for key, tree in adapters.items()}
 
 
-def attach(tree: dict, adapters: dict) -> dict:
-    """`tree` with the leaves of `adapters` added at the same paths (nothing copied)."""
-    added = {
-        name: attach(tree.get(name, {}), value) if isinstance(value, dict) else value
-        for name, value in adapters.items()
-    }
-    return tree | added
-
-
 def dropout_keys(adapters: dict, key: jax.Array, name: str = "") -> dict:
     """A tree like `adapters` with a `lora_key` [L] in each: a key a layer and map."""
     if "lora_a" in adapters:
@@ -241,9 +234,26 @@ class Lora:
     adamw: AdamW = AdamW(learning_rate=2e-4)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
+    update: Update = "auto"
+    """"fused" moves a layer's adapters inside the backward pass, and makes no other
+    gradients (`jmem.finetune.adapters`); it can neither clip by the norm nor
+    accumulate, and keeps nothing of a block but its input. "separate" makes all
+    gradients first. "auto" fuses where neither is asked for and the model's `remat` is
+    "block"."""
 
     def __post_init__(self):
         check_parts("Lora", self.accumulate)
+        if self.update not in get_args(Update):
+            raise ValueError(
+                f"Lora: update={self.update!r} must be one of {get_args(Update)}."
+            )
+        if self.update == "fused" and (self.adamw.max_grad_norm or self.accumulate > 1):
+            raise ValueError(
+                f"Lora: update='fused' moves adapters before all gradients are known, "
+                f"so adamw.max_grad_norm={self.adamw.max_grad_norm} and accumulate="
+                f"{self.accumulate} cannot be kept. Set them to 0 and 1, or choose "
+                "update='separate'."
+            )
         if self.rank < 1:
             raise ValueError(f"Lora: rank={self.rank} must be at least 1.")
         if not 0 < self.alpha < math.inf:
@@ -372,18 +382,33 @@ class Lora:
                 )
         return jax.tree.map(lambda a, f: jnp.asarray(a, f.dtype), adapters, fresh)
 
+    def fuses(self, model) -> bool:
+        """Whether adapters move inside the backward pass."""
+        if self.update != "auto":
+            return self.update == "fused"
+        waits = self.adamw.max_grad_norm or self.accumulate > 1
+        return model.remat == "block" and not waits
+
     def step(self, model, state, batch):
         """One update of the adapters from one batch: (state, metrics)."""
         params, base = state["params"], self.base_blocks(state)
         ops = model.ops._replace(linear=lora_linear(self.scale, self.dropout))
 
+        def drawn(number):
+            """The frozen blocks, with keys for the dropout of one part."""
+            if not self.dropout:
+                return base
+            key = jax.random.wrap_key_data(state["key"])
+            key = jax.random.fold_in(key, state["step"])
+            key = jax.random.fold_in(key, number)
+            return attach(base, dropout_keys(state["lora"], key))
+
+        if self.fuses(model):
+            frozen = params | {"blocks": drawn(0)}
+            return self._fused(model, state, batch, frozen, ops)
+
         def gradients(part, number):
-            blocks = base
-            if self.dropout:
-                key = jax.random.wrap_key_data(state["key"])
-                key = jax.random.fold_in(key, state["step"])
-                key = jax.random.fold_in(key, number)
-                blocks = attach(blocks, dropout_keys(state["lora"], key))
+            blocks = drawn(number)
 
             def loss(lora):
                 adapted = params | {"blocks": attach(blocks, lora)}
@@ -402,6 +427,45 @@ class Lora:
             depth(params["blocks"]),
             "blocks/",
         )
+        step = state["step"] + 1
+        return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
+
+    def _fused(self, model, state, batch, params, ops):
+        """`step` whose adapters move inside the backward pass."""
+        count, moments = moments_of(state["optimizer"])
+        rate, layers = self.adamw.rate(state["step"]), depth(params["blocks"])
+        rates = by_key(self.adamw.leaf_rates(state["lora"], rate, layers, "blocks/"))
+        head_params = model.head_params(params)
+
+        def head(x):
+            loss = mean_head_loss(model, ops, head_params, x, batch)
+            return loss, loss
+
+        def balance(aux):
+            more = sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
+            return more, more
+
+        def move(layer, lora, moments, gradients):
+            def update(path, w, held, dw, salt):
+                own = rates[path][layer] if rates[path].ndim else rates[path]
+                own = own.reshape((1,) * w.ndim)
+                return self.adamw.rule(w, held, dw, own, count + 1, salt)
+
+            squares = [
+                jnp.sum(jnp.square(g.astype(jnp.float32)))
+                for g in jax.tree.leaves(gradients)
+            ]
+            numbers = state["step"], layer
+            return *moved(lora, moments, gradients, update, *numbers), sum(squares)
+
+        lora, moments, square, loss, more = fused_step(
+            *(model, params, state["lora"], moments, batch, ops, jnp.float32(0)),
+            head=head,
+            balance=balance,
+            move=move,
+        )
+        optimizer = with_moments(state["optimizer"], count + 1, moments, lora)
+        metrics = {"loss": loss + more, "lr": rate, "grad_norm": jnp.sqrt(square)}
         step = state["step"] + 1
         return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
 

@@ -30,8 +30,7 @@ from jaxtyping import Array, Bool, Float
 
 from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW
-from jmem.finetune.adapters import attach, fused_step
-from jmem.finetune.fused import nested
+from jmem.finetune.adapters import attach, fused_step, moved
 from jmem.finetune.lora import MAPS, drop_out
 from jmem.finetune.mixture import (
     ABSENT,
@@ -786,35 +785,21 @@ class MixLora:
         ]
         rates = by_key(jax.tree.map(lambda *own: jnp.stack(own), *rates))
 
-        def move(layer, adapters, moments, gradients):
-            gradients, moved = by_key(gradients), {}
-            for number, (path, w) in enumerate(by_key(adapters).items()):
-                held = _at(moments, path)
-                salt = jnp.uint32(number)
-                for more in (state["step"], layer):
-                    salt = salt * jnp.uint32(0x9E3779B1) + more.astype(jnp.uint32)
-                fresh = rule(
-                    *(w, held, gradients[path].astype(jnp.float32)),
-                    *(_along(rates[path], w, axis),),
-                    *(_along(state["steps"] + 1, w, axis), salt),
-                    weight_decay=_along(decay, w, axis),
-                )
-                on = _along(state["active"], w, axis)
-                moved[path] = jax.tree.map(
-                    lambda new, old, on=on: jnp.where(on, new, old), fresh, (w, held)
-                )
-            weights, held = (
-                {path: pair[i] for path, pair in moved.items()} for i in (0, 1)
+        def update(path, w, held, dw, salt):
+            fresh = rule(
+                *(w, held, dw, _along(rates[path], w, axis)),
+                *(_along(state["steps"] + 1, w, axis), salt),
+                weight_decay=_along(decay, w, axis),
             )
-            return nested(weights, adapters), nested(held, adapters)
+            on = _along(state["active"], w, axis)
+            return jax.tree.map(
+                lambda new, old: jnp.where(on, new, old), fresh, (w, held)
+            )
+
+        def move(layer, adapters, moments, gradients):
+            return moved(adapters, moments, gradients, update, state["step"], layer)
 
         return move
-
-
-def _at(tree: Any, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
 
 
 def _along(vector: jax.Array, like: jax.Array, axis: int) -> jax.Array:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jmem.finetune.adamw import AdamW
-from jmem.finetune.lora import Lora, attach, base_squares, lora_linear, norms, scaled
+from jmem.finetune.adapters import attach
+from jmem.finetune.lora import Lora, base_squares, lora_linear, norms, scaled
 from jmem.nn import quantised
 
 S = 1.5

@@ -29,7 +29,12 @@ ADAMW = AdamW(learning_rate=3e-3)
 FINETUNERS = {
     "full": Full(adamw=ADAMW),
     "lora": Lora(rank=2, adamw=ADAMW),
-    "lora of some maps": Lora(rank=3, alpha=1.0, maps=("v", "up"), adamw=ADAMW),
+    "lora of some maps, fused": Lora(
+        rank=3,
+        alpha=1.0,
+        maps=("v", "up"),
+        adamw=dataclasses.replace(ADAMW, max_grad_norm=0.0),
+    ),
     "dora": Lora(rank=2, dora=True, adamw=ADAMW),
     "qlora": Lora(rank=2, base="nf4", adamw=ADAMW),
     "qlora, double": Lora(rank=2, base="nf4-double", dora=True, adamw=ADAMW),

@@ -1,5 +1,8 @@
 """LoRA: the low-rank product's own gradients, the adapters, refusals."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,15 +10,18 @@ import numpy as np
 import pytest
 
 from jmem.finetune.adamw import AdamW
+from jmem.finetune.adapters import attach
 from jmem.finetune.lora import (
     MAPS,
     Lora,
-    attach,
     drop_out,
     dropout_keys,
     lora_linear,
     low_rank,
 )
+from jmem.finetune.program import step_program
+from jmem.models.decoder import Decoder
+from jmem.targets import resolve
 from jmem.train.loss import next_token_loss
 
 
@@ -199,3 +205,56 @@ class TestPlainMLP:
             Lora(maps=("q", "gate")).adapters(
                 self.blocks(tiny_params), jax.random.key(0)
             )
+
+
+class TestFused:
+    """Adapters that move inside the backward pass."""
+
+    ADAMW = AdamW(
+        learning_rate=3e-3,
+        eps=1e-3,  # Adam does not blow up what rounding makes of vanishing gradients
+        max_grad_norm=0.0,
+        layer_decay=0.8,
+        rates=(("*/lora_b", 4.0),),
+    )
+
+    def test_equals_separate(self, tiny, tiny_params, random_batch):
+        ends = []
+        for update in ("fused", "separate"):
+            lora = Lora(rank=2, dropout=0.2, dora=True, adamw=self.ADAMW, update=update)
+            params = jax.tree.map(jnp.copy, tiny_params)
+            state = lora.init(tiny, params, jax.random.key(1))
+            step = jax.jit(functools.partial(lora.step, tiny), donate_argnums=0)
+            for seed in range(3):
+                state, metrics = step(state, random_batch(tiny, seed))
+            ends.append((state["lora"], state["optimizer"], metrics))
+        chex.assert_trees_all_close(*ends, rtol=1e-4, atol=1e-6)
+
+    def test_auto_fuses_where_nothing_waits_for_all_gradients(self, tiny):
+        unclipped = Lora(adamw=self.ADAMW)
+        assert unclipped.fuses(tiny)
+        assert not unclipped.fuses(dataclasses.replace(tiny, remat="none"))
+        assert not Lora(adamw=AdamW()).fuses(tiny)
+        assert not dataclasses.replace(unclipped, accumulate=2).fuses(tiny)
+
+    @pytest.mark.parametrize("given", [{"adamw": AdamW()}, {"accumulate": 2}], ids=str)
+    def test_refuses_what_waits_for_all_gradients(self, given):
+        given = {"adamw": self.ADAMW} | given
+        with pytest.raises(ValueError, match="update='fused' moves adapters before"):
+            Lora(update="fused", **given)
+
+    def test_holds_gradients_of_one_layer(self, tiny_config):
+        """Compiled for an H200: temporaries fall by the other layers' adapters."""
+        config = dataclasses.replace(tiny_config, layers=40, hidden=256, head_dim=64)
+        model = Decoder(config, dtype=jnp.bfloat16)
+
+        def temporaries(update):
+            lora = Lora(rank=64, adamw=self.ADAMW, update=update)
+            program = step_program(lora, model, batch_size=1, seq_len=64)
+            return program.compile(resolve("h200")).memory_analysis().temp_size_in_bytes
+
+        blocks = model.abstract()["blocks"]
+        lora = jax.eval_shape(Lora(rank=64).adapters, blocks, jax.random.key(0))
+        gradients = sum(2 * leaf.size for leaf in jax.tree.leaves(lora))
+        saved = temporaries("separate") - temporaries("fused")
+        assert saved > 0.9 * gradients

@@ -25,7 +25,8 @@ from tiny_decoder import random_params
 from jmem import checkpoints
 from jmem.checkpoints import names
 from jmem.checkpoints.files import CheckpointError
-from jmem.finetune.lora import Lora, attach, lora_linear
+from jmem.finetune.adapters import attach
+from jmem.finetune.lora import Lora, lora_linear
 from jmem.generate.decode import generate
 from jmem.models import zoo
 from jmem.models.decoder import Decoder, DecoderConfig

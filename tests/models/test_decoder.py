@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tiny_decoder import random_params
 
-from jmem.finetune.lora import Lora, attach, lora_linear
+from jmem.finetune.adapters import attach
+from jmem.finetune.lora import Lora, lora_linear
 from jmem.generate.decode import decode_program
 from jmem.kvcache.full import Full
 from jmem.models import zoo
