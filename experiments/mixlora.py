@@ -120,7 +120,10 @@ class OfficialFeed(MixtureFeed):
 
     shared: tuple[str, ...] = ("gate", "up")
 
-    def experts_of(self, experts, x, chosen, weights, adapters, base, key):
+    def experts_of(self, *given):
+        experts, x, chosen, weights, adapters, base, key = given
+        del key  # no dropout among the experts
+
         def product(name, x):
             return quantised.linear(name, base[name], x)
 
@@ -189,6 +192,11 @@ def equal_rank(mixture: Mixture, dims: DecoderConfig) -> int:
         if name in mixture.maps
     )
     return max(round((mixture.rank * mixed + mixture.experts * width) / plain), 1)
+
+
+def method_of(name: str) -> Method:
+    """The one of that name."""
+    return next(method for method in get_args(Method) if method == name)
 
 
 def finetuner(config: Config, method: Method, dims: DecoderConfig) -> Lora | MixLora:
@@ -265,7 +273,7 @@ def main(config: Config, run: Run) -> None:
     pretrained = checkpoint.params()
 
     def one(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
-        own = at_rate(finetuner(config, trial.method, dims), trial.factor)
+        own = at_rate(finetuner(config, method_of(trial.method), dims), trial.factor)
         state = train(
             own,
             model,
@@ -412,7 +420,7 @@ def report_training(
     )
 
     def line(method: str, own: Outcome) -> Iterator:
-        made = at_rate(finetuner(config, method, dims), own.factor)
+        made = at_rate(finetuner(config, method_of(method), dims), own.factor)
         first = made.mixtures[0] if isinstance(made, MixLora) else made
         yield from (method, trained(made, dims), first.rank)
         yield from (first.adamw.learning_rate, own.mean)

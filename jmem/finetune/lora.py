@@ -456,7 +456,9 @@ class Lora:
                 for g in jax.tree.leaves(gradients)
             ]
             numbers = state["step"], layer
-            return *moved(lora, moments, gradients, update, *numbers), sum(squares)
+            return *moved(lora, moments, gradients, update, *numbers), sum(
+                squares, jnp.float32(0)
+            )
 
         lora, moments, square, loss, more = fused_step(
             *(model, params, state["lora"], moments, batch, ops, jnp.float32(0)),

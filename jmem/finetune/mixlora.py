@@ -455,9 +455,13 @@ class MixLora:
 
         Raises:
           ValueError: a mixture adapts no map of these blocks' MLPs; a pattern of
-            `adamw.rates` matches no adapter.
+            `adamw.rates` matches no adapter; the model is divided over a mesh.
         """
-        del model
+        if getattr(model, "layout", None) is not None:
+            raise ValueError(
+                f"MixLora: the model has layout={model.layout}, and mixtures are not "
+                "divided over a mesh. Use one device (layout=None), or Lora."
+            )
         adapters = self.adapters(params["blocks"], key)
         for own in self.mixtures:
             own.adamw.factors(adapters, "blocks/")

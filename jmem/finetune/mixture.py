@@ -143,8 +143,9 @@ def mixture(
     parts = _cut(x, chosen, weights)
 
     def step(_, part):
-        index, *own = part
-        return None, _forward(experts, *own, adapters, base, _at(key, index))
+        index, x, chosen, weights = part
+        own = _at(key, index)
+        return None, _forward(experts, x, chosen, weights, adapters, base, own)
 
     _, y = lax.scan(step, None, parts)
     return _joined(y)[:, : x.shape[1]]
@@ -257,10 +258,10 @@ def _sums(experts: Experts, entering, x, chosen, weights, adapters, key):
         own = _slot(experts, entering, adapters, chosen, weight, key, slot)
         return jax.tree.map(jnp.add, sums, own)
 
-    one = chosen[..., 0], weights[..., 0]
-    like = jax.eval_shape(
-        lambda *a: _slot(experts, entering, adapters, *a, key, 0), *one
-    )
+    def first(chosen, weight):
+        return _slot(experts, entering, adapters, chosen, weight, key, 0)
+
+    like = jax.eval_shape(first, chosen[..., 0], weights[..., 0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     return _each_slot(experts, chosen, weights, add, zeros)
 
@@ -268,12 +269,13 @@ def _sums(experts: Experts, entering, x, chosen, weights, adapters, key):
 def _forward(experts: Experts, x, chosen, weights, adapters, base, key):
     entering = _entering(experts, x, adapters, base, key)
     sums = _sums(experts, entering, x, chosen, weights, adapters, key)
-    return _leaving(x.dtype, *sums, adapters, base)
+    hidden, code = sums
+    return _leaving(x.dtype, hidden, code, adapters, base)
 
 
 def _mixture_forward(experts, x, chosen, weights, adapters, base, key):
-    kept = x, chosen, weights, adapters, base, key
-    return mixture(experts, *kept), kept
+    y = mixture(experts, x, chosen, weights, adapters, base, key)
+    return y, (x, chosen, weights, adapters, base, key)
 
 
 def _mixture_backward(experts, kept, dy):
@@ -313,7 +315,8 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
         lambda: _sums(experts, entering, x, chosen, weights, adapters, key)
     )
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
-    _, to_slots = jax.vjp(leave, *nothing, adapters)
+    hidden, code = nothing
+    _, to_slots = jax.vjp(leave, hidden, code, adapters)
     d_hidden, d_code, _ = to_slots(dy)
 
     def slot(entering, adapters, weight, chosen, number):
@@ -334,7 +337,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
         return code, d_entering, d_adapters, d_weights
 
     wide = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, jnp.float32), (nothing[1], entering, adapters)
+        lambda a: jnp.zeros(a.shape, jnp.float32), (code, entering, adapters)
     )
     sums = _each_slot(experts, chosen, weights, add, (*wide, jnp.zeros_like(weights)))
     code, d_entering, d_adapters, d_weights = sums

@@ -18,7 +18,7 @@ A linear map with a bias and a LayerNorm hold "bias" besides, [L, out] or [out].
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -39,7 +39,7 @@ from jmem.sharding import GATHERED, Layout
 from jmem.targets import Target
 
 Precision = Literal["float32", "bfloat16", "mixed"]
-PRECISIONS: Mapping[Precision, Mapping[str, DTypeLike]] = {
+PRECISIONS: Mapping[Precision, Mapping[str, Any]] = {
     "float32": {"dtype": jnp.float32},
     "bfloat16": {"dtype": jnp.bfloat16},
     "mixed": {"dtype": jnp.bfloat16, "param_dtype": jnp.float32},
@@ -427,7 +427,7 @@ class Decoder:
         if (layout := self.layout) is None:
             return self.stacked_block.apply({"params": layer_params}, x, *others)
 
-        def run(layer_params, x):
+        def run(layer_params, x) -> Any:
             params = layout.gathered(layer_params)
             return self.stacked_block.apply({"params": params}, x, *others)
 

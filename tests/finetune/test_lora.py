@@ -1,5 +1,8 @@
 """LoRA: the low-rank product's own gradients, the adapters, refusals."""
 
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalMemberAccess=false
+# loops that run; plans of programs that compiled
+
 import dataclasses
 import functools
 

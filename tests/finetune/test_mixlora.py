@@ -1,5 +1,8 @@
 """Mixtures trained together: as alone, sizes of their own, jobs that come and go."""
 
+# pyright: reportPossiblyUnboundVariable=false, reportOptionalMemberAccess=false
+# loops that run; plans of programs that compiled
+
 import dataclasses
 from typing import Any
 
@@ -15,6 +18,7 @@ from jmem.finetune.lora import Lora
 from jmem.finetune.mixlora import MixLora, Mixture
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
+from jmem.sharding import Layout
 from jmem.train.loss import next_token_loss
 
 ADAMW = AdamW(learning_rate=3e-3, eps=1e-3, weight_decay=0.01, max_grad_norm=0.0)
@@ -299,6 +303,11 @@ class TestRefusals:
             finetuner.replaced(state, 2, None, jax.random.key(0))
         with pytest.raises(ValueError, match=r"adapters=None and key=None"):
             finetuner.replaced(state, 0, None)
+
+    def test_a_mesh(self, tiny, tiny_params):
+        divided = dataclasses.replace(tiny, layout=Layout(fsdp=2))
+        with pytest.raises(ValueError, match=r"not divided over a mesh"):
+            alone(SMALL).init(divided, tiny_params, jax.random.key(0))
 
     def test_merging(self, tiny, tiny_params):
         finetuner = alone(SMALL)
