@@ -319,14 +319,13 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
     _, to_slots = jax.vjp(leave, hidden, code, adapters)
     d_hidden, d_code, _ = to_slots(dy)
 
-    def slot(entering, adapters, weight, chosen, number):
-        return _slot(experts, entering, adapters, chosen, weight, key, number)
-
     def add(sums, number, chosen, weight):
         code, d_entering, d_adapters, d_weights = sums
-        (_, own), pull = jax.vjp(
-            lambda *a: slot(*a, chosen, number), entering, adapters, weight
-        )
+
+        def one(entering, adapters, weight):
+            return _slot(experts, entering, adapters, chosen, weight, key, number)
+
+        (_, own), pull = jax.vjp(one, entering, adapters, weight)
         more = pull((d_hidden, d_code))
         code, d_entering, d_adapters = jax.tree.map(
             lambda s, d: s + d.astype(s.dtype),

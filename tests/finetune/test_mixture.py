@@ -257,11 +257,11 @@ class TestChoices:
 
 
 class TestBalance:
-    def of(self, logits, real=None, over="global"):
+    def of(self, logits, real=None):
         real = jnp.ones(logits.shape[:2], bool) if real is None else real
         own = choose(logits, router="top_k", top_k=(2,), top_p=(1.0,))
         aux = {k: v[None] for k, v in traffic(*own, real).items()}
-        return imbalance(**aux, experts=(logits.shape[-1],), over=over)[0]
+        return imbalance(**aux, experts=(logits.shape[-1],), over="global")[0]
 
     def test_is_k_when_even_and_grows_with_imbalance(self):
         random = jnp.array(
