@@ -7,6 +7,7 @@ parameters are.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -234,10 +235,12 @@ class AdamW:
         return m.astype(self.moment_dtype), v.astype(self.moment_dtype)
 
     def packed_moments(self, trained: Any) -> Any:
-        """Moments of 8 bits, zero, of every leaf: what `rule` keeps."""
+        """A tuple of moments, zero, for every leaf: what `rule` keeps."""
 
         def leaf(path, value):
             shape = list(value.shape)
+            if self.moment_dtype != "float8":
+                return tuple(jnp.zeros(shape, self.moment_dtype) for _ in range(2))
             if key(path) == "head/kernel":  # cut along its last axis when it moves
                 *above, rows, columns = shape
                 scale = (*above, -(-rows // min(BLOCK, rows)), columns)
@@ -275,6 +278,22 @@ class AdamW:
         if not self.max_grad_norm:
             return jnp.float32(1), norm
         return jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12)), norm
+
+
+def with_master(rule: Callable) -> Callable:
+    """`rule` moving a float32 copy of the weight, the last array of the state.
+
+    The copy begins as the weight at the first update, and the weight is the copy,
+    rounded: what 16 bits would lose of an update adds up.
+    """
+
+    def moved(w, state, dw, rate, t, salt):
+        *state, copy = state
+        wide = jnp.where(t == 1, w.astype(jnp.float32), copy)
+        wide, state = rule(wide, tuple(state), dw, rate, t, salt)
+        return wide.astype(w.dtype), (*state, wide)
+
+    return moved
 
 
 class PackedMoments(NamedTuple):

@@ -33,6 +33,7 @@ from jmem.finetune.adamw import (
     PackedMoments,
     descend,
     moments_of,
+    with_master,
     with_moments,
 )
 from jmem.finetune.fused import fused_step
@@ -260,6 +261,11 @@ class Lisa:
     """Patterns of what is trained (`jmem.finetune.patterns`), within the active blocks
     and outside: ("blocks", "head") leaves the embedding alone. Empty: everything."""
     adamw: AdamW = AdamW(learning_rate=5e-5)
+    master: bool = False
+    """Move a float32 copy of the active blocks' weights, kept with their moments, and
+    store it rounded: 4 bytes for each of their parameters, and updates below what 16
+    bits resolve add up. Where a draw forgets the moments, the copy begins anew. Needs a
+    fused step."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
     update: Update = "auto"
@@ -309,6 +315,11 @@ class Lisa:
             )
         if self.adamw.weight_rounding == "random" and not self.fuses:
             self.adamw.clip_factor(())  # refuses it
+        if self.master and not self.fuses:
+            raise ValueError(
+                "Lisa: master=True needs a fused step, whose rule moves the copy. Set "
+                "adamw.max_grad_norm=0 and accumulate=1, or leave it out."
+            )
         if self.outside_moments != "device" and not self.fuses:
             raise ValueError(
                 f"Lisa: outside_moments={self.outside_moments!r} needs a fused step, "
@@ -354,12 +365,16 @@ class Lisa:
                 "is nothing to draw. Use Full(train=...), which holds no more."
             )
         rows = layers if self._all_on_device else self.active_layers
-        if self.fuses and self.adamw.moment_dtype == "float8":
+        if self.fuses and (self.master or self.adamw.moment_dtype == "float8"):
             like = jax.tree.map(
                 lambda p: jax.ShapeDtypeStruct((rows, *p.shape[1:]), p.dtype),
                 trained["blocks"],
             )
             packed = self.adamw.packed_moments(like)
+            if self.master:
+                packed = jax.tree.map(
+                    lambda p, own: (*own, jnp.zeros(p.shape, jnp.float32)), like, packed
+                )
             blocks = PackedMoments(jnp.zeros((rows,), jnp.int32), packed)
         else:
             blocks = _init_rows(self.adamw.direction(), trained["blocks"], rows)
@@ -481,12 +496,13 @@ class Lisa:
         else:
             rows, counts = slots, jnp.where(fresh, 0, counts) + 1
         nothing = jnp.full((layers,), -1, jnp.int32)
+        rule = self.adamw.rule
         moved = fused_step(
             model,
             params,
             batch,
-            self.adamw.rule,
-            outside_rule=self._factored if self.outside_moments == "factored" else None,
+            with_master(rule) if self.master else rule,
+            outside_rule=self._factored if self.outside_moments == "factored" else rule,
             row_of=nothing.at[active].set(rows),
             blocks=blocks,
             block_counts=counts,

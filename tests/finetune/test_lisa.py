@@ -6,6 +6,7 @@
 # optax and chex type every tree as a union of all that a tree can be.
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -347,3 +348,37 @@ def test_refuses_forced_blocks_that_are_no_draw(
     state = lisa.init(tiny, tiny_params, jax.random.key(0))
     with pytest.raises(ValueError, match=r"Lisa.step: active"):
         lisa.step(tiny, state, random_batch(tiny), jnp.asarray(active, jnp.int32))
+
+
+class TestMaster:
+    """A float32 copy of what is trained, in the state of the active blocks."""
+
+    ADAMW = AdamW(learning_rate=2e-5, max_grad_norm=0.0)  # far below 2^-9 of a weight
+
+    @pytest.mark.parametrize("moment_dtype", ["float32", "float8"])
+    def test_small_updates_add_up_and_weights_are_it_rounded(
+        self, tiny_config, random_batch, moment_dtype
+    ):
+        model = Decoder(tiny_config, dtype=jnp.bfloat16)
+        before = jax.jit(model.init)(jax.random.key(0))
+        adamw = dataclasses.replace(self.ADAMW, moment_dtype=moment_dtype)
+        batch, moved = random_batch(model), {}
+        for master in (False, True):
+            lisa = Lisa(active_layers=2, period=20, adamw=adamw, master=master)
+            state = lisa.init(model, jax.tree.map(jnp.copy, before), jax.random.key(1))
+            step = jax.jit(functools.partial(lisa.step, model), donate_argnums=0)
+            for _ in range(12):
+                state, metrics = step(state, batch)
+            kernels = [
+                tree["blocks"]["mlp"]["up"]["kernel"]
+                for tree in (before, state["params"])
+            ]
+            moved[master] = float(jnp.mean(kernels[0] != kernels[1]))
+        assert moved[True] > 1.5 * moved[False]
+        copy = state["blocks"].moments["mlp"]["up"]["kernel"][-1]
+        stored = kernels[1][metrics["active"]]
+        np.testing.assert_array_equal(copy.astype(jnp.bfloat16), stored)
+
+    def test_needs_a_fused_step(self):
+        with pytest.raises(ValueError, match="master=True needs a fused step"):
+            Lisa(master=True)
