@@ -3,6 +3,7 @@
     python -m experiments.lisa            SmolLM2-135M on this machine (6 minutes)
     python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
     python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
+    python -m experiments.lisa --preset compare       loss against bytes (1 to 2 hours)
     python -m experiments.lisa --preset llama2_70b_fsdp8 --measure-only
 
 Paper   Pan et al., LISA, NeurIPS 2024, arXiv:2403.17919, table 1 (peak memory).
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import gc
 import json
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
@@ -32,6 +34,7 @@ import jmem.data
 from experiments.harness import cli, models, plots
 from experiments.harness.report import Column, gib, loss, rate, seconds
 from experiments.harness.run import Run
+from experiments.harness.sweep import Outcome, Trial, sweep
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
@@ -48,9 +51,10 @@ from jmem.sharding import Layout
 from jmem.targets import Target
 from jmem.train import metrics
 from jmem.train.loop import train
+from jmem.train.loss import next_token_loss
 
 Usual = Literal["full", "lora", "lisa", "embedding"]
-Method = Literal[Usual, "lomo"]
+Method = Literal[Usual, "lora_wide", "badam", "lomo"]
 SEPARATOR = "<|endoftext|>"
 """What stood between the documents that many models were pretrained on."""
 
@@ -73,7 +77,7 @@ class Config:
     """The column of chats, as lists of messages. The checkpoint's template writes them
     out, and only what the assistant says is learnt."""
     only: tuple[Method, ...] = ()
-    """Methods to run; empty means all but lomo."""
+    """Methods to run; empty means full, lora, lisa and embedding."""
     full: Full = Full(adamw=AdamW(learning_rate=5e-5, warmup_steps=4))
     lora: Lora = Lora(adamw=AdamW(learning_rate=5e-4, warmup_steps=4))
     lisa: Lisa = Lisa(period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4))
@@ -81,8 +85,18 @@ class Config:
         active_layers=0, period=4, adamw=AdamW(learning_rate=1e-4, warmup_steps=4)
     )
     """LISA without active layers: embedding, final norm and head alone."""
+    lora_wide: Lora = Lora(rank=64, adamw=AdamW(learning_rate=5e-4, warmup_steps=4))
+    badam: Lisa = Lisa(
+        active_layers=1,
+        period=2,
+        order="reshuffled",
+        train=("blocks",),
+        adamw=AdamW(learning_rate=1e-4, warmup_steps=4),
+    )
+    """BAdam: one block at a time, each once before one comes again; embedding, final
+    norm and head stay."""
     lomo: Lomo = Lomo(warmup_steps=4)
-    """AdaLomo, or LOMO, on all parameters; runs where `only` names it."""
+    """AdaLomo, or LOMO, on all parameters."""
     steps: int = 16
     """Updates a method."""
     batch_size: int = 1
@@ -107,6 +121,11 @@ class Config:
     """GPUs, of this machine and of `gpu` (as h200x8), that a step is divided over."""
     seed: int = 0
     """Of the order of the batches, of adapters and of draws."""
+    factors: tuple[float, ...] = ()
+    """Compare: every method is tried at its own rate times each of these, and run at
+    the best one with each of `seeds`. Empty: every method runs once, at its rate."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Used with `factors`, in place of `seed`."""
     gpu: str = "h200"
     """GPU whose memory is laid out: a name, or a TOML file of your own."""
 
@@ -124,6 +143,10 @@ class Config:
                 f"lisa: seed={self.seed} and checkpoint_every={self.checkpoint_every} "
                 "must not be negative."
             )
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"lisa: seeds={self.seeds}; need one or more, >= 0.")
+        if any(factor <= 0 for factor in self.factors):
+            raise ValueError(f"lisa: factors={self.factors} must be positive.")
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -198,6 +221,9 @@ def main(config: Config, run: Run) -> None:
     steps(config, model)
     training, held_out = batches(config, checkpoint)
     pretrained = parameters(model, checkpoint, mesh)
+    if config.factors:
+        compare(config, run, model, training, held_out, pretrained)
+        return
     rows, before = {}, []
     for method in config.methods:
         folder = run.folder_of(method)
@@ -228,6 +254,97 @@ def main(config: Config, run: Run) -> None:
     )
     report_memory(config, run, measure(config, run.target))
     run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
+
+
+def compare(
+    config: Config,
+    run: Run,
+    model: Decoder,
+    training: jmem.data.Loader,
+    held_out: tuple[Batch, ...],
+    pretrained: dict,
+) -> None:
+    """Every method at its best of several rates, over several seeds, against bytes."""
+    choosing, judging = held_out[::2], held_out[1::2]
+    if not judging:
+        raise ValueError(
+            f"lisa: held_out_tokens={config.held_out_tokens} make one batch, and a "
+            "rate is chosen by other text than it is judged by. Raise held_out_tokens."
+        )
+
+    def mean(loss, state, batches) -> float:
+        weights = [float(batch.weights.sum()) for batch in batches]
+        return float(np.average([loss(state, b) for b in batches], weights=weights))
+
+    def one(trial: Trial, folder: pathlib.Path) -> dict[str, float]:
+        method = next(name for name in config.methods if name == trial.method)
+        own = at_rate(getattr(config, method), trial.factor)
+        mine = dataclasses.replace(config, **{method: own}, seed=trial.seed)
+        state = train(
+            own,
+            model,
+            start(mine, method, model, pretrained),
+            dataclasses.replace(training, seed=trial.seed),
+            steps=config.steps,
+            folder=folder,
+            keep=1,
+            resume=run.resume,
+        )
+        loss = jax.jit(lambda s, batch: next_token_loss(model, own.merged(s), batch))
+        return {
+            "choose": mean(loss, state, choosing),
+            "loss": mean(loss, state, judging),
+        }
+
+    if model.layout is not None:
+        raise ValueError("lisa: factors compare methods on one device; leave out mesh.")
+    plain = jax.jit(functools.partial(next_token_loss, model))
+    before = mean(plain, pretrained, judging)
+    outcomes = sweep(run, config.methods, config.factors, config.seeds, one)
+    for name, report in measure(config, run.target):
+        run.record(report, name)
+
+    def line(method: Method, own: Outcome) -> Iterator:
+        rate = at_rate(getattr(config, method), own.factor).adamw.learning_rate
+        yield from (method, run.memory[method].device_bytes, rate)
+        yield from (own.mean, min(own.losses), max(own.losses), before - own.mean)
+        yield from (len(own.losses), "at the edge" if own.edge else "")
+
+    run.table(
+        "Loss against bytes",
+        [
+            *("method", Column("device", gib), "best rate"),
+            *(Column(name, loss) for name in ("loss", "least", "most", "gain")),
+            *("seeds", "of the rates"),
+        ],
+        [tuple(line(method, outcomes[method])) for method in config.methods],
+    )
+    run.note(
+        f"Before: {before:.4f}. {config.steps} steps of {config.batch_size} x "
+        f"{config.seq_len} tokens in {config.run_dtype}, at the best of "
+        f"{len(config.factors)} rates; that is chosen by one half of the held-out "
+        "text, with the first seed, and judged by the other half. Bytes are those of "
+        f"the step compiled for {config.gpu} in {config.dtype}, remat {config.remat}."
+    )
+    run.memory_table()
+    points = {
+        method: (run.memory[method].device_bytes, outcomes[method].losses)
+        for method in config.methods
+    }
+    title = f"{config.model}: {config.steps} steps, each at its best rate"
+    run.plot(
+        "compare",
+        lambda: plots.against_bytes(points, label="held-out loss, nats", title=title),
+    )
+
+
+def at_rate(own, factor: float):
+    """The method with its learning rate times `factor`."""
+    if isinstance(own, Lomo):
+        return dataclasses.replace(own, learning_rate=own.learning_rate * factor)
+    rate = own.adamw.learning_rate * factor
+    adamw = dataclasses.replace(own.adamw, learning_rate=rate)
+    return dataclasses.replace(own, adamw=adamw)
 
 
 def parameters(model: Decoder, checkpoint, mesh: Mesh | None) -> dict:

@@ -90,6 +90,26 @@ def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
     assert report["memory"].keys() == {"lora", "lisa"}
 
 
+def test_compares_at_the_best_rate_and_leaves_losses_only(config, tmp_path):
+    config = dataclasses.replace(
+        config, only=("lora",), factors=(1.0, 3.0), seeds=(0, 1), steps=2
+    )
+    folder = run(config, tmp_path)
+    report = json.loads((folder / "report.json").read_text())
+    row = report["tables"]["Loss against bytes"]["lora"]
+    assert row["seeds"] == 2
+    assert row["least"] <= row["loss"] <= row["most"]
+    assert row["device"] == report["memory"]["lora"]["device_bytes"]
+    tried = {
+        p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/done.json")
+    }
+    assert len(tried) == 3  # both rates, and the better one's other seed
+    best = min(("lora-x1-seed0", "lora-x3-seed0"), key=lambda n: tried[n]["choose"])
+    assert best.replace("seed0", "seed1") in tried
+    assert not list(folder.rglob("checkpoints"))
+    assert (folder / "compare.png").stat().st_size > 10_000
+
+
 def test_measuring_loads_no_weights(config, tmp_path, monkeypatch):
     monkeypatch.setattr(jmem.checkpoints.Checkpoint, "params", None)
     config = dataclasses.replace(config, only=("lisa",), gpu="rtx4090")
@@ -270,7 +290,7 @@ def test_a_preset_says_what_is_trained_how_fast_and_in_what(tmp_path):
 def test_every_preset_is_listed():
     folder = pathlib.Path(lisa.__file__).parents[1] / "configs" / "lisa"
     names = {path.stem for path in folder.glob("*.toml")} - {"claims"}
-    assert names == set(PRESETS)
+    assert names == {*PRESETS, "llama2_70b_fsdp8", "compare"}
 
 
 def test_mutated_presets_are_read_or_refused_by_name(tmp_path):
