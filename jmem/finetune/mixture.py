@@ -6,10 +6,12 @@ Idea     A token's experts differ from the base by products of rank r, so the ba
          2. all E experts' A stand side by side in one [in, E*r], so that a slot's
             product is (x A * mask) B, with ones where a token chose the expert. No
             sort, no capacity, no dropped token, and shapes that no choice changes.
+            Beyond `DENSE` columns tokens are sorted by expert instead, into blocks of
+            `BLOCK` rows that have one expert each: also exact, also static.
 Memory   Kept for the backward pass: x and a token's choices. The hidden activations of
          all slots are computed again there, `ROWS` tokens at a time, whatever k.
 Cost     Base 6*M*F FLOPs a token forward, as the plain MLP; experts add
-         2*E*r*(2*M + F) + k*2*E*r*(2*F + M).
+         2*E*r*(2*M + F) + k*2*E*r*(2*F + M), sorted 6*k*r*(M + F)*(1 + E*BLOCK/ROWS).
 Models   J mixtures train over one base: x is [J*B, T, M], and rows of one mixture meet
          its own adapters only. Leaves carry J before their own axes.
 Source   Li et al., MixLoRA, 2024, arXiv:2404.15159; its official code runs down once a
@@ -20,7 +22,7 @@ See      jmem/finetune/mixlora.py, tests/finetune/test_mixture.py
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,10 @@ from jmem.nn import quantised
 
 ROWS = 2048
 """Tokens, of all mixtures together, whose hidden activations exist at a time."""
+DENSE = 512
+"""Columns E*r up to which experts are masked: 7 % of the base's FLOPs at 7B."""
+BLOCK = 64
+"""Rows of one expert that are multiplied together where tokens are sorted."""
 ABSENT = -1e30
 """Logit of an expert that a mixture does not have."""
 
@@ -121,6 +127,11 @@ class Experts:
     """Whether all slots are used, or only as many as some token needs (data)."""
     dropout: float = 0.0
 
+    def sorts(self, adapters: dict) -> bool:
+        """Whether tokens are sorted by expert, rather than experts masked."""
+        widest = max((a.shape[-1] for a, _ in adapters.values()), default=0)
+        return widest > DENSE
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mixture(
@@ -185,25 +196,35 @@ def _dropped(experts: Experts, x, key, number):
 
 
 def _entering(experts: Experts, x, adapters, base, key):
-    """What x is to the hidden maps: {name: (x W, scale * x A or None)}."""
+    """What x is to the hidden maps: {name: (x W, scale * x A)}.
+
+    The second is None where there is no A, and x itself where tokens are sorted.
+    """
     scale = jnp.array(experts.scales, x.dtype)[:, None, None]
-    found = {}
+    sorts, found = experts.sorts(adapters), {}
     for number, name in enumerate(name for name in ("gate", "up") if name in base):
         product = quantised.linear(name, base[name], x)
         code = None
         if name in adapters:
-            own = _dropped(experts, x, key, number)
-            code = jnp.einsum("jni,jir->jnr", own, adapters[name][0].astype(x.dtype))
-            code *= scale
+            code = _dropped(experts, x, key, number)
+            if not sorts:
+                a = adapters[name][0].astype(x.dtype)
+                code = jnp.einsum("jni,jir->jnr", code, a) * scale
         found[name] = product, code
     return found
 
 
 def _slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
-    """One slot of every token: (weight * hidden float32, its code for down)."""
-    hidden = None
+    """One slot of every token: (weight * hidden float32, its code for down).
+
+    Where tokens are sorted the code is what down's product adds to y.
+    """
+    hidden, sorts = None, experts.sorts(adapters)
+    plan = _plan(experts, chosen) if sorts else None
     for name, (product, code) in entering.items():
-        if code is not None:
+        if code is not None and plan is not None:
+            product += _sorted_product(experts, plan, code, adapters[name])
+        elif code is not None:
             mask = mask_of(experts, chosen, code)
             b = adapters[name][1].astype(code.dtype)
             product += jnp.einsum("jnr,jro->jno", code * mask, b)
@@ -212,12 +233,16 @@ def _slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
     assert hidden is not None
     code = None
     if "down" in adapters:
-        scale = jnp.array(experts.scales, jnp.float32)[:, None, None]
-        a = adapters["down"][0].astype(hidden.dtype)
         own = _dropped(experts, hidden, key, 2 + slot)
-        code = jnp.einsum("jni,jir->jnr", own, a).astype(jnp.float32)
-        mask = mask_of(experts, chosen, code)
-        code *= mask * weight[..., None] * scale
+        if plan is not None:
+            code = _sorted_product(experts, plan, own, adapters["down"])
+            code = code.astype(jnp.float32) * weight[..., None]
+        else:
+            scale = jnp.array(experts.scales, jnp.float32)[:, None, None]
+            a = adapters["down"][0].astype(hidden.dtype)
+            code = jnp.einsum("jni,jir->jnr", own, a).astype(jnp.float32)
+            mask = mask_of(experts, chosen, code)
+            code *= mask * weight[..., None] * scale
     return weight[..., None] * hidden.astype(jnp.float32), code
 
 
@@ -227,10 +252,62 @@ def mask_of(experts: Experts, chosen, code):
     return (chosen[..., None] == columns[None, None]).astype(code.dtype)
 
 
-def _leaving(x_dtype, hidden, code, adapters, base):
+class _Plan(NamedTuple):
+    """Where tokens go that are sorted by expert, each block of rows one expert's."""
+
+    source: Int[Array, "J P"]
+    """The token of each row, N for a row of padding."""
+    place: Int[Array, "J N"]
+    """The row of each token."""
+    owner: Int[Array, "J blocks"]
+    """The expert of each block."""
+
+
+def _plan(experts: Experts, chosen: Int[Array, "J N"]) -> _Plan:
+    """Room for any choice: every expert may leave one block that is not full."""
+    tokens, count = chosen.shape[1], experts.count
+    rows = (-(-tokens // BLOCK) + count) * BLOCK
+
+    def of(chosen):
+        order = jnp.argsort(chosen, stable=True)
+        owned = jnp.zeros((count,), jnp.int32).at[chosen].add(1)
+        blocks = -(-owned // BLOCK)
+        ends = jnp.cumsum(blocks)
+        first = jnp.cumsum(owned) - owned  # of an expert's tokens, among all sorted
+        start = (ends - blocks) * BLOCK  # and of its rows
+        own = chosen[order]
+        at = start[own] + jnp.arange(tokens, dtype=jnp.int32) - first[own]
+        place = jnp.zeros((tokens,), jnp.int32).at[order].set(at)
+        source = jnp.full((rows,), tokens, jnp.int32).at[at].set(order)
+        numbers = jnp.arange(rows // BLOCK, dtype=jnp.int32)
+        owner = jnp.searchsorted(ends, numbers, side="right")
+        return _Plan(source, place, jnp.minimum(owner, count - 1))
+
+    return jax.vmap(of)(chosen)
+
+
+def _sorted_product(experts: Experts, plan: _Plan, x, pair) -> Float[Array, "J N out"]:
+    """Scale * x A B, of every token by its own expert."""
+
+    def of(plan, x, a, b, scale):
+        a = jnp.moveaxis(a.reshape(a.shape[0], experts.count, -1), 1, 0)
+        b = b.reshape(experts.count, -1, b.shape[-1])
+        own = jnp.pad(x, ((0, 1), (0, 0)))[plan.source]
+        own = own.reshape(-1, BLOCK, x.shape[-1])
+        code = jnp.einsum("pni,pir->pnr", own, a[plan.owner]) * scale
+        y = jnp.einsum("pnr,pro->pno", code, b[plan.owner])
+        return y.reshape(-1, y.shape[-1])[plan.place]
+
+    a, b = (half.astype(x.dtype) for half in pair)
+    return jax.vmap(of)(plan, x, a, b, jnp.array(experts.scales, x.dtype))
+
+
+def _leaving(experts: Experts, x_dtype, hidden, code, adapters, base):
     """Down of the summed slots: base product and low-rank product."""
     y = quantised.linear("down", base["down"], hidden.astype(x_dtype))
-    if code is not None:
+    if code is not None and experts.sorts(adapters):
+        y += code.astype(x_dtype)
+    elif code is not None:
         b = adapters["down"][1].astype(x_dtype)
         y += jnp.einsum("jnr,jro->jno", code.astype(x_dtype), b)
     return y
@@ -270,7 +347,7 @@ def _forward(experts: Experts, x, chosen, weights, adapters, base, key):
     entering = _entering(experts, x, adapters, base, key)
     sums = _sums(experts, entering, x, chosen, weights, adapters, key)
     hidden, code = sums
-    return _leaving(x.dtype, hidden, code, adapters, base)
+    return _leaving(experts, x.dtype, hidden, code, adapters, base)
 
 
 def _mixture_forward(experts, x, chosen, weights, adapters, base, key):
@@ -308,7 +385,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
     entering, to_input = jax.vjp(enter, x, adapters)
 
     def leave(hidden, code, adapters):
-        return _leaving(x.dtype, hidden, code, adapters, base)
+        return _leaving(experts, x.dtype, hidden, code, adapters, base)
 
     # Down is linear in both, so their values only matter to the gradient of its B.
     nothing = jax.eval_shape(
@@ -343,7 +420,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
     d_entering = jax.tree.map(lambda d, e: d.astype(e.dtype), d_entering, entering)
     dx, more = to_input(d_entering)
     d_adapters = jax.tree.map(lambda s, d: s + d.astype(s.dtype), d_adapters, more)
-    if code is not None:
+    if code is not None and not experts.sorts(adapters):
         a, b = d_adapters["down"]
         d_b = jnp.einsum(
             *("jnr,jno->jro", code.astype(dy.dtype), dy),

@@ -159,9 +159,14 @@ def gradients(function, *args):
 
 
 class TestIdentities:
+    @pytest.mark.parametrize("dense", [512, 0], ids=["masked", "sorted"])
     @pytest.mark.parametrize("rows", [2048, 6])  # at once, and by parts with padding
-    def test_is_every_token_through_its_experts_one_by_one(self, monkeypatch, rows):
+    def test_is_every_token_through_its_experts_one_by_one(
+        self, monkeypatch, rows, dense
+    ):
         monkeypatch.setattr(module, "ROWS", rows)
+        monkeypatch.setattr(module, "DENSE", dense)
+        monkeypatch.setattr(module, "BLOCK", 2)
         small = Small()
 
         def ours(x, weights, adapters):
