@@ -34,9 +34,11 @@ from jmem.nn import quantised
 ROWS = 2048
 """Tokens, of all mixtures together, whose hidden activations exist at a time."""
 DENSE = 256
-"""Columns E*r up to which experts are masked. Of the base's FLOPs (LLaMA-2-7B, k = 2) they
-add 7.5 % at 128, 15 % at 256 and 59 % at 1,024; sorted 1.4, 1.7 and 3.3 %, in products
-of `BLOCK` rows, whose speed on a GPU was not measured."""
+"""Columns E*r up to which experts are masked.
+
+Of the base's FLOPs (LLaMA-2-7B, k = 2) they add 7.5 % at 128 columns, 15 % at 256 and
+59 % at 1,024; sorted 1.4, 1.7 and 3.3 %, in products of `BLOCK` rows, whose speed on a
+GPU was not measured."""
 BLOCK = 64
 """Rows of one expert that are multiplied together where tokens are sorted."""
 ABSENT = -1e30
