@@ -6,6 +6,7 @@
 # optax and chex type every tree as a union of all that a tree can be.
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -67,20 +68,27 @@ def initial_params():
     return jax.jit(Decoder(config).init)(jax.random.key(0))
 
 
+@functools.cache
+def jitted(finetuner, model):
+    """Its `init` and its step, which takes the state: compiled once for all tests."""
+
+    @jax.jit
+    def init(params):
+        params = jax.tree.map(jnp.copy, params)
+        return finetuner.init(model, params, jax.random.key(1))
+
+    def step(state, batch):
+        return finetuner.step(model, state, batch)
+
+    return init, jax.jit(step, donate_argnums=0)
+
+
 @pytest.mark.parametrize("finetuner", FINETUNERS.values(), ids=list(FINETUNERS))
 class TestEveryFinetuner:
     @pytest.fixture
     def start(self, finetuner, tiny, initial_params):
         """A new state from copied parameters, and its jitted step, which takes it."""
-        step = jax.jit(
-            lambda state, batch: finetuner.step(tiny, state, batch), donate_argnums=0
-        )
-
-        @jax.jit
-        def init(params):
-            params = jax.tree.map(jnp.copy, params)
-            return finetuner.init(tiny, params, jax.random.key(1))
-
+        init, step = jitted(finetuner, tiny)
         return lambda: (init(initial_params), step)
 
     def test_a_new_state_is_the_model_it_came_from(self, finetuner, start, tiny_params):

@@ -4,6 +4,7 @@
 # loops that run; plans of programs that compiled
 
 import dataclasses
+import functools
 from typing import Any
 
 import chex
@@ -41,7 +42,9 @@ def started(finetuner, model, params, key=1):
     return finetuner.init(model, params, jax.random.key(key))
 
 
+@functools.cache
 def stepper(finetuner, model) -> Any:
+    """Its jitted step, which takes the state: compiled once for all tests."""
     return jax.jit(
         lambda state, batch: finetuner.step(model, state, batch), donate_argnums=0
     )
