@@ -61,7 +61,7 @@ class Config:
     mixture: Mixture = Mixture(
         rank=8, alpha=16.0, adamw=AdamW(learning_rate=1e-3, max_grad_norm=0.0)
     )
-    lora: Lora = Lora(adamw=AdamW(learning_rate=1e-3, max_grad_norm=0.0), dropout=0.05)
+    lora: Lora = Lora(adamw=AdamW(learning_rate=1e-3, max_grad_norm=0.0))
     """Its rank and alpha are set to `equal_rank`'s, unless `equal` is off."""
     equal: bool = True
     """LoRA gets the rank that trains as many parameters as the mixture, alpha twice
@@ -71,7 +71,8 @@ class Config:
     router: slots.Router = "top_k"
     update: Update = "auto"
     """Of MixLoRA's adapters: inside the backward pass, or after it."""
-    dropout: float = 0.05
+    dropout: float = 0.0
+    """Of MixLoRA; on a CPU its random draws take as long as the step."""
     steps: int = 40
     """Updates a method."""
     batch_size: int = 4
@@ -92,7 +93,7 @@ class Config:
     factors: tuple[float, ...] = (1.0,)
     """Each method is tried at its own rate times each of these; the best one counts."""
     seeds: tuple[int, ...] = (0,)
-    """Of the order of the batches, of adapters and of dropout: a run each, at the best
+    """Of the order of the batches and of adapters: a run each, at the best
     rate."""
     gpu: str = "h200"
     """GPU whose memory is laid out: a name, or a TOML file of your own."""

@@ -1,22 +1,17 @@
 """What only eight devices can show; `test_sharding` runs this file by itself.
 
-Prints one JSON object: what every check found. XLA makes eight devices of one CPU, but
-only where it is told so before JAX starts.
+Prints one JSON object: what every check found. XLA makes eight devices of one CPU where
+XLA_FLAGS says so before JAX starts, which is not set here: pytest imports this file.
 """
 
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
 import sys
 import tempfile
 import traceback
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 import numpy as np
@@ -41,10 +36,9 @@ CLIPPED = AdamW(learning_rate=3e-3)
 ADAMW = AdamW(learning_rate=3e-3, max_grad_norm=0)
 LISA = Lisa(active_layers=2, period=2, adamw=ADAMW)
 CASES = {
-    "full": (Full(adamw=CLIPPED), CONFIG, ("8x1", "4x2", "2x4")),
-    "lora": (Lora(rank=2, adamw=CLIPPED), CONFIG, ("8x1", "4x2", "2x4")),
-    "lisa": (LISA, CONFIG, ("8x1", "4x2", "2x4")),
-    "lisa separate": (dataclasses.replace(LISA, adamw=CLIPPED), CONFIG, ("4x2",)),
+    "full": (Full(adamw=CLIPPED), CONFIG, ("4x2",)),
+    "lora": (Lora(rank=2, adamw=CLIPPED), CONFIG, ("2x4",)),
+    "lisa": (LISA, CONFIG, ("8x1", "2x4")),
     "lisa tied": (LISA, TIED, ("4x2",)),
 }
 

@@ -135,8 +135,8 @@ class TestAheadOfTime:
     matrices = SMALL.parameters - (2 * SMALL.layers + 1) * SMALL.hidden
     layer = 2 * (matrices - 2 * SMALL.vocab_size * SMALL.hidden) // SMALL.layers
 
-    @pytest.mark.parametrize("mesh", [(8, 1), (4, 2)], ids=str)
-    def test_lisa_gathers_a_layer_and_never_a_stack(self, mesh):
+    def test_lisa_gathers_a_layer_and_never_a_stack(self):
+        mesh = 8, 1
         found = report("lisa", *mesh)
         row = 2 * SMALL.hidden * SMALL.intermediate  # the largest matrix of a layer
         made = [row for row in found.rows if row.kind not in ("optimizer", "batch")]
@@ -162,12 +162,6 @@ class TestAheadOfTime:
             state + found.temp_bytes, rel=0.02
         )  # the claim of claims.toml, small
 
-    def test_full_makes_an_eighth_of_the_gradients(self):
-        found = report("full")
-        gradients = 2 * self.matrices / 8
-        inputs = SMALL.layers * 256 * SMALL.hidden * 2
-        assert found.temp_bytes < gradients + inputs + 3 * self.layer
-
     def test_evaluation_too_is_divided(self):
         layout = Layout(fsdp=8)
         model = Decoder(SMALL, dtype=jnp.bfloat16, layout=layout)
@@ -190,22 +184,22 @@ def eight():
         capture_output=True,
         text=True,
         timeout=1200,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4"])
-@pytest.mark.parametrize("method", ["full", "lora", "lisa"])
-def test_three_steps_are_those_of_one_device(eight, method, mesh):
+@pytest.mark.parametrize(
+    "case", ["full 4x2", "lora 2x4", "lisa 8x1", "lisa 2x4", "lisa tied 4x2"]
+)
+def test_three_steps_are_those_of_one_device(eight, case):
     """Sums are in another order, and AdamW divides by their root."""
-    assert eight[f"{method} {mesh}"] < 1e-5
-
-
-@pytest.mark.parametrize("what", ["lisa separate", "lisa tied"])
-def test_so_are_those_of_other_forms(eight, what):
-    assert eight[f"{what} 4x2"] < 1e-5
+    assert eight[case] < 1e-5
 
 
 def test_each_device_holds_an_eighth(eight):
