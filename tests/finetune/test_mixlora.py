@@ -55,6 +55,7 @@ def rows(batch, start, stop):
 
 
 class TestOneMixture:
+    @pytest.mark.compat
     def test_learns_a_batch_by_heart_in_one_program(
         self, tiny, tiny_params, random_batch
     ):

@@ -54,6 +54,7 @@ def found():
     return g, config, leaves, feed, out[1], gradients
 
 
+@pytest.mark.compat
 class TestOfficialArrays:
     def test_output(self, found):
         g, *_, (y, _, _), _ = found
