@@ -1,6 +1,6 @@
 """MixLoRA beside LoRA of as many parameters: loss by task, router load, memory.
 
-    python -m experiments.mixlora         SmolLM2-135M on four tasks (8 minutes)
+    python -m experiments.mixlora         SmolLM2-135M on four tasks (10 minutes)
     python -m experiments.mixlora --preset llama2_7b --measure-only --gpu h200
 
 Paper   Li et al., MixLoRA, 2024, arXiv:2404.15159: two models trained over one base
