@@ -265,7 +265,10 @@ class Program:
             return self.described(), self.out_shardings, None, False
         axes, sizes = tuple(shape), tuple(shape.values())
         auto = (AxisType.Auto,) * len(axes)
-        if target:
+        if target and shapes:  # JAX 0.11.2 wants that of the mesh in scope
+            described = np.reshape(target.compile_only_devices(), sizes)
+            mesh = Mesh(described, axes, axis_types=auto).abstract_mesh
+        elif target:
             mesh = AbstractMesh(sizes, axes, axis_types=auto)
         else:
             attached = jax.devices()[: math.prod(sizes)]

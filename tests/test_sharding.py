@@ -135,6 +135,7 @@ class TestAheadOfTime:
     matrices = SMALL.parameters - (2 * SMALL.layers + 1) * SMALL.hidden
     layer = 2 * (matrices - 2 * SMALL.vocab_size * SMALL.hidden) // SMALL.layers
 
+    @pytest.mark.compat
     def test_lisa_gathers_a_layer_and_never_a_stack(self):
         mesh = 8, 1
         found = report("lisa", *mesh)
