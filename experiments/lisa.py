@@ -277,7 +277,7 @@ def compare(
         return float(np.average([loss(state, b) for b in batches], weights=weights))
 
     def one(trial: Trial, folder: pathlib.Path) -> dict[str, float]:
-        method = next(name for name in config.methods if name == trial.method)
+        method: Method = next(m for m in config.methods if m == trial.method)
         own = at_rate(getattr(config, method), trial.factor)
         mine = dataclasses.replace(config, **{method: own}, seed=trial.seed)
         state = train(
