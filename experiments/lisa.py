@@ -34,7 +34,7 @@ import jmem.data
 from experiments.harness import cli, models, plots
 from experiments.harness.report import Column, gib, loss, rate, seconds
 from experiments.harness.run import Run
-from experiments.harness.sweep import Outcome, Trial, sweep
+from experiments.harness.sweep import Outcome, Trial, at_rate, sweep
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
@@ -147,6 +147,11 @@ class Config:
             raise ValueError(f"lisa: seeds={self.seeds}; need one or more, >= 0.")
         if any(factor <= 0 for factor in self.factors):
             raise ValueError(f"lisa: factors={self.factors} must be positive.")
+        if self.factors and self.mesh.devices > 1:
+            raise ValueError(
+                f"lisa: factors={self.factors} compare methods on one device; leave "
+                "mesh out."
+            )
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -276,8 +281,8 @@ def compare(
         weights = [float(batch.weights.sum()) for batch in batches]
         return float(np.average([loss(state, b) for b in batches], weights=weights))
 
-    def one(trial: Trial, folder: pathlib.Path) -> dict[str, float]:
-        method: Method = next(m for m in config.methods if m == trial.method)
+    def one(trial: Trial[Method], folder: pathlib.Path) -> dict[str, float]:
+        method = trial.method
         own = at_rate(getattr(config, method), trial.factor)
         mine = dataclasses.replace(config, **{method: own}, seed=trial.seed)
         state = train(
@@ -296,8 +301,6 @@ def compare(
             "loss": mean(loss, state, judging),
         }
 
-    if model.layout is not None:
-        raise ValueError("lisa: factors compare methods on one device; leave out mesh.")
     plain = jax.jit(functools.partial(next_token_loss, model))
     before = mean(plain, pretrained, judging)
     outcomes = sweep(run, config.methods, config.factors, config.seeds, one)
@@ -336,15 +339,6 @@ def compare(
         "compare",
         lambda: plots.against_bytes(points, label="held-out loss, nats", title=title),
     )
-
-
-def at_rate(own, factor: float):
-    """The method with its learning rate times `factor`."""
-    if isinstance(own, Lomo):
-        return dataclasses.replace(own, learning_rate=own.learning_rate * factor)
-    rate = own.adamw.learning_rate * factor
-    adamw = dataclasses.replace(own.adamw, learning_rate=rate)
-    return dataclasses.replace(own, adamw=adamw)
 
 
 def parameters(model: Decoder, checkpoint, mesh: Mesh | None) -> dict:

@@ -32,7 +32,7 @@ import jmem.data
 from experiments.harness import cli, models, plots
 from experiments.harness.report import Column, gib, loss, seconds
 from experiments.harness.run import Run
-from experiments.harness.sweep import Outcome, Trial, sweep
+from experiments.harness.sweep import Outcome, Trial, at_rate, sweep
 from jmem.data.batch import Batch
 from jmem.finetune import mixture as slots
 from jmem.finetune.adamw import AdamW
@@ -195,27 +195,25 @@ def equal_rank(mixture: Mixture, dims: DecoderConfig) -> int:
     return max(round((mixture.rank * mixed + mixture.experts * width) / plain), 1)
 
 
-def method_of(name: str) -> Method:
-    """The one of that name."""
-    return next(method for method in get_args(Method) if method == name)
-
-
-def finetuner(config: Config, method: Method, dims: DecoderConfig) -> Lora | MixLora:
-    """The method as the config has it."""
+def finetuner(
+    config: Config, method: Method, dims: DecoderConfig, factor: float = 1.0
+) -> Lora | MixLora:
+    """The method as the config has it, its learning rate times `factor`."""
+    mixture = at_rate(config.mixture, factor)
     if method == "lora":
+        lora = at_rate(config.lora, factor)
         if not config.equal:
-            return config.lora
+            return lora
         rank = equal_rank(config.mixture, dims)
         maps = config.mixture.maps
-        return dataclasses.replace(config.lora, rank=rank, alpha=2.0 * rank, maps=maps)
+        return dataclasses.replace(lora, rank=rank, alpha=2.0 * rank, maps=maps)
     options = {"router": config.router, "dropout": config.dropout}
     if method in ("official", "vanilla"):
         kind = OfficialMixLora if method == "official" else VanillaMixLora
         options |= {"update": "separate"}
-        return kind(mixtures=(config.mixture,), **options)
+        return kind(mixtures=(mixture,), **options)
     count = config.together if method == "joint" else 1
-    mixtures = (config.mixture,) * count
-    return MixLora(mixtures=mixtures, update=config.update, **options)
+    return MixLora(mixtures=(mixture,) * count, update=config.update, **options)
 
 
 def rows(config: Config, method: Method) -> int:
@@ -273,8 +271,8 @@ def main(config: Config, run: Run) -> None:
     }
     pretrained = checkpoint.params()
 
-    def one(trial: Trial, folder: pathlib.Path) -> dict[str, Any]:
-        own = at_rate(finetuner(config, method_of(trial.method), dims), trial.factor)
+    def one(trial: Trial[Method], folder: pathlib.Path) -> dict[str, Any]:
+        own = finetuner(config, trial.method, dims, trial.factor)
         state = train(
             own,
             model,
@@ -294,7 +292,7 @@ def main(config: Config, run: Run) -> None:
 
     plain = functools.partial(next_token_loss, model)
     before = judged(config, plain, pretrained, padded)["parts"]
-    methods = [method for method in TRAINED if method in config.methods]
+    methods: list[Method] = [m for m in TRAINED if m in config.methods]
     outcomes = sweep(run, methods, config.factors, config.seeds, one)
     if outcomes:
         report_training(config, run, dims, before, outcomes)
@@ -310,21 +308,6 @@ def main(config: Config, run: Run) -> None:
     if "mixlora" in outcomes:
         report_load(config, run, outcomes["mixlora"].more[0]["load"])
     report_memory(config, run)
-
-
-def at_rate(own: Lora | MixLora, factor: float) -> Lora | MixLora:
-    """The method with its learning rate times `factor`."""
-
-    def faster(adamw: AdamW) -> AdamW:
-        rate = adamw.learning_rate * factor
-        return dataclasses.replace(adamw, learning_rate=rate)
-
-    if isinstance(own, Lora):
-        return dataclasses.replace(own, adamw=faster(own.adamw))
-    mixtures = tuple(
-        dataclasses.replace(m, adamw=faster(m.adamw)) for m in own.mixtures
-    )
-    return dataclasses.replace(own, mixtures=mixtures)
 
 
 def start(own: Lora | MixLora, model: Decoder, pretrained: dict, seed: int):
@@ -401,7 +384,7 @@ def load_by_task(config: Config, own: MixLora, model, state, padded) -> dict:
 
 
 def report_training(
-    config: Config, run: Run, dims, before: dict, outcomes: dict[str, Outcome]
+    config: Config, run: Run, dims, before: dict, outcomes: dict[Method, Outcome]
 ) -> None:
     """Loss by task before and after, and what each method trained."""
 
@@ -420,8 +403,8 @@ def report_training(
         + [("mean", float(np.mean(list(before.values()))), *means)],
     )
 
-    def line(method: str, own: Outcome) -> Iterator:
-        made = at_rate(finetuner(config, method_of(method), dims), own.factor)
+    def line(method: Method, own: Outcome) -> Iterator:
+        made = finetuner(config, method, dims, own.factor)
         first = made.mixtures[0] if isinstance(made, MixLora) else made
         yield from (method, trained(made, dims), first.rank)
         yield from (first.adamw.learning_rate, own.mean)

@@ -20,10 +20,10 @@ from experiments.harness.run import Run, write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial[Method: str]:
     """One run: a method, a factor of its learning rate, a seed."""
 
-    method: str
+    method: Method
     factor: float
     seed: int
 
@@ -49,13 +49,20 @@ class Outcome:
         return sum(self.losses) / len(self.losses)
 
 
-def sweep(
+def at_rate(own: Any, factor: float) -> Any:
+    """A dataclass whose learning rate, its own or its `adamw`'s, is `factor` times."""
+    if hasattr(own, "learning_rate"):
+        return dataclasses.replace(own, learning_rate=own.learning_rate * factor)
+    return dataclasses.replace(own, adamw=at_rate(own.adamw, factor))
+
+
+def sweep[Method: str](
     run: Run,
-    methods: Iterable[str],
+    methods: Iterable[Method],
     factors: tuple[float, ...],
     seeds: tuple[int, ...],
-    train: Callable[[Trial, pathlib.Path], dict[str, Any]],
-) -> dict[str, Outcome]:
+    train: Callable[[Trial[Method], pathlib.Path], dict[str, Any]],
+) -> dict[Method, Outcome]:
     """Trains every method as said above.
 
     `train(trial, folder)` gives {"choose": loss, "loss": loss} and what else JSON can
@@ -63,7 +70,7 @@ def sweep(
     is done.
     """
 
-    def result(trial: Trial) -> dict[str, Any]:
+    def result(trial: Trial[Method]) -> dict[str, Any]:
         folder = run.folder_of(trial.name)
         done = folder / "done.json"
         if not done.exists():

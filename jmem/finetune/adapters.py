@@ -10,15 +10,15 @@ Exact    The update that follows a whole backward pass. What is lost is anything
 See      jmem/finetune/mixlora.py, jmem/finetune/lora.py, tests/finetune/
 """
 
-import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jmem.finetune.fused import nested, tuples
 from jmem.finetune.layerwise import put_row
+from jmem.finetune.walk import Update, salt_of
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.offload import fetch
@@ -35,7 +35,28 @@ def attach(tree: dict, adapters: dict) -> dict:
     return tree | added
 
 
-def fused_step(
+def check_update(name: str, update: str, max_grad_norm: float, parts: int) -> None:
+    """For the `update` field of a finetuner of adapters."""
+    if update not in get_args(Update):
+        raise ValueError(
+            f"{name}: update={update!r} must be one of {get_args(Update)}."
+        )
+    if update == "fused" and (max_grad_norm or parts > 1):
+        raise ValueError(
+            f"{name}: update='fused' moves adapters before all gradients are known, so "
+            f"adamw.max_grad_norm={max_grad_norm} and accumulate={parts} cannot be "
+            "kept. Set them to 0 and 1, or choose update='separate'."
+        )
+
+
+def fuses(model, update: str, max_grad_norm: float, parts: int) -> bool:
+    """Whether adapters move inside the backward pass, which keeps block inputs only."""
+    if update != "auto":
+        return update == "fused"
+    return model.remat == "block" and not max_grad_norm and parts == 1
+
+
+def adapter_step(
     model,
     params: dict,
     adapters: Any,
@@ -113,10 +134,8 @@ def moved(
     """
     gradients, states, found = by_key(gradients), tuples(moments, adapters), {}
     for path, w in by_key(adapters).items():
-        salt = jnp.uint32(zlib.crc32(path.encode()))
-        for number in numbers:
-            salt = salt * jnp.uint32(0x9E3779B1) + number.astype(jnp.uint32)
         dw = gradients[path].astype(jnp.float32)
+        salt = salt_of(path, *numbers)
         found[path] = update(path, w, states[path], dw, salt)
     weights, states = ({path: pair[i] for path, pair in found.items()} for i in (0, 1))
     return nested(weights, adapters), nested(states, adapters)

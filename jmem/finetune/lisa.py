@@ -43,11 +43,11 @@ from jmem.finetune.patterns import join, split
 from jmem.finetune.resting import rest, swap, zero_rows
 from jmem.finetune.rules import Factored
 from jmem.finetune.tables import pieces
+from jmem.finetune.walk import Update
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
 Moments = Literal["reset_layers", "reset_all", "persist"]
-Update = Literal["auto", "fused", "separate"]
 Place = Literal["device", "host"]
 Outside = Literal["device", "host", "factored"]
 

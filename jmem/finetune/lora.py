@@ -36,7 +36,8 @@ from jaxtyping import Array, Float
 
 from jmem.finetune.accumulate import accumulated, check_parts
 from jmem.finetune.adamw import AdamW, gradient_step, moments_of, with_moments
-from jmem.finetune.adapters import attach, fused_step, moved
+from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, moved
+from jmem.finetune.walk import Update
 from jmem.nn import quantised
 from jmem.nn.linear import along_last
 from jmem.nn.stack import depth
@@ -47,7 +48,6 @@ from jmem.train.loss import mean_head_loss, next_token_loss
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear maps of a block; one whose MLP is not gated has no "gate"."""
 
-Update = Literal["auto", "fused", "separate"]
 Base = Literal["given", "nf4", "nf4-double"]
 _PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
 """What `base` is called in `jmem.nn.quantised`."""
@@ -107,6 +107,11 @@ def _scaled_backward(residuals, dz):
 
 
 scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """What a product A B is multiplied by."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def drop_out(x: Float[Array, "*N in"], rate: float, key: jax.Array):
@@ -243,17 +248,7 @@ class Lora:
 
     def __post_init__(self):
         check_parts("Lora", self.accumulate)
-        if self.update not in get_args(Update):
-            raise ValueError(
-                f"Lora: update={self.update!r} must be one of {get_args(Update)}."
-            )
-        if self.update == "fused" and (self.adamw.max_grad_norm or self.accumulate > 1):
-            raise ValueError(
-                f"Lora: update='fused' moves adapters before all gradients are known, "
-                f"so adamw.max_grad_norm={self.adamw.max_grad_norm} and accumulate="
-                f"{self.accumulate} cannot be kept. Set them to 0 and 1, or choose "
-                "update='separate'."
-            )
+        check_update("Lora", self.update, self.adamw.max_grad_norm, self.accumulate)
         if self.rank < 1:
             raise ValueError(f"Lora: rank={self.rank} must be at least 1.")
         if not 0 < self.alpha < math.inf:
@@ -287,7 +282,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scale_of(self.alpha, self.rank, self.rslora)
 
     def adapters(self, blocks: dict, key: jax.Array) -> dict:
         """Fresh A (uniform within 1/sqrt(in), Kaiming with a = sqrt(5)) and B (zero).
@@ -384,10 +379,7 @@ class Lora:
 
     def fuses(self, model) -> bool:
         """Whether adapters move inside the backward pass."""
-        if self.update != "auto":
-            return self.update == "fused"
-        waits = self.adamw.max_grad_norm or self.accumulate > 1
-        return model.remat == "block" and not waits
+        return fuses(model, self.update, self.adamw.max_grad_norm, self.accumulate)
 
     def step(self, model, state, batch):
         """One update of the adapters from one batch: (state, metrics)."""
@@ -460,7 +452,7 @@ class Lora:
                 squares, jnp.float32(0)
             )
 
-        lora, moments, square, loss, more = fused_step(
+        lora, moments, square, loss, more = adapter_step(
             *(model, params, state["lora"], moments, batch, ops, jnp.float32(0)),
             head=head,
             balance=balance,

@@ -30,8 +30,8 @@ from jaxtyping import Array, Bool, Float
 
 from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW
-from jmem.finetune.adapters import attach, fused_step, moved
-from jmem.finetune.lora import MAPS, drop_out
+from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, moved
+from jmem.finetune.lora import MAPS, drop_out, scale_of
 from jmem.finetune.mixture import (
     ABSENT,
     Experts,
@@ -41,6 +41,7 @@ from jmem.finetune.mixture import (
     mixture,
     traffic,
 )
+from jmem.finetune.walk import Update
 from jmem.nn import quantised
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth, run_stack
@@ -49,7 +50,6 @@ from jmem.program import key as path_of
 from jmem.train.loss import head_loss, token_positions
 
 HIDDEN = ("gate", "up", "down")
-Update = Literal["auto", "fused", "separate"]
 Balance = Literal["global", "per_layer"]
 
 
@@ -116,7 +116,7 @@ class Mixture:
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return scale_of(self.alpha, self.rank, self.rslora)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ class MixLora:
         check_parts("MixLora", self.accumulate)
         if not self.mixtures:
             raise ValueError("MixLora: mixtures=() is empty; give at least one.")
-        for name, kind in (("router", Router), ("over", Balance), ("update", Update)):
+        for name, kind in (("router", Router), ("over", Balance)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(
                     f"MixLora: {name}={getattr(self, name)!r} must be one of "
@@ -290,13 +290,7 @@ class MixLora:
                         f"mixtures[0].adamw.{name}={one!r}; mixtures trained together "
                         "share it. Rates, decays, schedules and clipping may differ."
                     )
-        clipped = any(m.adamw.max_grad_norm for m in self.mixtures)
-        if self.update == "fused" and (clipped or self.accumulate > 1):
-            raise ValueError(
-                f"MixLora: update='fused' moves adapters before all gradients are "
-                f"known, so adamw.max_grad_norm and accumulate={self.accumulate} "
-                "cannot be kept. Set them to 0 and 1, or choose update='separate'."
-            )
+        check_update("MixLora", self.update, self._max_grad_norm, self.accumulate)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], adamw: AdamW | None = None) -> "MixLora":
@@ -317,6 +311,11 @@ class MixLora:
         return cls(mixtures=(Mixture(**given),), **shared)
 
     # Sizes ----------------------------------------------------------------------------
+
+    @property
+    def _max_grad_norm(self) -> float:
+        """The largest of the mixtures'; 0 where none is clipped."""
+        return max(m.adamw.max_grad_norm for m in self.mixtures)
 
     @property
     def rank(self) -> int:
@@ -354,10 +353,7 @@ class MixLora:
 
     def fuses(self, model) -> bool:
         """Whether adapters move inside the backward pass."""
-        if self.update != "auto":
-            return self.update == "fused"
-        clipped = any(m.adamw.max_grad_norm for m in self.mixtures)
-        return model.remat == "block" and not clipped and self.accumulate == 1
+        return fuses(model, self.update, self._max_grad_norm, self.accumulate)
 
     # Adapters -------------------------------------------------------------------------
 
@@ -633,24 +629,24 @@ class MixLora:
         }
         return state, metrics
 
+    def _run(self, model, state, batch, ops: Ops) -> tuple[jax.Array, dict]:
+        """The last block's output [J*B, T, M], and what the blocks said, [L, ...]."""
+        params, positions = state["params"], token_positions(batch.tokens)
+        blocks = attach(params["blocks"], state["adapters"])
+        x = model.embed(params, batch.tokens, positions)
+        x, _, aux = run_stack(model.block, blocks, x, positions, ops, remat=model.remat)
+        return x, aux
+
     def losses(self, model, state, batch) -> Float[Array, " J"]:
         """Cross-entropy of every mixture on its rows, without dropout or balance."""
-        blocks = attach(state["params"]["blocks"], state["adapters"])
-        ops, positions = self.ops(model), token_positions(batch.tokens)
-        x = model.embed(state["params"], batch.tokens, positions)
-        x, _, _ = run_stack(model.block, blocks, x, positions, ops, remat=model.remat)
+        x, _ = self._run(model, state, batch, self.ops(model))
         weights = _shares(batch.weights, len(self.mixtures))
         return self._head(model, state, batch._replace(weights=weights))(x)[1]
 
     def load(self, model, state, batch) -> Float[Array, "L J E"]:
         """Slots that a token of the batch spends on each expert, layer by layer."""
-        blocks = attach(state["params"]["blocks"], state["adapters"])
-        ops, positions = (
-            self.ops(model, real=_real(batch)),
-            token_positions(batch.tokens),
-        )
-        x = model.embed(state["params"], batch.tokens, positions)
-        return run_stack(model.block, blocks, x, positions, ops)[2]["load"]
+        ops = self.ops(model, real=_real(batch))
+        return self._run(model, state, batch, ops)[1]["load"]
 
     def loss(self, model, state, batch) -> Float[Array, ""]:
         """Mean of `losses` over the active mixtures."""
@@ -708,7 +704,7 @@ class MixLora:
         ops = self.ops(model, training=True, real=_real(batch))
         params = state["params"] | {"blocks": self._blocks(state)}
         move = self._mover(state, axis=0)
-        return fused_step(
+        return adapter_step(
             *(model, params, state["adapters"], state["moments"], batch, ops),
             jnp.zeros((len(self.mixtures),), jnp.float32),
             head=self._head(model, state, batch),
@@ -724,12 +720,9 @@ class MixLora:
 
         def part_loss(adapters, number, part):
             ops = self.ops(model, training=True, real=_real(part))
-            positions = token_positions(part.tokens)
-            blocks = attach(self._blocks(state, number), adapters)
-            x = model.embed(state["params"], part.tokens, positions)
-            x, _, aux = run_stack(
-                model.block, blocks, x, positions, ops, remat=model.remat
-            )
+            own = state["params"] | {"blocks": self._blocks(state, number)}
+            own = state | {"params": own, "adapters": adapters}
+            x, aux = self._run(model, own, part, ops)
             total, losses = self._head(model, state, part)(x)
             more, (found, load) = self._balance(state)(aux)
             seen = losses, (found / self.accumulate, load / self.accumulate)

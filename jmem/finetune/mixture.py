@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jmem.finetune.lora import drop_out
 from jmem.nn import quantised
 
 ROWS = 2048
@@ -191,12 +192,10 @@ def _at(key, index):
 
 
 def _dropped(experts: Experts, x, key, number):
-    """X with values dropped out, for one product; the others grow."""
-    if key is None or not experts.dropout:
+    """X with values dropped out, for one product, if there is a key."""
+    if key is None:
         return x
-    kept = 1 - experts.dropout
-    mask = jax.random.bernoulli(jax.random.fold_in(key, number), kept, x.shape)
-    return jnp.where(mask, x / jnp.asarray(kept, x.dtype), 0)
+    return drop_out(x, experts.dropout, jax.random.fold_in(key, number))
 
 
 def _entering(experts: Experts, x, adapters, base, key):
@@ -332,25 +331,30 @@ def _each_slot(experts: Experts, chosen, weights, add, start):
     return lax.fori_loop(0, used, body, start)
 
 
-def _sums(experts: Experts, entering, x, chosen, weights, adapters, key):
+def _sums(experts: Experts, entering, chosen, weights, adapters, key):
     """(hidden, code) over all slots, float32."""
 
     def add(sums, slot, chosen, weight):
         own = _slot(experts, entering, adapters, chosen, weight, key, slot)
         return jax.tree.map(jnp.add, sums, own)
 
+    nothing = _nothing(experts, entering, chosen, weights, adapters)
+    return _each_slot(experts, chosen, weights, add, nothing)
+
+
+def _nothing(experts: Experts, entering, chosen, weights, adapters):
+    """Zeros of what a slot makes: (hidden, code)."""
+
     def first(chosen, weight):
-        return _slot(experts, entering, adapters, chosen, weight, key, 0)
+        return _slot(experts, entering, adapters, chosen, weight, None, 0)
 
     like = jax.eval_shape(first, chosen[..., 0], weights[..., 0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    return _each_slot(experts, chosen, weights, add, zeros)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
 def _forward(experts: Experts, x, chosen, weights, adapters, base, key):
     entering = _entering(experts, x, adapters, base, key)
-    sums = _sums(experts, entering, x, chosen, weights, adapters, key)
-    hidden, code = sums
+    hidden, code = _sums(experts, entering, chosen, weights, adapters, key)
     return _leaving(experts, x.dtype, hidden, code, adapters, base)
 
 
@@ -392,11 +396,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
         return _leaving(experts, x.dtype, hidden, code, adapters, base)
 
     # Down is linear in both, so their values only matter to the gradient of its B.
-    nothing = jax.eval_shape(
-        lambda: _sums(experts, entering, x, chosen, weights, adapters, key)
-    )
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
-    hidden, code = nothing
+    hidden, code = _nothing(experts, entering, chosen, weights, adapters)
     _, to_slots = jax.vjp(leave, hidden, code, adapters)
     d_hidden, d_code, _ = to_slots(dy)
 

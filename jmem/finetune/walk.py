@@ -2,13 +2,16 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jmem.nn.ops import Ops
 from jmem.sharding import Layout, layout_of
+
+Update = Literal["auto", "fused", "separate"]
+"""Whether weights move inside the backward pass, after it, or as the rest allows."""
 
 Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 """`rule(w, state, dw, rate, t, salt) -> (w, state)`: one update of a part of a weight.
@@ -55,15 +58,21 @@ class Walk(NamedTuple):
     def apply(self, path, layer, index, w, state, dw, rate, t):
         """The rule on a part; a state begins as zeros at its first update."""
         state = tuple(jnp.where(t == 1, jnp.zeros_like(s), s) for s in state)
-        salt = jnp.uint32(zlib.crc32(path.encode()))
-        for number in (self.number, layer, index):
-            salt = salt * jnp.uint32(0x9E3779B1) + jnp.asarray(number, jnp.uint32)
+        salt = salt_of(path, self.number, layer, index)
         return self.rule(w, state, dw.astype(jnp.float32), rate, t, salt)
 
     def whole(self, path, w, state, dw, rate, t, layer=0):
         """A small leaf at once: (w, state, square of the gradient's norm)."""
         w, state = self.apply(path, layer, 0, w, state, dw, rate, t)
         return w, state, square_of(dw)
+
+
+def salt_of(path: str, *numbers: Any) -> jax.Array:
+    """A uint32 that no other path has, nor other `numbers` (of step, layer, part)."""
+    salt = jnp.uint32(zlib.crc32(path.encode()))
+    for number in numbers:
+        salt = salt * jnp.uint32(0x9E3779B1) + jnp.asarray(number, jnp.uint32)
+    return salt
 
 
 def square_of(dw):

@@ -33,19 +33,11 @@ MODEL = dataclasses.replace(TINY, vocab_size=264, layers=4, max_positions=512)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, byte_tokenizer):
     """A Hugging Face folder of a random tiny Llama with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
     folder = tmp_path_factory.mktemp("own") / "model"
     params = random_params(MODEL, scale=0.1)
-    jmem.checkpoints.save(params, MODEL, folder, tokenizer)
+    jmem.checkpoints.save(params, MODEL, folder, byte_tokenizer)
     return folder
 
 
