@@ -1,12 +1,13 @@
 """What only a GPU can show: memory as predicted, kernels as fast, decoding as fast.
 
-    python -m experiments.gpu_check            all three parts, about 25 minutes
+    python -m experiments.gpu_check            all four parts, about 25 minutes
     python -m experiments.gpu_check --parts memory --only decode --out check.json
 
 Needs a GPU; without one it says so and exits 0. Exit status 1: something does not hold.
 
 kernels   `jmem.kernels.windowed_attention.bench`: numbers, then share of the bandwidth
 rates     `experiments.decode_rate`: tokens a second, cut caches against the full one
+steps     `experiments.step_rate`: time of a training step, LISA against LoRA and full
 memory    twelve programs: what XLA plans is what the allocator gives
 
 For each of the twelve it prints
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any, Literal
 
 from jmem.memory import protocol
@@ -48,7 +50,7 @@ PLAN_TOLERANCE = 0.01
 """Of the peak above the plan."""
 NEEDED = 0.75
 """Share of the programs that must hold without any further term."""
-PARTS = ("kernels", "rates", "memory")
+PARTS = ("kernels", "rates", "steps", "memory")
 """In this order: the shortest first."""
 SHAPES = (
     *("llama3-8b-32k-b1", "llama3-8b-32k-b1-w8", "llama3-8b-32k-b1-w32"),
@@ -349,8 +351,18 @@ def holds(reports: dict[str, LiveReport]) -> bool:
     return enough and not any(map(faults, reports.values()))
 
 
-def check(sizes: Sizes, only: list[str], gpu: str | None, out: pathlib.Path) -> int:
-    """Measures the programs one by one, prints the table, writes the records."""
+def check(
+    sizes: Sizes,
+    only: list[str],
+    gpu: str | None,
+    out: pathlib.Path,
+    lanes: int = 1,
+) -> int:
+    """Measures the programs, `lanes` at a time; prints the table, writes the records.
+
+    Programs that run beside each other share the GPU's memory alike. Peaks are those of
+    each one's own allocator, so they do not change.
+    """
     try:
         found = protocol.probe()
     except NoGPUError as error:
@@ -365,21 +377,35 @@ def check(sizes: Sizes, only: list[str], gpu: str | None, out: pathlib.Path) -> 
     reports: dict[str, LiveReport] = {}
     given = dataclasses.asdict(sizes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for case in only or CASES:
-        start = time.monotonic()
-        reports[case] = protocol.confirm(build, case, given, gpu, target=gpu)
-        print(f"{case}: {time.monotonic() - start:.0f} s", flush=True)
-        records = found | {
-            "gpu": gpu,
-            "date": time.strftime("%Y-%m-%d"),
-            "sizes": given,
-            "cases": {name: dataclasses.asdict(r) for name, r in reports.items()},
-        }
-        out.write_text(json.dumps(records, indent=1) + "\n")
+    broken: list[str] = []
+
+    def confirm(case: str) -> tuple[LiveReport, float]:
+        start, share = time.monotonic(), 1 / lanes
+        report = protocol.confirm(build, case, given, gpu, target=gpu, share=share)
+        return report, time.monotonic() - start
+
+    with futures.ThreadPoolExecutor(lanes) as beside:
+        running = {beside.submit(confirm, case): case for case in only or CASES}
+        for done in futures.as_completed(running):
+            case = running[done]
+            try:
+                reports[case], seconds = done.result()
+            except protocol.StageError as error:
+                broken.append(case)
+                print(f"{case}: {error}", flush=True)
+                continue
+            print(f"{case}: {seconds:.0f} s", flush=True)
+            records = found | {
+                "gpu": gpu,
+                "date": time.strftime("%Y-%m-%d"),
+                "sizes": given,
+                "cases": {name: dataclasses.asdict(r) for name, r in reports.items()},
+            }
+            out.write_text(json.dumps(records, indent=1) + "\n")
     print("", *(f"{report}\n" for report in reports.values()), sep="\n")
     print(table(reports))
     print(f"\nrecords: {out}")
-    return int(not holds(reports))
+    return int(bool(broken) or not holds(reports))
 
 
 def other(part: str, out: pathlib.Path) -> int:
@@ -392,6 +418,7 @@ def other(part: str, out: pathlib.Path) -> int:
     module, more = {
         "kernels": ("jmem.kernels.windowed_attention.bench", ["--only", *SHAPES]),
         "rates": ("experiments.decode_rate", []),
+        "steps": ("experiments.step_rate", []),
     }[part]
     records = out.with_name(f"{out.stem}-{part}.json")
     command = [sys.executable, "-m", module, *more, "--out", str(records)]
@@ -405,6 +432,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=[])
     parser.add_argument("--gpu", help="described GPU to predict for; default: by name")
     parser.add_argument("--out", type=pathlib.Path, default="runs/gpu_check.json")
+    parser.add_argument(
+        "--lanes", type=int, default=1, help="programs measured beside each other"
+    )
     for field in dataclasses.fields(Sizes):
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=type(field.default), default=field.default)
@@ -415,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     for part in given.parts:
         if part == "memory":
-            status = max(status, check(sizes, given.only, given.gpu, out))
+            status = max(status, check(sizes, given.only, given.gpu, out, given.lanes))
         else:
             status = max(status, other(part, out))
     return status

@@ -22,7 +22,7 @@ import dataclasses
 import gc
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,9 +32,9 @@ import numpy as np
 
 from jmem.memory import kinds
 from jmem.memory.card import described, gpu
-from jmem.memory.measure import ATTACHED, measure
+from jmem.memory.measure import ATTACHED, dumped, measure
 from jmem.memory.report import MemoryReport, built, sized, stored
-from jmem.program import HOST, Program
+from jmem.program import HOST, Program, never_cached
 
 ALIGNMENT = 256
 """Bytes that JAX's GPU allocator rounds every request up to a multiple of."""
@@ -183,6 +183,7 @@ def live(
     static: tuple[int, ...] = (),
     key: int | None = 0,
     predict: bool = True,
+    sums: Mapping[str, int] | None = None,
 ) -> LiveReport:
     """Runs a program once on the attached GPU and reads its allocator.
 
@@ -195,6 +196,9 @@ def live(
         the described shapes, which take no more memory to make than they have.
       predict: also measure the program without the GPU, if the GPU is a described one,
         and its plan with it: three more compilations, after the run.
+      sums: XLA's plan, as `plan_sums` tells it, of a program that JAX's cache holds. By
+        default one that came out of that cache, and lost its plan there, is planned
+        once more after the run.
 
     Raises:
       NoGPUError: there is no GPU.
@@ -222,6 +226,10 @@ def live(
         if array.is_deleted() and place not in returned
     }
     fresh = {place: size for place, size in returned.items() if place not in before}
+    sums = sums or plan_sums(compiled)
+    if not sums["total_allocation_bytes"]:
+        with never_cached():
+            sums = plan_sums(dumped(program.lower(), {})[1])
     report = LiveReport(
         name=program.name,
         device=device.device_kind,
@@ -229,9 +237,9 @@ def live(
         peak_bytes=end["peak_bytes_in_use"],
         earlier_peak_bytes=base["peak_bytes_in_use"],
         limit_bytes=end["bytes_limit"],
-        planned_bytes=_plan(compiled).total_allocation_bytes,
+        planned_bytes=sums["total_allocation_bytes"],
         terms=terms(
-            _plan(compiled),
+            sums,
             moments,
             end["peak_bytes_in_use"],
             arguments=list(before.values()),
@@ -248,8 +256,20 @@ def live(
     return report.compared(measure(program, target=target, cache=False), plan)
 
 
+def plan_sums(planned: Any) -> dict[str, int]:
+    """XLA's plan of a compiled program, or of its `memory_analysis()`, by its names.
+
+    All 0 for a program out of JAX's persistent compilation cache, which keeps no plan.
+    """
+    if isinstance(planned, jax.stages.Compiled):
+        planned = planned.memory_analysis()
+    parts = ("argument", "output", "alias", "temp")
+    names = ("total_allocation_bytes", *(f"{part}_size_in_bytes" for part in parts))
+    return {name: getattr(planned, name) for name in names}
+
+
 def terms(
-    plan: Any,
+    sums: Mapping[str, int],
     moments: list[int],
     peak: int,
     *,
@@ -260,7 +280,7 @@ def terms(
     """`TERMS` of one run, which sum to `peak` less the plan's total.
 
     Args:
-      plan: JAX's `memory_analysis()` of the program.
+      sums: XLA's plan, as `plan_sums` tells it.
       moments: bytes in use at start, loaded, base and end.
       peak: the most bytes in use, up to the end.
       arguments: bytes of every array on the device.
@@ -268,22 +288,22 @@ def terms(
       freed: bytes of the donated arguments that no result reuses.
     """
     start, loaded, base, end = moments
-    temporary = plan.temp_size_in_bytes
-    constants = plan.total_allocation_bytes - (
-        plan.argument_size_in_bytes
-        + plan.output_size_in_bytes
-        - plan.alias_size_in_bytes
+    temporary, planned = sums["temp_size_in_bytes"], sums["total_allocation_bytes"]
+    constants = planned - (
+        sums["argument_size_in_bytes"]
+        + sums["output_size_in_bytes"]
+        - sums["alias_size_in_bytes"]
         + temporary
     )
     rounding = [_rounding(size) for size in arguments]
     kept = end - base + sum(map(_rounded, freed)) - sum(map(_rounded, results))
     found = {
         START: start,
-        ARGUMENTS: base - loaded - sum(rounding) - plan.argument_size_in_bytes,
+        ARGUMENTS: base - loaded - sum(rounding) - sums["argument_size_in_bytes"],
         ROUNDING: sum(rounding) + sum(map(_rounding, results)) + _rounding(temporary),
         LOADED: loaded - start + kept - constants,
     }
-    rest = peak - plan.total_allocation_bytes - sum(found.values())
+    rest = peak - planned - sum(found.values())
     return found | {UNEXPLAINED: rest}
 
 
@@ -293,10 +313,6 @@ def _rounded(size: int) -> int:
 
 def _rounding(size: int) -> int:
     return _rounded(size) - size
-
-
-def _plan(compiled: jax.stages.Compiled) -> Any:
-    return compiled.memory_analysis()
 
 
 def _buffers(tree: Any) -> Iterator[tuple[jax.Array, int, int]]:

@@ -27,12 +27,12 @@ import jaxlib.version
 
 from jmem.memory import worker
 from jmem.memory.card import NoGPUError, attached, gpu
-from jmem.memory.live import LiveReport, live
+from jmem.memory.live import LiveReport, live, plan_sums
 from jmem.memory.measure import ATTACHED, measure
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
 
-FRACTION = "0.95"
+FRACTION = 0.95
 """Of the GPU's memory, what JAX's allocator takes at the start of a stage."""
 NO_GPU = 3
 """Exit status of a stage that found no GPU."""
@@ -47,6 +47,7 @@ def confirm(
     *arguments: Any,
     target: str,
     cache: str | None = None,
+    share: float = 1.0,
 ) -> LiveReport:
     """Predicts a program for `target`, plans it on the attached GPU, and runs it once.
 
@@ -55,6 +56,8 @@ def confirm(
       *arguments: the builder's arguments, as JSON can hold them.
       target: the described GPU that the attached one is.
       cache: folder of JAX's compilation cache; by default one that goes afterwards.
+      share: of the GPU's memory, what this program may take, where others are confirmed
+        beside it.
 
     Raises:
       NoGPUError: there is no GPU.
@@ -63,10 +66,11 @@ def confirm(
     request = {"builder": worker.dotted(builder), "arguments": arguments}
     with _folder(cache) as folder, futures.ThreadPoolExecutor(1) as beside:
         predicted = beside.submit(run_stage, "predict", request, target)
-        planned = run_stage("plan", request, folder)
-        ran = run_stage("run", request, folder)
+        planned = json.loads(run_stage("plan", request, folder, share))
+        sums = {"sums": planned["sums"]}
+        ran = run_stage("run", request | sums, folder, share)
         ahead = MemoryReport.from_json(predicted.result())
-    plan = MemoryReport.from_json(planned)
+    plan = MemoryReport.from_json(planned["report"])
     return LiveReport.from_json(ran).compared(ahead, plan)
 
 
@@ -82,30 +86,30 @@ def probe() -> dict[str, Any]:
 # Stages: each runs in a process of its own and answers with one line of JSON ----------
 
 
-def _predict(program: Program, target: str) -> str:
-    return measure(program, target=target, cache=False).to_json()
+def _predict(program: Program, request: dict) -> str:
+    return measure(program, target=request["where"], cache=False).to_json()
 
 
-def _plan(program: Program, cache: str) -> str:
-    del cache  # JAX knows it from its environment, and keeps the program there
-    program.compile()
-    return measure(program, target=ATTACHED).to_json()
+def _plan(program: Program, request: dict) -> str:
+    del request  # JAX knows its cache from its environment, and keeps the program there
+    sums = plan_sums(program.compile())
+    report = measure(program, target=ATTACHED).to_json()
+    return json.dumps({"sums": sums, "report": report})
 
 
-def _run(program: Program, cache: str) -> str:
-    del cache
-    return live(program, key=None, predict=False).to_json()
+def _run(program: Program, request: dict) -> str:
+    return live(program, key=None, predict=False, sums=request["sums"]).to_json()
 
 
-STAGES: dict[str, Callable[[Program, str], str]] = {
+STAGES: dict[str, Callable[[Program, dict], str]] = {
     "predict": _predict,
     "plan": _plan,
     "run": _run,
 }
 
 
-def environment(stage: str, cache: str) -> dict[str, str]:
-    """What a stage's process is started with."""
+def environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
+    """What a stage's process is started with; `share` of the GPU is its own."""
     kept = {
         name: value
         for name, value in worker.environment().items()
@@ -115,7 +119,7 @@ def environment(stage: str, cache: str) -> dict[str, str]:
     if stage == "predict":
         return kept | {"JAX_PLATFORMS": "cpu"}
     kept |= {
-        "XLA_CLIENT_MEM_FRACTION": FRACTION,
+        "XLA_CLIENT_MEM_FRACTION": f"{FRACTION * share:.4g}",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if stage == "probe" else "true",
     }
     if stage == "probe":
@@ -127,8 +131,8 @@ def environment(stage: str, cache: str) -> dict[str, str]:
     }
 
 
-def run_stage(stage: str, request: dict, where: str) -> str:
-    """A stage's answer from a fresh process.
+def run_stage(stage: str, request: dict, where: str, share: float = 1.0) -> str:
+    """A stage's answer from a fresh process, to which `share` of the GPU belongs.
 
     `where` is the target of "predict", and the folder of JAX's cache for the others.
 
@@ -139,7 +143,7 @@ def run_stage(stage: str, request: dict, where: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "jmem.memory.protocol"],
         input=json.dumps(request | {"stage": stage, "where": where}),
-        env=environment(stage, where),
+        env=environment(stage, where, share),
         capture_output=True,
         text=True,
         timeout=worker.TIMEOUT_S,
@@ -162,7 +166,7 @@ def answer(request: dict) -> str:
     if request["stage"] != "predict":
         gpu()  # before anything is built
     program = worker.imported(request["builder"])(*request["arguments"])
-    return STAGES[request["stage"]](program, request["where"])
+    return STAGES[request["stage"]](program, request)
 
 
 def main() -> int:

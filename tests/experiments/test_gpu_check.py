@@ -88,7 +88,7 @@ def attach(monkeypatch, device, reports):
     probed = {"device": device, "versions": versions}
     monkeypatch.setattr(protocol, "probe", lambda: probed)
     monkeypatch.setattr(
-        protocol, "confirm", lambda builder, case, *given, target: reports[case]
+        protocol, "confirm", lambda builder, case, *given, **how: reports[case]
     )
 
 
@@ -138,10 +138,31 @@ def test_other_parts_are_run_and_the_worst_status_counts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     out = tmp_path / "check.json"
-    assert gpu_check.main(["--only", "forward", "--out", str(out)]) == 1
+    assert gpu_check.main(["--only", "forward", "--out", str(out)]) == 2
     assert out.exists()
-    bench, rates = commands
-    for (module, *options), part in ((bench, "kernels"), (rates, "rates")):
+    bench, *_ = commands
+    parts = ("kernels", "rates", "steps")
+    for (module, *options), part in zip(commands, parts, strict=True):
         assert importlib.util.find_spec(module)
         assert options[-2:] == ["--out", str(tmp_path / f"check-{part}.json")]
     assert set(bench[2:-2]) <= set(SHAPES)
+
+
+def test_programs_beside_each_other_share_the_gpu_and_a_broken_one_stops_no_other(
+    monkeypatch, capsys, tmp_path
+):
+    shares = []
+
+    def confirm(builder, case, *given, target, share):
+        shares.append(share)
+        if case == "full":
+            raise protocol.StageError("stage 'run' of full failed")
+        return GOOD
+
+    attach(monkeypatch, "NVIDIA H200", {})
+    monkeypatch.setattr(protocol, "confirm", confirm)
+    out = tmp_path / "records.json"
+    assert check(Sizes(), ["full", "lora", "lisa"], None, out, lanes=2) == 1
+    assert shares == [0.5] * 3
+    assert set(json.loads(out.read_text())["cases"]) == {"lora", "lisa"}
+    assert "full: stage 'run' of full failed" in capsys.readouterr().out

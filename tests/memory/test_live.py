@@ -1,7 +1,6 @@
 """The live report, on a stand-in for a GPU's allocator where there is no GPU."""
 
 import dataclasses
-import types
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jmem.memory.live import (
     UNEXPLAINED,
     LiveReport,
     live,
+    plan_sums,
     terms,
 )
 from jmem.memory.measure import measure
@@ -101,6 +101,18 @@ class TestTerms:
         device((0, 0), (0, 0), (256 + 4096, 8192), (256 + 4096 + 256, 9000))
         assert run(lambda x: x + 1, spec).terms[ARGUMENTS] == 4096
 
+    def test_a_program_out_of_a_cache_is_planned_once_more(self, device, monkeypatch):
+        planned = plan_sums(jax.jit(lambda x: x + 1).lower(spec).compile())
+        none = dict.fromkeys(planned, 0)
+        answers = [none, planned]
+        monkeypatch.setattr(module, "plan_sums", lambda _: answers.pop(0))
+        monkeypatch.setattr(module, "dumped", lambda lowered, options: (b"", None))
+        device((0, 0), (0, 0), (256, 256), (512, 512))
+        assert run(lambda x: x + 1, spec).planned_bytes == 64
+        device((0, 0), (0, 0), (256, 256), (512, 512))
+        assert run(lambda x: x + 1, spec, sums=planned).planned_bytes == 64
+        assert not answers
+
     @given(
         moments=st.lists(st.integers(0, 2**40), min_size=4, max_size=4),
         peak=st.integers(0, 2**40),
@@ -113,7 +125,7 @@ class TestTerms:
         plan |= {"total_allocation_bytes": parts[4]}
         arguments, results, freed = sizes
         found = terms(
-            *(types.SimpleNamespace(**plan), moments, peak),
+            *(plan, moments, peak),
             arguments=arguments,
             results=results,
             freed=freed,

@@ -16,6 +16,15 @@ def increment(length: int) -> Program:
     return Program(lambda x: x + 1, (jax.ShapeDtypeStruct((length,), "f4"),))
 
 
+PLANNED = {
+    "total_allocation_bytes": 8192,
+    "argument_size_in_bytes": 4096,
+    "output_size_in_bytes": 4096,
+    "alias_size_in_bytes": 0,
+    "temp_size_in_bytes": 0,
+}
+
+
 class Allocator:
     device_kind = "NVIDIA H200"
 
@@ -34,13 +43,13 @@ def attached(monkeypatch):
         monkeypatch.setattr(module, "gpu", Allocator)
     asked = []
 
-    def run(stage, request, where):
+    def run(stage, request, where, share=1.0):
         asked.append(stage)
+        wire = json.loads(json.dumps(request)) | {"stage": stage, "where": where}
         if stage == "plan":  # XLA plans for the attached GPU only with one attached
-            stage, where = "predict", "h200"
-        return answer(
-            json.loads(json.dumps(request)) | {"stage": stage, "where": where}
-        )
+            report = answer(wire | {"stage": "predict", "where": "h200"})
+            return json.dumps({"sums": PLANNED, "report": report})
+        return answer(wire)
 
     monkeypatch.setattr(protocol, "run_stage", run)
     return asked
@@ -52,7 +61,7 @@ def test_one_report_of_three_stages(attached):
     assert attached.index("plan") < attached.index("run")  # which finds it compiled
     assert report.interval == (8192, 8192)
     assert report.target == "h200"
-    assert report.peak_bytes == report.planned_bytes == 8192
+    assert report.peak_bytes == report.planned_bytes == 8192  # of stage "plan"
     assert report.plan_terms == {}
     assert not any(report.terms.values())
     assert report.off() == 0
