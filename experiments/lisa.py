@@ -4,6 +4,7 @@
     python -m experiments.lisa --preset llama2_7b --measure-only --gpu h200
     python -m experiments.lisa --model ./my-checkpoint --data my.jsonl --gpu rtx4090
     python -m experiments.lisa --preset compare       loss against bytes (1 to 2 hours)
+    python -m experiments.lisa --preset compare_long  the same, longer, on a GPU here
     python -m experiments.lisa --preset llama2_70b_fsdp8 --measure-only
 
 Paper   Pan et al., LISA, NeurIPS 2024, arXiv:2403.17919, table 1 (peak memory).
@@ -34,7 +35,7 @@ import jmem.data
 from experiments.harness import cli, models, plots
 from experiments.harness.report import Column, gib, loss, rate, seconds
 from experiments.harness.run import Run
-from experiments.harness.sweep import Outcome, Trial, at_rate, sweep
+from experiments.harness.sweep import Outcome, Trial, at_rate, sweep, trained_on
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
@@ -114,7 +115,8 @@ class Config:
     """What full and LoRA keep for the backward pass on `gpu`: all, matrix products, or
     block inputs only, as LISA always does."""
     run_dtype: Precision = "float32"
-    """As `dtype`, in what is trained here."""
+    """As `dtype`, in what is trained here. A GPU multiplies float32 as TF32, unless
+    JAX_DEFAULT_MATMUL_PRECISION=highest."""
     run_remat: Remat = "none"
     """As `remat`, in what is trained here."""
     mesh: Layout = Layout()
@@ -326,8 +328,9 @@ def compare(
         f"Before: {before:.4f}. {config.steps} steps of {config.batch_size} x "
         f"{config.seq_len} tokens in {config.run_dtype}, at the best of "
         f"{len(config.factors)} rates; that is chosen by one half of the held-out "
-        "text, with the first seed, and judged by the other half. Bytes are those of "
-        f"the step compiled for {config.gpu} in {config.dtype}, remat {config.remat}."
+        "text, with the first seed, and judged by the other half. "
+        f"{trained_on(outcomes.values())} Bytes are those of the step compiled for "
+        f"{config.gpu} in {config.dtype}, remat {config.remat}."
     )
     run.memory_table()
     points = {

@@ -32,7 +32,7 @@ import jmem.data
 from experiments.harness import cli, models, plots
 from experiments.harness.report import Column, gib, loss, seconds
 from experiments.harness.run import Run
-from experiments.harness.sweep import Outcome, Trial, at_rate, sweep
+from experiments.harness.sweep import Outcome, Trial, at_rate, sweep, trained_on
 from jmem.data.batch import Batch
 from jmem.finetune import mixture as slots
 from jmem.finetune.adamw import AdamW
@@ -87,7 +87,8 @@ class Config:
     """What is kept for the backward pass on `gpu`; of an MLP MixLoRA never keeps more
     than its input."""
     run_dtype: Precision = "float32"
-    """As `dtype`, in what is trained here."""
+    """As `dtype`, in what is trained here. A GPU multiplies float32 as TF32, unless
+    JAX_DEFAULT_MATMUL_PRECISION=highest."""
     run_remat: Remat = "none"
     """As `remat`, in what is trained here."""
     factors: tuple[float, ...] = (1.0,)
@@ -424,7 +425,8 @@ def report_training(
         f"{config.steps} steps of {config.batch_size} x {config.seq_len} tokens; "
         f"{len(config.factors)} rate(s) a method, {len(config.seeds)} seed(s). Losses "
         f"are nats a token of completion over at most {config.held_out_rows} held-out "
-        "rows a task, other rows than the rate was chosen by."
+        "rows a task, other rows than the rate was chosen by. "
+        f"{trained_on(outcomes.values())}"
     )
 
 

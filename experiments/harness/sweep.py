@@ -5,7 +5,8 @@
 
 The rate is chosen by one held-out loss and judged by another, of other text. Every
 single run leaves `done.json` in a folder of its own, so that a sweep of hours that was
-stopped goes on where it was; of a finished run only its losses and its metrics stay.
+stopped goes on where it was, on this machine or on another; of a finished run only its
+losses and its metrics stay. A rate that diverges is not chosen.
 """
 
 import dataclasses
@@ -16,7 +17,10 @@ import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from experiments.harness.run import Run, write_atomically
+import jax
+
+from experiments.harness.run import Run, device, write_atomically
+from jmem.train.loop import DivergedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Outcome:
     """One a seed, of text that chose nothing."""
     more: tuple[dict[str, Any], ...]
     """All that the trials told, one a seed."""
+    places: frozenset[str]
+    """Devices that it was trained on, at any rate, and the versions of JAX."""
 
     @property
     def mean(self) -> float:
@@ -56,6 +62,12 @@ def at_rate(own: Any, factor: float) -> Any:
     return dataclasses.replace(own, adamw=at_rate(own.adamw, factor))
 
 
+def trained_on(outcomes: Iterable[Outcome]) -> str:
+    """A sentence: where the trials were trained."""
+    places = frozenset().union(*(own.places for own in outcomes))
+    return f"Trained on {' and '.join(sorted(places))}."
+
+
 def sweep[Method: str](
     run: Run,
     methods: Iterable[Method],
@@ -67,14 +79,21 @@ def sweep[Method: str](
 
     `train(trial, folder)` gives {"choose": loss, "loss": loss} and what else JSON can
     hold, and continues what it finds in the folder. Its checkpoints are removed once it
-    is done.
+    is done. `done.json` tells the device and the version of JAX besides.
+
+    Raises:
+      DivergedError: a method diverges at every rate, or with another seed at its best.
     """
 
     def result(trial: Trial[Method]) -> dict[str, Any]:
         folder = run.folder_of(trial.name)
         done = folder / "done.json"
         if not done.exists():
-            found = train(trial, folder)
+            try:
+                found = train(trial, folder)
+            except DivergedError as error:
+                found = {"diverged": str(error)}
+            found |= {"device": device(), "jax": jax.__version__}
             write_atomically(done, json.dumps(found, indent=1) + "\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             gc.collect()
@@ -83,15 +102,30 @@ def sweep[Method: str](
     outcomes = {}
     for method in methods:
         tried = {f: result(Trial(method, f, seeds[0])) for f in factors}
-        best = min(tried, key=lambda factor: tried[factor]["choose"])
+        able = [f for f in factors if "diverged" not in tried[f]]
+        if not able:
+            raise DivergedError(
+                f"{method}, at every rate: {tried[factors[0]]['diverged']}"
+            )
+        best = min(able, key=lambda factor: tried[factor]["choose"])
         found = [
             tried[best] if seed == seeds[0] else result(Trial(method, best, seed))
             for seed in seeds
         ]
+        for seed, one in zip(seeds, found):
+            if "diverged" in one:
+                raise DivergedError(f"{method}, seed {seed}: {one['diverged']}")
         outcomes[method] = Outcome(
             best,
             len(factors) > 1 and best in (min(factors), max(factors)),
             tuple(one["loss"] for one in found),
             tuple(found),
+            frozenset(map(_place, (*tried.values(), *found))),
         )
     return outcomes
+
+
+def _place(done: dict[str, Any]) -> str:
+    if "device" not in done:  # of a version that did not write it
+        return "a device that was not noted"
+    return f"{done['device']} with JAX {done['jax']}"

@@ -24,8 +24,10 @@ from experiments import __main__ as listing
 from experiments.harness import cli, config, plots, report
 from experiments.harness.config import ConfigError
 from experiments.harness.run import Run
+from experiments.harness.sweep import sweep, trained_on
 from jmem.targets import resolve
 from jmem.train.folder import FolderError
+from jmem.train.loop import DivergedError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -510,6 +512,47 @@ class TestRun:
             run.table("T", ["x", "y"], [["a", float("nan")]])
         saved = json.loads((run.folder / "report.json").read_text())
         assert saved["tables"]["T"]["a"]["y"] is None
+
+
+class TestSweep:
+    def sweep(self, tmp_path, diverges, factors=(1.0, 3.0)):
+        def train(trial, folder):
+            if diverges(trial):
+                raise DivergedError("update 3: loss=nan is not finite.")
+            return {"choose": 2 / trial.factor, "loss": 1.0 + trial.seed}
+
+        run = Run("toy", Config(), runs=tmp_path)
+        return run, sweep(run, ["one"], factors, (0, 1), train)
+
+    def test_a_rate_that_diverges_is_not_chosen(self, tmp_path):
+        run, found = self.sweep(tmp_path, lambda trial: trial.factor == 3)
+        assert found["one"].factor == 1
+        assert found["one"].losses == (1, 2)
+        told = json.loads((run.folder / "one-x3-seed0" / "done.json").read_text())
+        assert told["diverged"].startswith("update 3")
+
+    @pytest.mark.parametrize(
+        "diverges, words",
+        [
+            (lambda trial: True, "one, at every rate: update 3"),
+            (lambda trial: trial.seed == 1, "one, seed 1: update 3"),
+        ],
+    )
+    def test_nothing_left_to_compare_is_said(self, tmp_path, diverges, words):
+        with pytest.raises(DivergedError, match=words):
+            self.sweep(tmp_path, diverges)
+
+    def test_trials_of_another_machine_keep_its_name(self, tmp_path):
+        run = Run("toy", Config(), runs=tmp_path)
+        done = {"choose": 0.5, "loss": 1.0}
+        places = {"device": "NVIDIA H200", "jax": "0.11.2"}
+        for factor, more in ((1, places), (3, {})):
+            folder = run.folder_of(f"one-x{factor}-seed0")
+            (folder / "done.json").write_text(json.dumps(done | more))
+        found = sweep(run, ["one"], (1.0, 3.0), (0,), lambda *trial: {})
+        assert trained_on(found.values()) == (
+            "Trained on NVIDIA H200 with JAX 0.11.2 and a device that was not noted."
+        )
 
 
 class TestPictures:

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import types
 
+import jax
 import pytest
 from mutations import count, outcomes, toml_mutants
 from tiny_decoder import TINY
@@ -19,7 +20,7 @@ import jmem.checkpoints
 from experiments import lisa
 from experiments.harness import cli
 from experiments.harness import config as configs
-from experiments.harness.run import Run
+from experiments.harness.run import Run, device
 from jmem.data.text import read
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
@@ -104,6 +105,9 @@ def test_compares_at_the_best_rate_and_leaves_losses_only(config, tmp_path):
         p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/done.json")
     }
     assert len(tried) == 3  # both rates, and the better one's other seed
+    places = {(one["device"], one["jax"]) for one in tried.values()}
+    assert places == {(device(), jax.__version__)}
+    assert f"Trained on {device()} with JAX" in (folder / "report.md").read_text()
     best = min(("lora-x1-seed0", "lora-x3-seed0"), key=lambda n: tried[n]["choose"])
     assert best.replace("seed0", "seed1") in tried
     assert not list(folder.rglob("checkpoints"))
@@ -290,7 +294,20 @@ def test_a_preset_says_what_is_trained_how_fast_and_in_what(tmp_path):
 def test_every_preset_is_listed():
     folder = pathlib.Path(lisa.__file__).parents[1] / "configs" / "lisa"
     names = {path.stem for path in folder.glob("*.toml")} - {"claims"}
-    assert names == {*PRESETS, "llama2_70b_fsdp8", "compare"}
+    assert names == {*PRESETS, "llama2_70b_fsdp8", "compare", "compare_long"}
+
+
+def test_the_long_comparison_is_compare_with_more_steps():
+    short, long = (
+        cli.parse(lisa.Config, "lisa", ["--preset", name])[1]
+        for name in ("compare", "compare_long")
+    )
+    for method in long.methods:
+        own, other = getattr(short, method), getattr(long, method)
+        assert own.adamw.learning_rate == other.adamw.learning_rate
+    same = "only", "factors", "seeds", "held_out_tokens"
+    assert all(getattr(short, name) == getattr(long, name) for name in same)
+    assert long.steps >= 30 * long.badam.period  # SmolLM2's blocks, each once
 
 
 def test_mutated_presets_are_read_or_refused_by_name(tmp_path):

@@ -126,5 +126,6 @@ def test_presets_are_what_they_say():
     own = paper.mixture
     assert (own.rank, own.alpha, own.experts, own.top_k) == (16, 32.0, 8, 2)
     assert (own.adamw.learning_rate, own.adamw.weight_decay) == (2e-4, 0.01)
-    _, wide = cli.parse(mixlora.Config, "mixlora", ["--preset", "compare"])
-    assert (len(wide.factors), len(wide.seeds)) == (3, 3)
+    for name in ("compare", "compare_long"):
+        _, wide = cli.parse(mixlora.Config, "mixlora", ["--preset", name])
+        assert (len(wide.factors), len(wide.seeds)) == (3, 3)
