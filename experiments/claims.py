@@ -4,6 +4,7 @@
     python -m experiments.claims --only 'lisa/tiny*'   measure these
     python -m experiments.claims --missing             measure what has no record yet
     python -m experiments.claims --from-run DIR        take up a finished run's report
+    python -m experiments.claims --from-run FILE       ... or that of a check on a GPU
     python -m experiments.claims --table               write the tables from the records
     python -m experiments.claims --check               tables == records? exit 1 if not
     python -m experiments.claims --stale               has a measured program changed?
@@ -232,7 +233,8 @@ class Command:
     missing: bool = False
     """Measure only claims that have no current record."""
     from_run: pathlib.Path | None = None
-    """Folder of a finished run, whose report answers the claims of kind train."""
+    """Folder of a finished run, whose report answers claims of kind train; or the file
+    that a check on a GPU wrote, which answers those of kind live."""
     table: bool = False
     """Only write the tables, from what is recorded."""
     check: bool = False
@@ -318,18 +320,30 @@ def _matches(claims: Claims, claim: Claim, pattern: str) -> bool:
 
 
 def take_up(run: pathlib.Path, everything: list[tuple[Claims, Records]]) -> None:
-    """Record the claims that a finished run answers."""
-    slug = record.of_run(run)["experiment"]
-    asked = [pair for pair in everything if pair[0].slug == slug]
-    if not asked:
-        raise ClaimsError(f"--from-run {run}: there is no configs/{slug}/claims.toml")
-    ((claims, records),) = asked
-    taken = {
-        claim.name: record.reported(slug, claim, run)
+    """Record the claims that a finished run, or a check on a GPU, answers."""
+    report = record.of_run(run)
+    kind = "live" if run.is_file() else "train"
+    asked = [
+        (claims, records, claim)
+        for claims, records in everything
         for claim in claims.by_name.values()
-        if claim.report
-    }
-    record.save(claims, records | taken)
+        if claim.kind == kind
+        and report["experiment"] == (claim.experiment or claims.slug)
+    ]
+    if not asked:
+        raise ClaimsError(
+            f"--from-run {run}: no claim of kind {kind!r} asks for a run of"
+            f" {report['experiment']!r}"
+        )
+    if kind == "live":  # some of its rows may not have been asked for
+        asked = [one for one in asked if record.answers(report, one[2])]
+    taken = [
+        (claims, records, claim.name, record.reported(claims.slug, claim, run))
+        for claims, records, claim in asked
+    ]
+    for claims, records, name, found in taken:  # all or none
+        records[name] = found
+        record.save(claims, records)
 
 
 def stale(everything: list[tuple[Claims, Records]]) -> int:

@@ -19,7 +19,6 @@ says so. Exit status 1: a ratio below what is expected. Written without a GPU at
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import statistics
@@ -30,7 +29,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib.version
 
+from experiments.harness import check
 from jmem.generate.decode import extend
 from jmem.kernels import _bench
 from jmem.kvcache.cache import Cache
@@ -84,6 +85,20 @@ class Rate:
     """None: it does not fit."""
     ratio: float | None = None
     """To the full cache's tokens a second."""
+
+
+def settings() -> dict[str, Any]:
+    """What a run has as its report's config."""
+    points = {name: dataclasses.asdict(point) for name, point in POINTS.items()}
+    return {"model": "llama3-8b", "steps": STEPS, "points": points}
+
+
+def by_point(found: list[Rate]) -> dict[str, dict[str, Any]]:
+    """Rates for the report, by point and policy."""
+    points: dict[str, dict[str, Any]] = {one.point: {} for one in found}
+    for one in found:
+        points[one.point][one.policy] = dataclasses.asdict(one)
+    return points
 
 
 def build() -> Decoder:
@@ -206,6 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"decode_rate: {error}\nNothing was measured.")
         return 0
     bandwidth, limit = _bench.copy_bandwidth(), device.memory_stats()["bytes_limit"]
+    probed = {
+        "device": device.device_kind,
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
+    }
     model = build()
     params = jax.jit(model.init)(jax.random.key(0))
     print(
@@ -220,16 +239,12 @@ def main(arguments: list[str] | None = None) -> int:
         for one in rates(model, params, name, point, limit=limit, steps=STEPS):
             found.append(one)
             print(line(one, point, bandwidth), flush=True)
-            records = {
-                "device": device.device_kind,
-                "jax": jax.__version__,
-                "date": time.strftime("%Y-%m-%d"),
-                "copy_bytes_per_second": bandwidth,
-                "rates": [dataclasses.asdict(one) for one in found],
-            }
-            out = pathlib.Path(given.out)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(records, indent=1) + "\n")
+            check.write(
+                *(given.out, "decode_rate", probed, settings()),
+                len(found) == len(given.only) * len(POLICIES),
+                copy_bytes_per_second=bandwidth,
+                rates=by_point(found),
+            )
     slow = below(found)
     for words in slow:
         print(words)

@@ -28,7 +28,6 @@ byte, without a GPU.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Any, Literal
 
+from experiments.harness.check import write
 from jmem.memory import protocol
 from jmem.memory.card import NoGPUError, described
 from jmem.memory.live import LiveReport
@@ -308,6 +308,16 @@ def build(case: str, sizes: dict, gpu: str) -> Program:
     return CASES[case](Sizes(**sizes), resolve(gpu))
 
 
+def settings() -> dict[str, Any]:
+    """What a run by the defaults has as its report's config."""
+    return dataclasses.asdict(Sizes())
+
+
+def plain(report: LiveReport) -> dict[str, Any]:
+    """For the report: all of it, and how far the peak is off, in percent."""
+    return dataclasses.asdict(report) | {"off_percent": 100 * abs(report.off())}
+
+
 # The table ----------------------------------------------------------------------------
 
 
@@ -376,7 +386,6 @@ def check(
     print(f"{found['device']} as {gpu}, jax {found['versions']['jax']}", flush=True)
     reports: dict[str, LiveReport] = {}
     given = dataclasses.asdict(sizes)
-    out.parent.mkdir(parents=True, exist_ok=True)
     broken: list[str] = []
 
     def confirm(case: str) -> tuple[LiveReport, float]:
@@ -395,13 +404,9 @@ def check(
                 print(f"{case}: {error}", flush=True)
                 continue
             print(f"{case}: {seconds:.0f} s", flush=True)
-            records = found | {
-                "gpu": gpu,
-                "date": time.strftime("%Y-%m-%d"),
-                "sizes": given,
-                "cases": {name: dataclasses.asdict(r) for name, r in reports.items()},
-            }
-            out.write_text(json.dumps(records, indent=1) + "\n")
+            rows = {name: plain(report) for name, report in reports.items()}
+            complete = len(rows) == len(running)
+            write(out, "gpu_check", found, given, complete, cases=rows)
     print("", *(f"{report}\n" for report in reports.values()), sep="\n")
     print(table(reports))
     print(f"\nrecords: {out}")

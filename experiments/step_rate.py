@@ -31,8 +31,10 @@ import time
 from concurrent import futures
 from typing import Any
 
+from experiments.harness import check
 from jmem.memory import protocol, worker
 from jmem.memory.card import NoGPUError, described
+from jmem.memory.live import apart
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
 from jmem.targets import GiB, resolve
@@ -76,9 +78,16 @@ class Step:
     @property
     def off(self) -> float:
         """The peak's distance from the predicted interval, as a share of it."""
-        low, high = self.predicted
-        nearest = min(max(self.peak_bytes, low), high)
-        return self.peak_bytes / nearest - 1
+        return apart(self.peak_bytes, self.predicted)
+
+    def plain(self) -> dict[str, Any]:
+        """For the report: all of it, the median in milliseconds too."""
+        return dataclasses.asdict(self) | {"ms": self.median * 1e3}
+
+
+def settings() -> dict[str, Any]:
+    """What a run by the defaults has as its report's config."""
+    return dataclasses.asdict(Sizes())
 
 
 def finetuner(method: str) -> Any:
@@ -254,8 +263,6 @@ def main(arguments: list[str] | None = None) -> int:
         return protocol.run_stage("predict", request, known.name)
 
     found: dict[str, Step] = {}
-    out = pathlib.Path(given.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with futures.ThreadPoolExecutor(len(given.only)) as beside:
         predictions = {method: beside.submit(predict, method) for method in given.only}
         for method in given.only:
@@ -264,13 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
             ahead = MemoryReport.from_json(predictions[method].result())
             found[method] = step(method, ran, ahead)
             print(line(found[method], sizes), flush=True)
-            records = probed | {
-                "gpu": known.name,
-                "date": time.strftime("%Y-%m-%d"),
-                "sizes": plain,
-                "steps": [dataclasses.asdict(one) for one in found.values()],
-            }
-            out.write_text(json.dumps(records, indent=1) + "\n")
+            complete = len(found) == len(given.only)
+            rows = {name: one.plain() for name, one in found.items()}
+            check.write(given.out, "step_rate", probed, plain, complete, steps=rows)
     words = unmet(found)
     print(*words, sep="\n")
     return int(bool(words))

@@ -36,8 +36,9 @@ class Claim:
     """Unique within the method; the key of its record."""
     what: str
     """The row's words."""
-    kind: Literal["compile", "train", "kernel", "not-checkable"]
-    """Measured by compiling, read from a run's report (train, kernel), or neither."""
+    kind: Literal["compile", "train", "live", "not-checkable"]
+    """Measured by compiling, read from a run's report (train), read from the report of
+    a check that needs a GPU (live), or none of these."""
     source: str
     """Table or section of the paper."""
     paper: Number | str | None = None
@@ -61,7 +62,9 @@ class Claim:
     """compile: what of the MemoryReport is recorded: a field, or a part of one, as
     "by_label/kv cache"."""
     report: tuple[str, ...] = ()
-    """train, kernel: the keys that lead to the number in a run's report.json."""
+    """train, live: the keys that lead to the number in the report."""
+    experiment: str = ""
+    """live: the module of `experiments` whose report answers, run with its defaults."""
     margin: Number | None = None
     """A bar in `unit`, set after the first honest run."""
     reason: str = ""
@@ -76,6 +79,8 @@ class Claim:
     @property
     def definition(self) -> dict[str, Any]:
         """What a record must have been measured on to answer this claim."""
+        if self.kind == "live":
+            return {"experiment": self.experiment, "report": list(self.report)}
         setting = {"preset": self.preset, "flags": list(self.flags)}
         if self.kind != "compile":
             return setting | {"report": list(self.report)}
@@ -91,7 +96,7 @@ class Claim:
 KEYS = {
     "compile": ("program", "target", "quantity", "relations"),
     "train": ("report", "relations"),
-    "kernel": ("report", "relations"),
+    "live": ("experiment", "report", "relations"),
     "not-checkable": ("reason",),
 }
 """Keys that a claim of a kind needs; what only other kinds need, it must not set."""

@@ -163,15 +163,16 @@ def _experiment(slug: str, preset: str, flags: tuple[str, ...]) -> tuple[Any, An
 
 
 def of_run(run: pathlib.Path) -> dict[str, Any]:
-    """The report of a finished run.
+    """The report of a finished run, from its folder; or of a check, from its file.
 
     Raises:
       ClaimsError: there is none, or the run did not end well.
     """
+    path = run if run.is_file() else run / "report.json"
     try:
-        report = json.loads((run / "report.json").read_text())
+        report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ClaimsError(f"--from-run {run}: no report.json there: {error}") from None
+        raise ClaimsError(f"--from-run {run}: no report there: {error}") from None
     if report.get("status") != "complete":
         raise ClaimsError(
             f"--from-run {run}: the run is {report.get('status')}; claims are read from"
@@ -180,22 +181,31 @@ def of_run(run: pathlib.Path) -> dict[str, Any]:
     return report
 
 
+def answers(report: dict[str, Any], claim: Claim) -> bool:
+    """Whether a report holds what the claim's keys lead to."""
+    value: Any = report
+    for key in claim.report:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value is not None
+
+
 def reported(slug: str, claim: Claim, run: pathlib.Path) -> Record:
     """Take a claim's number out of a finished run of the claim's own config.
 
     Raises:
       ClaimsError: the run had another config, or its report has no such number.
     """
-    from experiments.harness import config as configs
-
     report = of_run(run)
-    _, wanted = _experiment(slug, claim.preset, claim.flags)
-    ran = configs.read(run / "config.toml", wanted)
-    for field, expected, found in configs.differences(wanted, ran):
-        raise ClaimsError(
-            f"--from-run {run}: {field}={found!r}, but {slug}/{claim.name} is about"
-            f" {field}={expected!r}"
-        )
+    if claim.kind == "live":
+        module = importlib.import_module(f"experiments.{claim.experiment}")
+        ran = json.dumps(report.get("config"), sort_keys=True)
+        if ran != (wanted := json.dumps(module.settings(), sort_keys=True)):
+            raise ClaimsError(
+                f"--from-run {run}: config={ran}, but {slug}/{claim.name} is about"
+                f" {wanted}"
+            )
+    else:
+        ran = _ran(slug, claim, run)
     value: Any = report
     for key in claim.report:
         if not isinstance(value, dict) or key not in value:
@@ -214,12 +224,30 @@ def reported(slug: str, claim: Claim, run: pathlib.Path) -> Record:
     return Record(
         value=value,
         definition=claim.definition,
-        program=hashlib.sha256(configs.write(ran).encode()).hexdigest(),
+        program=hashlib.sha256(ran.encode()).hexdigest(),
         versions=report["versions"],
         device=report["device"],
         commit=commit(),
         date=report["started"][:10],
     )
+
+
+def _ran(slug: str, claim: Claim, run: pathlib.Path) -> str:
+    """The config of a run as TOML, if it is the claim's.
+
+    Raises:
+      ClaimsError: it is another; names the field.
+    """
+    from experiments.harness import config as configs
+
+    _, wanted = _experiment(slug, claim.preset, claim.flags)
+    ran = configs.read(run / "config.toml", wanted)
+    for field, expected, found in configs.differences(wanted, ran):
+        raise ClaimsError(
+            f"--from-run {run}: {field}={found!r}, but {slug}/{claim.name} is about"
+            f" {field}={expected!r}"
+        )
+    return configs.write(ran)
 
 
 def commit() -> str:

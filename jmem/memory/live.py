@@ -22,7 +22,7 @@ import dataclasses
 import gc
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,9 +110,7 @@ class LiveReport:
         if not self.interval:
             raise ValueError(f"{self.name}: no prediction was made; see `compared`.")
         peak = self.peak_bytes - (self.named_bytes if named else 0)
-        low, high = self.interval
-        nearest = min(max(peak, low), high)
-        return peak / nearest - 1
+        return apart(peak, self.interval)
 
     def compared(self, ahead: MemoryReport, plan: MemoryReport) -> "LiveReport":
         """The report with its prediction, and with the plan that the GPU was given.
@@ -174,6 +172,16 @@ class LiveReport:
           ValueError: not a report, or one of another version; the place is named.
         """
         return built(cls, text, SCHEMA)
+
+
+def apart(peak: int, interval: Sequence[int]) -> float:
+    """A peak's distance from a predicted interval, as a share of it; 0 inside of it.
+
+    >>> apart(105, (90, 100)), apart(95, (90, 100))
+    (0.050000000000000044, 0.0)
+    """
+    low, high = interval
+    return peak / min(max(peak, low), high) - 1
 
 
 def live(

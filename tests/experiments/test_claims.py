@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import claims
-from experiments.harness import record
+from experiments.harness import check, record
 from experiments.harness.claim import Claim, ClaimsError, Relation, read
 from experiments.harness.run import Run
 from jmem.program import Program
@@ -520,10 +520,76 @@ class TestRuns:
         refused(self.a_run(toy, side=8), "side=8, but toy/gain .* side=1024")
         refused(self.a_run(toy, fails=True), "the run is failed")
         refused(self.a_run(toy, gain="much"), "'much', no number")
-        refused(toy / "runs", "no report.json")
+        refused(toy / "runs", "no report there")
         path = toy / "configs" / "toy" / "claims.toml"
         path.write_text(TOY.replace('"gain"]', '"loss"]'))
         refused(self.a_run(toy), "no 'loss' of tables/Methods/lisa/loss; .* 'gain'")
+
+
+LIVE = """
+[[claim]]
+name = "peak"
+what = "The peak on a card"
+kind = "live"
+program = ""
+source = "prediction"
+experiment = "toy_check"
+report = ["cases", "add", "peak_bytes"]
+relations = ["ours within 3 % of expect"]
+expect = 8
+"""
+
+
+class TestChecks:
+    """`--from-run FILE` believes complete checks by the defaults."""
+
+    @pytest.fixture
+    def live(self, toy, monkeypatch):
+        module = types.ModuleType("experiments.toy_check")
+        vars(module).update(settings=lambda: {"side": 1024})
+        monkeypatch.setitem(sys.modules, "experiments.toy_check", module)
+        path = toy / "configs" / "toy" / "claims.toml"
+        path.write_text(path.read_text() + LIVE)
+        return toy
+
+    def a_check(self, root, *, case="add", side=1024, complete=True):
+        path = root / "runs" / "check.json"
+        probed = {"device": "NVIDIA H200", "versions": {"jax": "0.11.2"}}
+        cases = {case: {"peak_bytes": 8 * 2**20 + 1}}
+        config = {"side": side}
+        check.write(path, "toy_check", probed, config, complete, cases=cases)
+        return path
+
+    def test_it_takes_the_number_up_with_its_card(self, live):
+        assert claims.main(claims.Command(from_run=self.a_check(live)), live) == 0
+        found = toy_records(live)["peak"]
+        assert found.value == 8 * 2**20 + 1
+        assert found.device == "NVIDIA H200"
+        text = (live / "configs" / "toy" / "claims.md").read_text()
+        assert "| holds | NVIDIA H200, jax 0.11.2, " in text
+
+    def test_rows_that_were_not_asked_for_are_left_as_they_are(self, live):
+        claims.main(claims.Command(from_run=self.a_check(live)), live)
+        before = toy_records(live)
+        claims.main(claims.Command(from_run=self.a_check(live, case="other")), live)
+        assert toy_records(live) == before
+
+    @pytest.mark.parametrize(
+        "how, message",
+        [
+            ({"side": 8}, '"side": 8.*peak is about {"side": 1024}'),
+            ({"complete": False}, "is running"),
+        ],
+    )
+    def test_other_sizes_and_unfinished_checks_are_refused(self, live, how, message):
+        path = self.a_check(live, **how)
+        with pytest.raises(ClaimsError, match=message):
+            claims.main(claims.Command(from_run=path), live)
+        assert toy_records(live) == {}
+
+    def test_a_check_that_no_claim_asks_for_is_refused(self, toy):
+        with pytest.raises(ClaimsError, match="no claim of kind 'live' asks"):
+            claims.main(claims.Command(from_run=self.a_check(toy)), toy)
 
 
 CLAIMS = {found.slug: (found, records) for found, records in claims.load()}

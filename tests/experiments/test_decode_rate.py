@@ -10,7 +10,16 @@ import pytest
 from tiny_decoder import TINY, random_params
 
 from experiments import decode_rate
-from experiments.decode_rate import POINTS, POLICIES, Point, Rate, below, filled, rates
+from experiments.decode_rate import (
+    POINTS,
+    POLICIES,
+    Point,
+    Rate,
+    below,
+    filled,
+    rates,
+    settings,
+)
 from jmem.kvcache.cache import held
 from jmem.models.decoder import Decoder
 
@@ -98,5 +107,6 @@ def test_records_are_written_row_by_row(monkeypatch, capsys, tmp_path):
     decode_rate.main(["--out", str(out)])
     records = json.loads(out.read_text())
     assert records["device"] == "NVIDIA H200"
-    assert [row["policy"] for row in records["rates"]] == ["full"]
+    assert records["rates"]["8k-b32"]["full"]["ratio"] == 1
+    assert (records["status"], records["config"]) == ("complete", settings())
     assert "tokens/s" in capsys.readouterr().out

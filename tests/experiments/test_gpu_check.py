@@ -114,9 +114,10 @@ def test_records_are_written_and_a_number_that_is_off_fails(
     assert check(Sizes(), ["forward"], None, out) == 0
     assert check(Sizes(), ["forward", "decode"], None, out) == 1
     records = json.loads(out.read_text())
-    assert records["gpu"] == "h200"
+    assert (records["status"], records["device"]) == ("complete", "NVIDIA H200")
     assert records["cases"]["decode"]["terms"] == high.terms
-    assert Sizes(**records["sizes"]) == Sizes()
+    assert records["cases"]["forward"]["off_percent"] == 0
+    assert records["config"] == gpu_check.settings()
     assert "peak +9.5% of the plan" in capsys.readouterr().out
 
 
@@ -164,5 +165,7 @@ def test_programs_beside_each_other_share_the_gpu_and_a_broken_one_stops_no_othe
     out = tmp_path / "records.json"
     assert check(Sizes(), ["full", "lora", "lisa"], None, out, lanes=2) == 1
     assert shares == [0.5] * 3
-    assert set(json.loads(out.read_text())["cases"]) == {"lora", "lisa"}
+    records = json.loads(out.read_text())
+    assert set(records["cases"]) == {"lora", "lisa"}
+    assert records["status"] == "running"  # and so it is not taken up
     assert "full: stage 'run' of full failed" in capsys.readouterr().out

@@ -110,6 +110,8 @@ def test_records_are_written_row_by_row(monkeypatch, tmp_path):
     assert step_rate.main(["--only", "lora", "lisa", "--out", str(out)]) == 0
     records = json.loads(out.read_text())
     assert kept == [0, 1]
-    assert [one["method"] for one in records["steps"]] == ["lora", "lisa"]
-    assert records["steps"][1]["seconds"] == [1.0, 2.0, 3.0]
-    assert records["gpu"] == "h200"
+    assert list(records["steps"]) == ["lora", "lisa"]
+    assert records["steps"]["lisa"]["seconds"] == [1.0, 2.0, 3.0]
+    assert records["steps"]["lisa"]["ms"] == 2000
+    assert (records["status"], records["device"]) == ("complete", "NVIDIA H200")
+    assert records["config"] == step_rate.settings()
