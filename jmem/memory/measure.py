@@ -235,15 +235,16 @@ _NOISE = (
 def stablehlo_hash(text: str) -> str:
     """sha256 of a lowered program, the same in every process.
 
-    The payload of a Mosaic kernel is left out: it holds line numbers.
+    A Mosaic kernel's payload and its own hash are left out: they hold lines and paths.
     """
     lines = (
-        _PAYLOAD.sub('""', line) if "mosaic" in line else line
+        _PAYLOAD.sub('""', _KERNEL_HASH.sub("", line)) if "mosaic" in line else line
         for line in text.splitlines()
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+_KERNEL_HASH = re.compile(r'kernel_hash = "(?:[^"\\]|\\.)*", ')
 _PAYLOAD = re.compile(r'"(?:[^"\\]|\\.){200,}"')
 
 

@@ -421,10 +421,14 @@ def test_another_process_measures_the_same(report_of):
     assert done.stdout.split() == expected
 
 
-def test_the_hash_leaves_a_kernel_s_payload_out():
-    payload = "x" * 300
-    text = '%0 = custom_call @mosaic_gpu_v2 {{backend_config = "{0}", name = "mm"}}'
-    one, two = (text.format(payload + tail) for tail in "ab")
+def test_the_hash_leaves_a_kernel_s_payload_and_its_own_hash_out():
+    """Both hold the folder that the kernel's source lies in."""
+    text = (
+        '%0 = custom_call @mosaic_gpu_v2 {{backend_config = "{0}", '
+        r'mhlo.backend_config = {{kernel_hash = "{1}\22\5C{1}", name = "mm"}}}}'
+    )
+    one, two = (text.format("x" * 300 + tail, tail) for tail in "ab")
+    assert one != two
     assert stablehlo_hash(one) == stablehlo_hash(two)
     assert stablehlo_hash(one) != stablehlo_hash(one.replace("mm", "nn"))
     assert stablehlo_hash("a") != stablehlo_hash("b")
