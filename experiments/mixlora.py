@@ -37,7 +37,8 @@ from jmem.data.batch import Batch
 from jmem.finetune import mixture as slots
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lora import Lora
-from jmem.finetune.mixlora import MixLora, Mixture, MixtureFeed, Update
+from jmem.finetune.mixlora import MixLora, Mixture, Update
+from jmem.finetune.mixture_ops import MixtureFeed
 from jmem.finetune.program import step_program
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.nn import quantised

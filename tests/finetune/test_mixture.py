@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jmem.finetune import mixture as module
-from jmem.finetune.mixlora import MixtureFeed
 from jmem.finetune.mixture import Experts, choose, imbalance, mixture, traffic
+from jmem.finetune.mixture_ops import MixtureFeed
 from jmem.nn.mlp import ACTIVATIONS
 
 TOLERANCE = 2e-5  # of the golden file, float32
