@@ -46,6 +46,8 @@ TOLERANCE = 0.03
 """Of a peak against its prediction."""
 EXPECT = {"lora": 1.05, "full": 0.8}
 """How long a step of fused LISA may take, in steps of another method."""
+PREDICTING = 4
+"""Predictions made beside each other, on the CPU, while the GPU runs."""
 METHODS = ("lora", "lisa", "lisa-separate", "lisa-bf16", "lomo", "full")
 
 
@@ -224,6 +226,15 @@ def unmet(found: dict[str, Step]) -> list[str]:
     return words
 
 
+def _why(prediction: futures.Future[str]) -> str:
+    """In short, why there is no row: the card is too small, or something else."""
+    if prediction.exception() is None:
+        ahead = MemoryReport.from_json(prediction.result())
+        if not ahead.fits(0):
+            return f"does not fit: {ahead.interval[0] / GiB:.2f} GiB are predicted"
+    return "failed, see below"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; exit status 1 when an expectation is not met."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -263,18 +274,24 @@ def main(arguments: list[str] | None = None) -> int:
         return protocol.run_stage("predict", request, known.name)
 
     found: dict[str, Step] = {}
-    with futures.ThreadPoolExecutor(len(given.only)) as beside:
+    words: list[str] = []
+    with futures.ThreadPoolExecutor(PREDICTING) as beside:
         predictions = {method: beside.submit(predict, method) for method in given.only}
         for method in given.only:
             trace = given.trace and str(pathlib.Path(given.trace, method).absolute())
-            ran = run(method, plain, known.name, trace)
-            ahead = MemoryReport.from_json(predictions[method].result())
+            try:
+                ran = run(method, plain, known.name, trace)
+                ahead = MemoryReport.from_json(predictions[method].result())
+            except protocol.StageError as error:
+                words.append(f"{method}: {error}")
+                print(f"{method:<15}  {_why(predictions[method])}", flush=True)
+                continue
             found[method] = step(method, ran, ahead)
             print(line(found[method], sizes), flush=True)
             complete = len(found) == len(given.only)
             rows = {name: one.plain() for name, one in found.items()}
             check.write(given.out, "step_rate", probed, plain, complete, steps=rows)
-    words = unmet(found)
+    words += unmet(found)
     print(*words, sep="\n")
     return int(bool(words))
 

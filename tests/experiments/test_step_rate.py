@@ -84,6 +84,15 @@ def test_a_row_tells_bytes_times_and_tokens():
     assert row[-4:] == ["90.0", "80.0", "100.0", "11,378"]
 
 
+class Ahead:
+    """A prediction."""
+
+    interval = (5, 5)
+
+    def fits(self, reserve):
+        return False
+
+
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):
     assert step_rate.main(["--out", str(tmp_path / "steps.json")]) == 0
     assert "Nothing was measured" in capsys.readouterr().out
@@ -100,12 +109,9 @@ def test_records_are_written_row_by_row(monkeypatch, tmp_path):
         kept.append(len(json.loads(out.read_text())["steps"]) if out.exists() else 0)
         return {"live": live, "seconds": [1.0, 2.0, 3.0]}
 
-    class Ahead:
-        interval = (5, 5)
-
     monkeypatch.setattr(protocol, "probe", lambda: probed)
     monkeypatch.setattr(protocol, "run_stage", lambda *given: "")
-    monkeypatch.setattr(MemoryReport, "from_json", lambda text: Ahead)
+    monkeypatch.setattr(MemoryReport, "from_json", lambda text: Ahead())
     monkeypatch.setattr(step_rate, "run", run)
     assert step_rate.main(["--only", "lora", "lisa", "--out", str(out)]) == 0
     records = json.loads(out.read_text())
@@ -115,3 +121,25 @@ def test_records_are_written_row_by_row(monkeypatch, tmp_path):
     assert records["steps"]["lisa"]["ms"] == 2000
     assert (records["status"], records["device"]) == ("complete", "NVIDIA H200")
     assert records["config"] == step_rate.settings()
+
+
+def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch, capsys, tmp_path):
+    def run(method, *given):
+        if method == "full":
+            raise protocol.StageError("the step of 'full' failed:\nRESOURCE_EXHAUSTED")
+        live = {"planned_bytes": 5, "peak_bytes": 5, "earlier_peak_bytes": 1}
+        return {"live": live, "seconds": [1.0]}
+
+    probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
+    monkeypatch.setattr(protocol, "probe", lambda: probed)
+    monkeypatch.setattr(protocol, "run_stage", lambda *given: "")
+    monkeypatch.setattr(MemoryReport, "from_json", lambda text: Ahead())
+    monkeypatch.setattr(step_rate, "run", run)
+    out = tmp_path / "steps.json"
+    assert step_rate.main(["--only", "full", "lora", "--out", str(out)]) == 1
+    records = json.loads(out.read_text())
+    assert list(records["steps"]) == ["lora"]
+    assert records["status"] == "running"  # and so it is not taken up
+    printed = capsys.readouterr().out
+    assert "full             does not fit: 0.00 GiB are predicted" in printed
+    assert "RESOURCE_EXHAUSTED" in printed
