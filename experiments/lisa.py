@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -46,7 +45,6 @@ from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.nn.stack import Remat
-from jmem.offload import check_host, described, host_bytes
 from jmem.program import Program
 from jmem.sharding import Layout
 from jmem.targets import Target
@@ -233,11 +231,11 @@ def main(config: Config, run: Run) -> None:
         return
     rows, before = {}, []
     for method in config.methods:
-        folder = run.folder_of(method)
+        folder, own = run.folder_of(method), getattr(config, method)
         train(
-            getattr(config, method),
+            own,
             model,
-            start(config, method, model, pretrained, mesh),
+            models.start(own, model, pretrained, config.seed, mesh),
             training,
             steps=config.steps,
             folder=folder,
@@ -249,9 +247,9 @@ def main(config: Config, run: Run) -> None:
             trace_steps=2 if run.trace else 0,
         )
         gc.collect()
-        own = metrics.read(folder / "metrics.jsonl")
-        before = before or [row for row in own if row["step"] == 0]
-        rows[method] = own if not rows else before + own
+        told = metrics.read(folder / "metrics.jsonl")
+        before = before or [row for row in told if row["step"] == 0]
+        rows[method] = told if not rows else before + told
     report_training(config, run, rows)
     run.note(
         f"Trained here: {config.run_dtype}, {model.attention} attention, remat "
@@ -286,11 +284,10 @@ def compare(
     def one(trial: Trial[Method], folder: pathlib.Path) -> dict[str, float]:
         method = trial.method
         own = at_rate(getattr(config, method), trial.factor)
-        mine = dataclasses.replace(config, **{method: own}, seed=trial.seed)
         state = train(
             own,
             model,
-            start(mine, method, model, pretrained),
+            models.start(own, model, pretrained, trial.seed),
             dataclasses.replace(training, seed=trial.seed),
             steps=config.steps,
             folder=folder,
@@ -351,27 +348,6 @@ def parameters(model: Decoder, checkpoint, mesh: Mesh | None) -> dict:
     with jax.default_device(jax.devices("cpu")[0]):
         params = checkpoint.params()
     return jax.device_put(params, model.layout.shardings(params, mesh))
-
-
-def start(
-    config: Config,
-    method: Method,
-    model: Decoder,
-    pretrained: dict,
-    mesh: Mesh | None = None,
-):
-    """A method's state from a copy of the pretrained weights: training consumes it."""
-
-    def init(params, key):
-        copied = jax.tree.map(jnp.copy, params)
-        return getattr(config, method).init(model, copied, key)
-
-    given = pretrained, jax.random.key(config.seed)
-    state = described(init, *given)
-    check_host(host_bytes(state), f"the state of {method}")
-    if model.layout is None:
-        return jax.jit(init)(*given)
-    return jax.jit(init, out_shardings=model.layout.shardings(state, mesh))(*given)
 
 
 def batches(config: Config, checkpoint) -> tuple[jmem.data.Loader, tuple[Batch, ...]]:

@@ -278,7 +278,7 @@ def main(config: Config, run: Run) -> None:
         state = train(
             own,
             model,
-            start(own, model, pretrained, trial.seed),
+            models.start(own, model, pretrained, trial.seed),
             batches(config, padded, trial.seed),
             steps=config.steps,
             folder=folder,
@@ -310,16 +310,6 @@ def main(config: Config, run: Run) -> None:
     if "mixlora" in outcomes:
         report_load(config, run, outcomes["mixlora"].more[0]["load"])
     report_memory(config, run)
-
-
-def start(own: Lora | MixLora, model: Decoder, pretrained: dict, seed: int):
-    """A method's state from a copy of the pretrained weights: training consumes it."""
-
-    @jax.jit
-    def init(params, key):
-        return own.init(model, jax.tree.map(jnp.copy, params), key)
-
-    return init(pretrained, jax.random.key(seed))
 
 
 def fitting(config: Config, sequences: list) -> Batch:

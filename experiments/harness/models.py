@@ -1,12 +1,16 @@
 """The model that an experiment's config names, and the machine it is built for."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 import jmem.checkpoints
 from jmem.models import zoo
-from jmem.models.decoder import DecoderConfig
+from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.offload import check_host, described, host_bytes
 from jmem.targets import Target, resolve
 
 
@@ -24,3 +28,27 @@ def attached() -> Target | None:
         return None
     capability = str(device.compute_capability)
     return dataclasses.replace(resolve("h200"), compute_capability=capability)
+
+
+def start(
+    finetuner: Any,
+    model: Decoder,
+    pretrained: dict,
+    seed: int,
+    mesh: Mesh | None = None,
+) -> Any:
+    """A fine-tuner's state from a copy of the pretrained weights: training consumes it.
+
+    Raises:
+      HostMemoryError: the host has no room for what the state keeps there.
+    """
+
+    def init(params, key):
+        return finetuner.init(model, jax.tree.map(jnp.copy, params), key)
+
+    given = pretrained, jax.random.key(seed)
+    state = described(init, *given)
+    check_host(host_bytes(state), f"the state of {type(finetuner).__name__}")
+    if model.layout is None:
+        return jax.jit(init)(*given)
+    return jax.jit(init, out_shardings=model.layout.shardings(state, mesh))(*given)
