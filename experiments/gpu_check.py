@@ -1,10 +1,11 @@
 """What only a GPU can show: memory as predicted, kernels as fast, decoding as fast.
 
-    python -m experiments.gpu_check            all four parts, about 25 minutes
+    python -m experiments.gpu_check            all five parts, about 25 minutes
     python -m experiments.gpu_check --parts memory --only decode --out check.json
 
 Needs a GPU; without one it says so and exits 0. Exit status 1: something does not hold.
 
+training  `experiments.step_check`: losses of every method's steps beside the CPU's
 kernels   `jmem.kernels.windowed_attention.bench`: numbers, then share of the bandwidth
 rates     `experiments.decode_rate`: tokens a second, cut caches against the full one
 steps     `experiments.step_rate`: time of a training step, LISA against LoRA and full
@@ -50,7 +51,7 @@ PLAN_TOLERANCE = 0.01
 """Of the peak above the plan."""
 NEEDED = 0.75
 """Share of the programs that must hold without any further term."""
-PARTS = ("kernels", "rates", "steps", "memory")
+PARTS = ("training", "kernels", "rates", "steps", "memory")
 """In this order: the shortest first."""
 SHAPES = (
     *("llama3-8b-32k-b1", "llama3-8b-32k-b1-w8", "llama3-8b-32k-b1-w32"),
@@ -424,6 +425,7 @@ def other(part: str, out: pathlib.Path) -> int:
         "kernels": ("jmem.kernels.windowed_attention.bench", ["--only", *SHAPES]),
         "rates": ("experiments.decode_rate", []),
         "steps": ("experiments.step_rate", []),
+        "training": ("experiments.step_check", []),
     }[part]
     records = out.with_name(f"{out.stem}-{part}.json")
     command = [sys.executable, "-m", module, *more, "--out", str(records)]

@@ -139,10 +139,10 @@ def test_other_parts_are_run_and_the_worst_status_counts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     out = tmp_path / "check.json"
-    assert gpu_check.main(["--only", "forward", "--out", str(out)]) == 2
+    assert gpu_check.main(["--only", "forward", "--out", str(out)]) == 3
     assert out.exists()
-    bench, *_ = commands
-    parts = ("kernels", "rates", "steps")
+    _, bench, *_ = commands
+    parts = ("training", "kernels", "rates", "steps")
     for (module, *options), part in zip(commands, parts, strict=True):
         assert importlib.util.find_spec(module)
         assert options[-2:] == ["--out", str(tmp_path / f"check-{part}.json")]

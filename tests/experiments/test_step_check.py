@@ -1,0 +1,66 @@
+"""Training steps beside the CPU's: every method learns, and what differs is told."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import step_check
+from experiments.step_check import METHODS, Sizes, fault, finetuner, losses
+from jmem.memory import protocol
+from jmem.memory.protocol import StageError
+
+SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
+
+
+def test_copies_at_once_learn_as_one_alone():
+    """LISA, over a draw: the first one lasts three steps."""
+    alone = losses("lisa", SMALL, "float32")
+    assert fault(losses("lisa", SMALL, "float32", threads=2), alone) == ""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_made(method):
+    assert type(finetuner(method)).__name__.lower() in (
+        *("full", "lora", "lisa", "lomo", "mixlora"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "reference", "says"),
+    [
+        ([3.0, 2.0], None, ""),
+        ([3.0, 2.0], [3.001, 2.001], ""),
+        ([3.0, 2.0], [3.0, 2.01], "step 1: 2.00000, on the CPU 2.01000"),
+        ([3.0, float("nan")], None, "are not finite"),
+        ([3.0, 3.0], None, "the loss went from 3.0000 to 3.0000"),
+    ],
+)
+def test_what_is_wrong_with_losses_is_told(own, reference, says):
+    assert (says in fault(own, reference)) if says else not fault(own, reference)
+
+
+def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):
+    assert step_check.main(["--out", str(tmp_path / "check.json")]) == 0
+    assert "Nothing was measured" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_crashes_is_a_row_and_a_failure(monkeypatch, capsys, tmp_path):
+    def run(method, sizes, dtype, threads, where):
+        if (method, where) == ("lisa", "gpu"):
+            raise StageError("lisa failed:\nCUDA_ERROR_ILLEGAL_INSTRUCTION")
+        return [3.0, 2.0]
+
+    probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
+    monkeypatch.setattr(protocol, "probe", lambda: probed)
+    monkeypatch.setattr(step_check, "run", run)
+    out = tmp_path / "check.json"
+    assert step_check.main(["--only", "lora", "--out", str(out)]) == 0
+    assert step_check.main(["--only", "lora", "lisa", "--out", str(out)]) == 1
+    methods = json.loads(out.read_text())["methods"]
+    assert (methods["lora"]["faults"], methods["lisa"]["faults"]) == (0, 2)
+    assert "ILLEGAL_INSTRUCTION" in methods["lisa"]["float32"]["fault"]
+    assert "lora           float32   3.0000 to 2.0000    holds" in (
+        capsys.readouterr().out
+    )
