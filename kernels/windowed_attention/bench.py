@@ -11,6 +11,7 @@ cache again: what a model's layers do. Numbers of the kernel are compared with X
 before anything is timed.
 
 Expect  80 % of the copy bandwidth contiguous, 75 % for windows from 32, 65 % for 8.
+Seen    llama3-8b-32k-b1 on an H200, untuned: 62 %, XLA 26 %, cuDNN 86 %.
 """
 
 import argparse
