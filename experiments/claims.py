@@ -335,11 +335,13 @@ def take_up(run: pathlib.Path, everything: list[tuple[Claims, Records]]) -> None
             f"--from-run {run}: no claim of kind {kind!r} asks for a run of"
             f" {report['experiment']!r}"
         )
-    if kind == "live":  # some of its rows may not have been asked for
-        asked = [one for one in asked if record.answers(report, one[2])]
+    # A method has claims about runs of several presets, a check rows not asked for.
+    mine = [one for one in asked if record.answers(one[0].slug, one[2], run)]
+    if kind == "train":
+        mine = mine or asked[:1]  # which says what differs
     taken = [
         (claims, records, claim.name, record.reported(claims.slug, claim, run))
-        for claims, records, claim in asked
+        for claims, records, claim in mine
     ]
     for claims, records, name, found in taken:  # all or none
         records[name] = found

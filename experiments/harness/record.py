@@ -181,9 +181,11 @@ def of_run(run: pathlib.Path) -> dict[str, Any]:
     return report
 
 
-def answers(report: dict[str, Any], claim: Claim) -> bool:
-    """Whether a report holds what the claim's keys lead to."""
-    value: Any = report
+def answers(slug: str, claim: Claim, run: pathlib.Path) -> bool:
+    """Whether a run is of the claim's config; of a check, whether it has the row."""
+    if claim.kind == "train":
+        return not _differences(slug, claim, run)[0]
+    value: Any = of_run(run)
     for key in claim.report:
         value = value.get(key) if isinstance(value, dict) else None
     return value is not None
@@ -240,14 +242,22 @@ def _ran(slug: str, claim: Claim, run: pathlib.Path) -> str:
     """
     from experiments.harness import config as configs
 
-    _, wanted = _experiment(slug, claim.preset, claim.flags)
-    ran = configs.read(run / "config.toml", wanted)
-    for field, expected, found in configs.differences(wanted, ran):
+    differences, ran = _differences(slug, claim, run)
+    for field, expected, found in differences:
         raise ClaimsError(
             f"--from-run {run}: {field}={found!r}, but {slug}/{claim.name} is about"
             f" {field}={expected!r}"
         )
     return configs.write(ran)
+
+
+def _differences(slug: str, claim: Claim, run: pathlib.Path) -> tuple[list, Any]:
+    """Fields in which a run's config is not the claim's, and the run's config."""
+    from experiments.harness import config as configs
+
+    _, wanted = _experiment(slug, claim.preset, claim.flags)
+    ran = configs.read(run / "config.toml", wanted)
+    return list(configs.differences(wanted, ran)), ran
 
 
 def commit() -> str:

@@ -507,6 +507,15 @@ class TestRuns:
         assert found.device == "cpu"
         assert "| holds |" in (toy / "configs" / "toy" / "claims.md").read_text()
 
+    def test_a_run_answers_the_claims_about_its_own_config_only(self, toy):
+        path = toy / "configs" / "toy" / "claims.toml"
+        other = TOY[TOY.rindex("[[claim]]") :].replace('"gain"', '"gain-8"', 1)
+        path.write_text(TOY + other + 'flags = ["--side", "8"]\n')
+        claims.main(claims.Command(from_run=self.a_run(toy)), toy)
+        assert set(toy_records(toy)) == {"gain"}
+        claims.main(claims.Command(from_run=self.a_run(toy, side=8)), toy)
+        assert set(toy_records(toy)) == {"gain", "gain-8"}
+
     def test_a_gain_below_the_margin_is_shown_as_a_failure(self, toy):
         claims.main(claims.Command(from_run=self.a_run(toy, gain=0.1)), toy)
         assert "**fails**: `ours >= margin`" in (toy / "README.md").read_text()
