@@ -270,11 +270,20 @@ def against_bytes(
 ) -> "Figure":
     """A value against device bytes: `points[method]` is (bytes, a value a seed).
 
-    Dots are means, bars go from the least to the greatest.
+    Dots are means, bars go from the least to the greatest. A name stands to the right
+    of its dot, or to the left where another dot is in its way.
     """
     figure, axes = _figure(8.0, 4.8)
+    means = {name: sum(values) / len(values) for name, (_, values) in points.items()}
+    widest = max(size for size, _ in points.values())
+    tallest = max(means.values()) - min(means.values())
     for index, (name, (size, values)) in enumerate(points.items()):
-        mean = sum(values) / len(values)
+        mean = means[name]
+        blocked = any(
+            0 < points[other][0] - size < 0.1 * widest
+            and abs(means[other] - mean) < 0.1 * tallest
+            for other in points
+        )
         spread = [[mean - min(values)], [max(values) - mean]]
         colour = CURVES[index % len(CURVES)]
         axes.errorbar(
@@ -290,8 +299,9 @@ def against_bytes(
         axes.annotate(
             name,
             xy=(size / GiB, mean),
-            xytext=(7, 5),
+            xytext=(-7 if blocked else 7, 5),
             textcoords="offset points",
+            horizontalalignment="right" if blocked else "left",
             color=colour,
             fontsize=9.5,
         )
