@@ -105,7 +105,7 @@ def sweep[Method: str](
         able = [f for f in factors if "diverged" not in tried[f]]
         if not able:
             raise DivergedError(
-                f"{method}, at every rate: {tried[factors[0]]['diverged']}"
+                f"{method}, at every rate: {next(iter(tried.values()))['diverged']}"
             )
         best = min(able, key=lambda factor: tried[factor]["choose"])
         found = [
