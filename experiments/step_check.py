@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 from concurrent import futures
@@ -123,18 +122,13 @@ def run(method: str, sizes: Sizes, dtype: Dtype, threads: int, where: str) -> li
     }
     if where == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.step_check", "--here"],
-        input=json.dumps([method, dataclasses.asdict(sizes), dtype, threads]),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=worker.TIMEOUT_S,
+    answer = protocol.ask(
+        *("experiments.step_check", "--here"),
+        request=[method, dataclasses.asdict(sizes), dtype, threads],
+        environment=environment,
+        what=f"{method}, {dtype}, on the {where}",
     )
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-6:])
-        raise StageError(f"{method}, {dtype}, on the {where} failed:\n{tail}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(answer)
 
 
 def fault(own: list[float], reference: list[float] | None) -> str:

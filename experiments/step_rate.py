@@ -24,7 +24,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -167,18 +166,13 @@ def run(method: str, sizes: dict, gpu: str, trace: str) -> dict:
       StageError: the process failed.
     """
     with tempfile.TemporaryDirectory(prefix="jmem-step-") as cache:
-        done = subprocess.run(
-            [sys.executable, "-m", "experiments.step_rate", "--here"],
-            input=json.dumps([method, sizes, gpu, trace]),
-            env=protocol.environment("run", cache),
-            capture_output=True,
-            text=True,
-            timeout=worker.TIMEOUT_S,
+        answer = protocol.ask(
+            *("experiments.step_rate", "--here"),
+            request=[method, sizes, gpu, trace],
+            environment=protocol.environment("run", cache),
+            what=f"the step of {method!r}",
         )
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
-        raise protocol.StageError(f"the step of {method!r} failed:\n{tail}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(answer)
 
 
 def step(method: str, ran: dict, ahead: MemoryReport) -> Step:

@@ -140,10 +140,29 @@ def run_stage(stage: str, request: dict, where: str, share: float = 1.0) -> str:
       NoGPUError: it needs a GPU and found none.
       StageError: the process failed; the end of what it wrote is the message.
     """
+    asked = [request.get("builder", ""), *request.get("arguments", ())]
+    said = " ".join(map(str, asked))
+    return ask(
+        "jmem.memory.protocol",
+        request=request | {"stage": stage, "where": where},
+        environment=environment(stage, where, share),
+        what=f"stage {stage!r} of {said}",
+    )
+
+
+def ask(
+    module: str, *flags: str, request: Any, environment: dict[str, str], what: str
+) -> str:
+    """The last line that a module's own process answers a request on its stdin with.
+
+    Raises:
+      NoGPUError: it ended with `NO_GPU`.
+      StageError: it failed: `what`, and the end of what it wrote.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "jmem.memory.protocol"],
-        input=json.dumps(request | {"stage": stage, "where": where}),
-        env=environment(stage, where, share),
+        [sys.executable, "-m", module, *flags],
+        input=json.dumps(request),
+        env=environment,
         capture_output=True,
         text=True,
         timeout=worker.TIMEOUT_S,
@@ -152,9 +171,7 @@ def run_stage(stage: str, request: dict, where: str, share: float = 1.0) -> str:
         raise NoGPUError(done.stdout.strip())
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-12:])
-        asked = [request.get("builder", ""), *request.get("arguments", ())]
-        said = " ".join(map(str, asked))
-        raise StageError(f"stage {stage!r} of {said} failed:\n{tail}")
+        raise StageError(f"{what} failed:\n{tail}")
     return done.stdout.splitlines()[-1]
 
 
