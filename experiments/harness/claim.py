@@ -69,8 +69,6 @@ class Claim:
     """A bar in `unit`, set after the first honest run."""
     reason: str = ""
     """not-checkable: why."""
-    headline: bool = False
-    """Shown in the README; every claim is shown in configs/<slug>/claims.md."""
     cheap: bool = False
     """Measured again by the tests, which allow 3 %."""
     choice: tuple[str, ...] = ()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import claims
-from experiments.harness import check, record
-from experiments.harness.claim import Claim, ClaimsError, Relation, read
+from experiments.harness import check, record, tables
+from experiments.harness.claim import Claim, Claims, ClaimsError, Relation, read
 from experiments.harness.run import Run
 from jmem.program import Program
 from jmem.targets import Target, resolve
@@ -46,7 +46,6 @@ expect = 19.3
 program = "lisa"
 flags = ["--lisa.active-layers", "2"]
 relations = ["ours <= paper", "ours within 2 % of expect"]
-headline = true
 
 [[claim]]
 name = "loss"
@@ -71,25 +70,32 @@ README = """# a
 <!-- claims:begin -->
 
 <!-- claims:end -->
-<!-- choices:begin -->
-
-<!-- choices:end -->
 <!-- methods:begin -->
 
 <!-- methods:end -->
 
 after
 """
+FINETUNE = "<!-- choices:begin -->\n\n<!-- choices:end -->\n"
+
+
+def a_repository(path: pathlib.Path, slug: str, paper: str) -> pathlib.Path:
+    """One method with claims, and pages with markers."""
+    for folder in (f"configs/{slug}", "docs"):
+        (path / folder).mkdir(parents=True)
+    (path / "configs" / slug / "claims.toml").write_text(paper)
+    (path / "README.md").write_text(README)
+    (path / "docs" / "finetune.md").write_text(FINETUNE)
+    return path
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A small repository: one method with claims, a README with markers."""
-    folder = tmp_path / "configs" / "lisa"
-    folder.mkdir(parents=True)
-    (folder / "claims.toml").write_text(PAPER)
-    (tmp_path / "README.md").write_text(README)
-    return tmp_path
+    return a_repository(tmp_path, "lisa", PAPER)
+
+
+def claims_page(root: pathlib.Path) -> str:
+    return (root / "docs" / "claims.md").read_text()
 
 
 def a_record(claim: Claim, value: float, **changes) -> record.Record:
@@ -105,9 +111,9 @@ def a_record(claim: Claim, value: float, **changes) -> record.Record:
     return record.Record(**fields | changes)
 
 
-def measured(root, **values) -> tuple[claims.Claims, dict[str, record.Record]]:
+def measured(root, **values) -> tuple[Claims, dict[str, record.Record]]:
     """The claims with records of these values: GiB for memory, else as they are."""
-    (found, _), *_ = claims.load(root)
+    (found, _), *_ = tables.load(root)
     by_name = found.by_name
     records = {
         name: a_record(by_name[name], value * by_name[name].scale)
@@ -119,7 +125,7 @@ def measured(root, **values) -> tuple[claims.Claims, dict[str, record.Record]]:
 
 class TestReading:
     def test_defaults_hold_for_every_claim_that_does_not_say_otherwise(self, root):
-        (found, _), *_ = claims.load(root)
+        (found, _), *_ = tables.load(root)
         assert list(found.by_name) == ["full", "lisa", "loss", "phi2"]
         assert found.slug == "lisa"
         assert found.by_name["full"].kind == "compile"
@@ -133,17 +139,17 @@ class TestReading:
             ('program = "full"', 'progam = "full"', 13, "did you mean 'program'"),
             ("expect = 19.3", 'expect = "19.3"', 20, "expect='19.3'"),
             ("expect = 19.3", "expect = true", 20, "expect=True"),
-            ('kind = "train"', 'kind = "training"', 29, "did you mean 'train'"),
+            ('kind = "train"', 'kind = "training"', 28, "did you mean 'train'"),
             ('kind = "compile"', 'knid = "compile"', 5, "did you mean 'kind'"),
             ("[defaults]", "[default]", 4, "did you mean 'defaults'"),
             ('"ours > 2 * lisa"', '"ours > 2 * lisaa"', 14, "did you mean 'lisa'"),
             ('"ours > 2 * lisa"', '"ours is small"', 14, "not a relation"),
             ('"ours > 2 * lisa"', '"ours > expect"', 14, "'expect' to be a number"),
-            ('"ours >= margin"', '"ours >= lisa"', 33, "compares nats with GiB"),
+            ('"ours >= margin"', '"ours >= lisa"', 32, "compares nats with GiB"),
             ('name = "lisa"', 'name = "full"', 17, "'full' is used twice"),
             ('program = "full"', "", 10, "needs 'program'"),
-            ('reason = "no such model"', "", 36, "needs 'reason'"),
-            ('unit = "nats"', 'program = "x"', 31, "says nothing about"),
+            ('reason = "no such model"', "", 35, "needs 'reason'"),
+            ('unit = "nats"', 'program = "x"', 30, "says nothing about"),
             ("paper = 59", 'unit = "nats"', 12, "unit of memory 'nats'"),
             ("paper = 59", "paper = ", 12, "line 12"),
             ("[defaults]", "[[defaults]]", 4, "write setting"),
@@ -189,44 +195,44 @@ class TestRelation:
 class TestVerdict:
     def test_it_holds_when_all_relations_do(self, root):
         found, records = measured(root, lisa=19.2, full=75.7)
-        assert claims.verdict(found.by_name["lisa"], found, records) == "holds"
-        assert claims.verdict(found.by_name["full"], found, records) == "holds"
+        assert tables.verdict(found.by_name["lisa"], found, records) == "holds"
+        assert tables.verdict(found.by_name["full"], found, records) == "holds"
 
     def test_it_names_the_relation_that_fails(self, root):
         found, records = measured(root, lisa=24.0)
-        words = claims.verdict(found.by_name["lisa"], found, records)
+        words = tables.verdict(found.by_name["lisa"], found, records)
         assert words.startswith("**fails**")
         assert "`ours <= paper`" in words
 
     def test_it_waits_for_the_number_of_another_claim_or_a_margin(self, root):
         found, records = measured(root, full=75.7, loss=0.2)
-        assert "open" in claims.verdict(found.by_name["full"], found, records)
-        assert "open" in claims.verdict(found.by_name["loss"], found, records)
+        assert "open" in tables.verdict(found.by_name["full"], found, records)
+        assert "open" in tables.verdict(found.by_name["loss"], found, records)
 
     def test_a_margin_is_a_bar(self, root):
         found, records = measured(root, loss=0.2)
         for margin, word in ((0.1, "holds"), (0.3, "**fails**")):
             claim = dataclasses.replace(found.by_name["loss"], margin=margin)
-            assert claims.verdict(claim, found, records).startswith(word)
+            assert tables.verdict(claim, found, records).startswith(word)
 
     def test_a_number_of_another_program_is_stale(self, root):
         found, records = measured(root, lisa=19.2, full=75.7)
         edited = dataclasses.replace(found.by_name["lisa"], flags=())
         found.by_name["lisa"] = edited
-        assert "stale" in claims.verdict(edited, found, records)
-        assert "open" in claims.verdict(found.by_name["full"], found, records)
+        assert "stale" in tables.verdict(edited, found, records)
+        assert "open" in tables.verdict(found.by_name["full"], found, records)
 
     def test_it_says_what_is_not_measured_and_what_cannot_be(self, root):
         found, records = measured(root)
-        assert claims.verdict(found.by_name["lisa"], found, records) == "not measured"
-        words = claims.verdict(found.by_name["phi2"], found, records)
+        assert tables.verdict(found.by_name["lisa"], found, records) == "not measured"
+        words = tables.verdict(found.by_name["phi2"], found, records)
         assert words == "not checkable: no such model"
 
 
 class TestTables:
     def test_a_row_has_the_papers_number_ours_and_how_it_was_measured(self, root):
         found, records = measured(root, lisa=19.2)
-        row = next(r for r in claims.table(found, records).splitlines() if "LISA" in r)
+        row = next(r for r in tables.table(found, records).splitlines() if "LISA" in r)
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells == [
             "Small model, LISA",
@@ -242,23 +248,32 @@ class TestTables:
         found, records = measured(root, lisa=19.2)
         bounds = (int(19.1 * GIB), int(19.25 * GIB))
         records["lisa"] = dataclasses.replace(records["lisa"], interval=bounds)
-        assert "19.20 GiB (19.10 to 19.25)" in claims.table(found, records)
+        assert "19.20 GiB (19.10 to 19.25)" in tables.table(found, records)
 
     def test_an_unconfirmed_number_of_the_paper_is_marked(self, root):
         found, records = measured(root)
-        assert "28G (table 1, unconfirmed)" in claims.table(found, records)
+        assert "28G (table 1, unconfirmed)" in tables.table(found, records)
 
-    def test_the_readme_shows_headlines_and_whatever_fails(self, root):
-        found, records = measured(root, lisa=19.2, full=75.7)
-        shown = claims.table(found, records, headlines=True)
-        assert "LISA" in shown
-        assert "full" not in shown
-        found, records = measured(root, lisa=19.2, full=30.0)
-        assert "**fails**" in claims.table(found, records, headlines=True)
+    def test_the_page_begins_with_counts_and_with_what_fails(self, root):
+        measured(root, lisa=24.0, full=75.7)
+        text = tables.page(tables.load(root))
+        counted, failing, rest = text.split("\n\n## ")
+        assert "| [lisa](#lisa) | 4 | 1 | 1 | 0 | 0 | 1 | 1 |" in counted
+        assert failing.startswith("The 1 that fail")
+        assert "| lisa | Small model, LISA | 24.00 GiB | `ours <= paper`, " in failing
+        assert rest.startswith("lisa\n\nOurs keeps f32 moments.\n\n| claim |")
+
+    def test_the_readme_counts_what_fails_by_method(self, root):
+        measured(root, lisa=24.0, full=75.7)
+        words = tables.summary(tables.load(root)).replace("\n", " ")
+        assert words.startswith(
+            "Of 4 claims, 1 hold, 1 fail (lisa 1), 0 open, 0 stale, 1 not measured and"
+            " 1 not checkable. [docs/claims.md](docs/claims.md)"
+        )
 
 
 class TestChoices:
-    """Which method for my card: rows of the README that come from records."""
+    """Which method for my card: rows of docs/finetune.md that come from records."""
 
     def test_rows_are_by_model_and_bytes_and_name_the_cards_with_room(self, root):
         path = root / "configs" / "lisa" / "claims.toml"
@@ -269,17 +284,17 @@ class TestChoices:
             more = f'{head}choice = ["7B", "{method}", "all"]\n'
             path.write_text(text.replace(head, more))
         measured(root, lisa=20.0, full=59.0)
-        lines = claims.choices(claims.load(root)).splitlines()
+        lines = tables.choices(tables.load(root)).splitlines()
         assert lines[2:] == [
             "| 7B | LISA | all | 20.0 GiB | 24 GB, 48 GB, 80 GB, 141 GB |",
             "| 7B | everything | all | 59.0 GiB | 80 GB, 141 GB |",
         ]
 
     def test_the_room_is_that_of_the_targets(self):
-        cards = dict(zip(claims.ROOM, ("rtx4090", "a6000", "h100", "h200")))
+        cards = dict(zip(tables.ROOM, ("rtx4090", "a6000", "h100", "h200")))
         for card, name in cards.items():
             room = resolve(name).usable_bytes / 2**30 - 1  # the default reserve
-            assert round(room, 1) == claims.ROOM[card]
+            assert round(room, 1) == tables.ROOM[card]
 
 
 class TestCheck:
@@ -293,7 +308,8 @@ class TestCheck:
         readme = (root / "README.md").read_text()
         assert readme.startswith("# a\n")
         assert readme.endswith("\nafter\n")
-        assert "19.20 GiB" in readme
+        assert "Of 4 claims, 1 hold" in readme
+        assert "19.20 GiB" in claims_page(root)
 
     def test_it_sees_a_record_that_moved(self, root, capsys):
         measured(root, lisa=19.2)
@@ -301,13 +317,13 @@ class TestCheck:
         measured(root, lisa=19.3)
         assert claims.main(claims.Command(check=True), root) == 1
         out = capsys.readouterr().out
-        assert "README.md differs" in out
+        assert "docs/claims.md differs" in out
         assert "--table" in out
 
     def test_it_sees_a_table_edited_by_hand(self, root):
         measured(root, lisa=24.0)
         claims.main(claims.Command(table=True), root)
-        page = root / "configs" / "lisa" / "claims.md"
+        page = root / "docs" / "claims.md"
         page.write_text(page.read_text().replace("**fails**", "holds"))
         assert claims.main(claims.Command(check=True), root) == 1
 
@@ -323,9 +339,13 @@ class TestCheck:
         assert claims.main(claims.Command(check=True), root) == 0
         assert json.loads(path.read_text()) == kept
 
-    def test_a_readme_without_markers_is_refused(self, root):
-        (root / "README.md").write_text("# a\n")
-        with pytest.raises(ClaimsError, match="claims:begin"):
+    @pytest.mark.parametrize(
+        ("file", "name"), [("README.md", "claims"), ("docs/finetune.md", "choices")]
+    )
+    def test_a_page_without_markers_is_refused(self, root, file, name):
+        (root / file).write_text("# a\n")
+        message = f"{pathlib.Path(file).name} has lost .*{name}:begin"
+        with pytest.raises(ClaimsError, match=message):
             claims.main(claims.Command(table=True), root)
 
 
@@ -393,11 +413,7 @@ def toy(tmp_path, monkeypatch):
     vars(module).update(Config=ToyConfig, programs=toy_programs)
     monkeypatch.setitem(sys.modules, "experiments.toy", module)
     monkeypatch.setattr(record, "_report", functools.cache(record._report.__wrapped__))
-    folder = tmp_path / "configs" / "toy"
-    folder.mkdir(parents=True)
-    (folder / "claims.toml").write_text(TOY)
-    (tmp_path / "README.md").write_text(README)
-    return tmp_path
+    return a_repository(tmp_path, "toy", TOY)
 
 
 def toy_records(root) -> dict[str, record.Record]:
@@ -415,7 +431,7 @@ class TestMeasuring:
         assert found["add"].interval == (2**23, 2**23)
         assert len(found["add"].program) == 64
         assert claims.main(claims.Command(check=True), toy) == 0
-        rows = claims.table(*claims.load(toy)[0]).splitlines()[2:]
+        rows = tables.table(*tables.load(toy)[0]).splitlines()[2:]
         assert [row.split(" | ")[5] for row in rows] == [
             "holds",
             "holds",
@@ -425,7 +441,7 @@ class TestMeasuring:
     def test_missing_leaves_what_is_current_alone(self, toy):
         claims.main(claims.Command(only=("toy/add",)), toy)
         first = dataclasses.replace(toy_records(toy)["add"], date="2000-01-01")
-        record.save(claims.load(toy)[0][0], {"add": first})
+        record.save(tables.load(toy)[0][0], {"add": first})
         claims.main(claims.Command(missing=True), toy)
         assert toy_records(toy)["add"] == first
         assert "small" in toy_records(toy)
@@ -443,7 +459,7 @@ class TestMeasuring:
     def test_stale_says_when_another_jax_cannot_tell(self, toy, capsys):
         claims.main(claims.Command(only=("toy/add",)), toy)
         old = dataclasses.replace(toy_records(toy)["add"], versions={"jax": "0.1"})
-        record.save(claims.load(toy)[0][0], {"add": old})
+        record.save(tables.load(toy)[0][0], {"add": old})
         assert claims.main(claims.Command(stale=True), toy) == 1
         assert "recorded under jax 0.1" in capsys.readouterr().out
 
@@ -505,7 +521,7 @@ class TestRuns:
         found = toy_records(toy)["gain"]
         assert found.value == 0.25
         assert found.device == "cpu"
-        assert "| holds |" in (toy / "configs" / "toy" / "claims.md").read_text()
+        assert "| holds |" in claims_page(toy)
 
     def test_a_run_answers_the_claims_about_its_own_config_only(self, toy):
         path = toy / "configs" / "toy" / "claims.toml"
@@ -518,7 +534,8 @@ class TestRuns:
 
     def test_a_gain_below_the_margin_is_shown_as_a_failure(self, toy):
         claims.main(claims.Command(from_run=self.a_run(toy, gain=0.1)), toy)
-        assert "**fails**: `ours >= margin`" in (toy / "README.md").read_text()
+        assert "**fails**: `ours >= margin`" in claims_page(toy)
+        assert "1 fail (toy 1)" in (toy / "README.md").read_text()
 
     def test_it_refuses_other_configs_unfinished_runs_and_missing_numbers(self, toy):
         def refused(run, message):
@@ -574,8 +591,7 @@ class TestChecks:
         found = toy_records(live)["peak"]
         assert found.value == 8 * 2**20 + 1
         assert found.device == "NVIDIA H200"
-        text = (live / "configs" / "toy" / "claims.md").read_text()
-        assert "| holds | NVIDIA H200, jax 0.11.2, " in text
+        assert "| holds | NVIDIA H200, jax 0.11.2, " in claims_page(live)
 
     def test_rows_that_were_not_asked_for_are_left_as_they_are(self, live):
         claims.main(claims.Command(from_run=self.a_check(live)), live)
@@ -601,7 +617,7 @@ class TestChecks:
             claims.main(claims.Command(from_run=self.a_check(toy)), toy)
 
 
-CLAIMS = {found.slug: (found, records) for found, records in claims.load()}
+CLAIMS = {found.slug: (found, records) for found, records in tables.load(ROOT)}
 
 
 class TestThisRepository:
