@@ -83,11 +83,11 @@ class Method:
 
 
 def _read_cards(path: pathlib.Path) -> tuple[Method, ...]:
-    cards = tomllib.loads(path.read_text())["method"]
-    return tuple(
-        Method(**_freeze(card) | {"memory": Memory(**_freeze(card["memory"]))})
-        for card in cards
-    )
+    def build(card: dict[str, Any]) -> Method:
+        memory = Memory(**_freeze(card.pop("memory")))
+        return Method(**_freeze(card), memory=memory)
+
+    return tuple(map(build, tomllib.loads(path.read_text())["method"]))
 
 
 def _freeze(fields: dict[str, Any]) -> dict[str, Any]:
