@@ -149,7 +149,7 @@ def table(configs: pathlib.Path = CONFIGS) -> str:
         ours = read_number(method, configs)
         if method.status == "built":
             name = f"[{name}]({_find_page(method)})"
-            ours = ours and f"[{ours}](configs/{method.slug}/claims.md)"
+            ours = ours and f"[{ours}](docs/claims.md#{method.slug})"
         cells = [name, method.idea, f"{paper}: {memory.what}", ours or "-"]
         rows.append(f"| {' | '.join(cells)} | {method.status} |")
     return "\n".join(rows)
