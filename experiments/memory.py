@@ -25,6 +25,7 @@ import jmem
 from experiments.harness import cli
 from experiments.harness.report import Column, GiB, gib
 from experiments.harness.run import Run
+from experiments.harness.settings import Card, Weights, need
 from jmem import offload
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
@@ -33,17 +34,16 @@ from jmem.finetune.program import loss_program, step_program
 from jmem.generate.decode import decode_program
 from jmem.kvcache.full import Full as FullCache
 from jmem.memory.report import MemoryReport
-from jmem.models import zoo
-from jmem.models.decoder import PRECISIONS, Decoder, Precision
+from jmem.models.decoder import Precision
 from jmem.nn.stack import Remat
 from jmem.program import Program, key
 from jmem.targets import Target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Card, Weights):
     model: str = "llama2-7b"
-    """A name in jmem.models.zoo."""
+    """A name in jmem.models.zoo, or a checkpoint's path."""
     program: Literal["train", "forward", "decode"] = "train"
     """One training step, the loss of one batch, or one token from a full cache."""
     method: Literal["full", "lora", "lisa"] = "full"
@@ -72,15 +72,9 @@ class Config:
     """Largest buffers listed."""
 
     def __post_init__(self):
-        most = zoo.get(self.model).max_positions
-        if not 1 <= self.seq_len <= most:
-            raise ValueError(
-                f"memory: seq_len={self.seq_len} is out of range; {self.model} has "
-                f"positions for 1 to {most:,} tokens."
-            )
-        for name in ("batch_size", "top"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"memory: {name}={getattr(self, name)}; need >= 1.")
+        need(self, "seq_len", "batch_size", "top", least=1)
+        need(self, "reserve", least=0, below=1024)
+        self.dimensions(seq_len=self.seq_len)
         if self.weights == "host" and (self.program, self.method) in (
             ("train", "full"),
             ("train", "lisa"),
@@ -89,51 +83,45 @@ class Config:
                 f"memory: weights='host' is for weights that nothing changes, and "
                 f"method={self.method!r} trains them. Use --method lora."
             )
-        if not 0 <= self.reserve < 1024:
-            raise ValueError(f"memory: reserve={self.reserve} GiB; need 0 to 1,024.")
 
-
-def build(config: Config, target: Target) -> Decoder:
-    """The model as it runs on `target`."""
-    dims = zoo.get(config.model)
-    return Decoder.on(target, dims, remat=config.remat, **PRECISIONS[config.dtype])
+    @property
+    def name(self) -> str:
+        """Of the program."""
+        return f"train-{self.method}" if self.program == "train" else self.program
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
     """The one program that is asked about, by name."""
-    built = _on_device(config, target)
-    if config.weights == "device":
-        return built
-    return {name: blocks_on_host(program) for name, program in built.items()}
+    model = config.build(target, config.dimensions(), remat=config.remat)
+    sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+    match config.program:
+        case "train":
+            program = step_program(getattr(config, config.method), model, **sizes)
+        case "forward":
+            program = loss_program(model, **sizes)
+        case "decode":
+            plan = FullCache().plan(
+                model,
+                prompt=config.seq_len,
+                new_tokens=0,
+                batch_size=config.batch_size,
+            )
+            program = decode_program(model, plan)
+    if config.weights == "host":
+        program = blocks_on_host(program)
+    return {config.name: program}
 
 
 def blocks_on_host(program: Program) -> Program:
     """The program, given the blocks of its weights in pinned host memory."""
     blocks = re.compile("(params/)?blocks/")
 
-    def placed(path, leaf):
+    def place(path, leaf):
         return offload.on_host(leaf) if blocks.match(key(path)) else leaf
 
     first, *others = program.args
-    first = jax.tree.map_with_path(placed, first)
+    first = jax.tree.map_with_path(place, first)
     return dataclasses.replace(program, args=(first, *others), make=None)
-
-
-def _on_device(config: Config, target: Target) -> dict[str, Program]:
-    model = build(config, target)
-    batch, length = config.batch_size, config.seq_len
-    match config.program:
-        case "train":
-            finetuner = getattr(config, config.method)
-            program = step_program(finetuner, model, batch_size=batch, seq_len=length)
-            return {f"train-{config.method}": program}
-        case "forward":
-            return {"forward": loss_program(model, batch_size=batch, seq_len=length)}
-        case "decode":
-            plan = FullCache().plan(
-                model, prompt=length, new_tokens=0, batch_size=batch
-            )
-            return {"decode": decode_program(model, plan)}
 
 
 def main(config: Config, run: Run) -> None:
@@ -145,7 +133,8 @@ def main(config: Config, run: Run) -> None:
         f" {config.dtype}, compiled for {run.target.name}"
     )
     if config.program != "decode":  # which has its own, over the cache
-        run.note(f"attention: {build(config, run.target).attention}")
+        model = config.build(run.target, config.dimensions())
+        run.note(f"attention: {model.attention}")
     with run.console.status("compiling twice, with and without Triton matmuls"):
         report = jmem.measure(program, target=run.target)
     report = dataclasses.replace(report, name=f"{config.model}, {name},")

@@ -1,4 +1,6 @@
-"""The command line of an experiment: its config dataclass, and six flags of its own.
+"""Command lines: a frozen dataclass whose fields are the flags, docstrings as help.
+
+An experiment has its config, and five flags besides:
 
     if __name__ == "__main__":
         cli.run(main, Config)
@@ -13,10 +15,18 @@ come first, then the command line:
     --runs DIR         where run folders are made
 
 `gpu`, where a config has it, names the described GPU: a field like any other, looked up
-before any work. What the user can mend ends in one message and exit status 2;
-JMEM_DEBUG=1 shows where it came from.
+before any work.
+
+What is no experiment, with no presets and no run folder, has its own flags alone:
+
+    if __name__ == "__main__":
+        cli.script(main, Command)       # main(command) gives the exit status, or None
+
+What the user can mend ends in one message and exit status 2; JMEM_DEBUG=1 shows where
+it came from.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -25,13 +35,14 @@ import pathlib
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from experiments.harness import config as configs
-from experiments.harness.config import ConfigError
-from experiments.harness.run import Run
-from jmem.targets import resolve
+from experiments.harness.config import ConfigError, slug_of
+
+if TYPE_CHECKING:
+    from experiments.harness.run import Run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 """The checkout: presets are found in it, whatever the working directory is."""
@@ -57,15 +68,18 @@ class Flags:
     """Where run folders are made."""
 
 
-def run[Config](main: Callable[[Config, Run], None], config: type[Config]) -> None:
+def run[Config](main: Callable[[Config, "Run"], None], config: type[Config]) -> None:
     """Read the command line, run `main`, write the report, and exit on failure.
 
     Exit status 2 is a refusal in words, 130 an interruption; anything else that goes
     wrong is a bug and keeps its traceback.
     """
-    slug = slug_of(main)
-    try:
-        flags, chosen = parse(config, slug, sys.argv[1:], inspect.getdoc(_module(main)))
+    with _refusals():
+        slug = slug_of(main)
+        flags, chosen = parse(config, slug, sys.argv[1:], _describe(main))
+        from experiments.harness.run import Run  # with JAX, which a script may not need
+        from jmem.targets import resolve
+
         gpu = getattr(chosen, "gpu", None)
         target = None if gpu is None else resolve(gpu)
         with Run(
@@ -79,6 +93,51 @@ def run[Config](main: Callable[[Config, Run], None], config: type[Config]) -> No
             trace=flags.trace,
         ) as started:
             main(chosen, started)
+
+
+def script[Command](
+    main: Callable[[Command], int | None],
+    command: type[Command],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Read the command line (or `arguments`), run `main`, and exit with its status.
+
+    Refusals and interruptions end as those of an experiment do. The module's docstring
+    is the head of --help.
+    """
+    with _refusals():
+        status = main(read(main, command, arguments))
+    sys.exit(status or 0)
+
+
+def read[Command](
+    main: Callable[[Command], Any],
+    command: type[Command],
+    arguments: Sequence[str] | None = None,
+) -> Command:
+    """The flags of a script.
+
+    `--help` and a flag that is not one end the process, as command lines do.
+
+    Raises:
+      TypeError: `command` cannot be one (`experiments.harness.config.check`).
+    """
+    import tyro
+
+    configs.check(command)
+    return tyro.cli(
+        tyro.conf.FlagCreatePairsOff[command],
+        args=list(sys.argv[1:] if arguments is None else arguments),
+        prog=f"python -m experiments.{slug_of(main)}",
+        description=_describe(main),
+    )
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Ends the process in words where the user can mend what went wrong."""
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -92,7 +151,7 @@ def parse[Config](
     config: type[Config],
     slug: str,
     arguments: Sequence[str],
-    description: str | None = None,
+    description: str = "",
 ) -> tuple[Flags, Config]:
     """Flags and config from a command line: defaults, then preset, then flags.
 
@@ -129,7 +188,7 @@ def parse[Config](
         args=list(arguments),
         default=command_type(Flags(), base),
         prog=f"python -m experiments.{slug}",
-        description=f"{description or ''}\n\nPresets: {known}".strip(),
+        description=f"{description}\n\nPresets: {known}".strip(),
     )
     if saved is not None:
         _check_resumed(command.flags, saved, command.config)
@@ -197,16 +256,9 @@ def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
 # Words --------------------------------------------------------------------------------
 
 
-def slug_of(main: Callable) -> str:
-    """The experiment's name: that of the module that holds `main`."""
-    module = _module(main)
-    spec = module.__spec__  # of a module run by `python -m`, the only true name
-    name = spec.name if spec else pathlib.Path(sys.argv[0]).stem
-    return name.rpartition(".")[2]
-
-
-def _module(main: Callable):
-    return sys.modules[main.__module__]
+def _describe(main: Callable) -> str:
+    """What the module that holds `main` says of itself."""
+    return inspect.getdoc(sys.modules[main.__module__]) or ""
 
 
 def is_refusal(error: Exception) -> bool:

@@ -2,9 +2,12 @@
 
 A preset states only what differs from the defaults; a saved run's config.toml states
 everything, and is itself a preset. A field is a number, a boolean, a string, a
-`Literal`, a path, a tuple of these, or a frozen dataclass of such fields: a table in
-TOML, a prefix on the command line. No unions: what a value means would depend on the
-order of their members.
+`Literal`, a path, a tuple of these, any of them `| None`, or a frozen dataclass of such
+fields: a table in TOML, a prefix on the command line. No other unions: what a value
+means would depend on the order of their members.
+
+TOML has no word for nothing: there, as on the command line, a field that may be None is
+so by the word `None`.
 """
 
 import dataclasses
@@ -12,7 +15,9 @@ import difflib
 import json
 import pathlib
 import re
+import sys
 import tomllib
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeGuard
@@ -21,8 +26,20 @@ Keys = tuple[str, ...]
 """A key's place: ("lisa", "adamw", "learning_rate")."""
 
 
+NONE = "None"
+"""How nothing is written, where a field may be nothing."""
+
+
 class ConfigError(ValueError):
     """A preset, a flag or a saved run that does not fit the experiment's config."""
+
+
+def slug_of(what: Callable | type) -> str:
+    """The experiment's name: that of the module that holds its `main` or `Config`."""
+    spec = sys.modules[what.__module__].__spec__
+    # Of a module run by `python -m`, the only true name.
+    name = spec.name if spec else pathlib.Path(sys.argv[0]).stem
+    return name.rpartition(".")[2]
 
 
 # Types --------------------------------------------------------------------------------
@@ -38,6 +55,14 @@ def _resolved(hint: Any) -> Any:
     while isinstance(hint, typing.TypeAliasType):
         hint = hint.__value__
     return hint
+
+
+def _optional(hint: Any) -> Any | None:
+    """`T` of a hint `T | None`; None of any other."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return None
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return _resolved(kinds[0]) if len(kinds) == 1 else None
 
 
 def _is_table(hint: Any) -> TypeGuard[type]:
@@ -62,6 +87,7 @@ def check(config: type) -> None:
 
 
 def _check_value(where: str, hint: Any) -> None:
+    hint = _optional(hint) or hint
     if typing.get_origin(hint) is tuple:
         for item in typing.get_args(hint):
             _check_value(where, Ellipsis if item is Ellipsis else _resolved(item))
@@ -70,7 +96,8 @@ def _check_value(where: str, hint: Any) -> None:
     if hint not in scalars and typing.get_origin(hint) is not Literal:
         raise TypeError(
             f"{where}: {hint} is no type of a config's field; use bool, int, float, "
-            "str, Literal, pathlib.Path, a tuple of these, or a frozen dataclass."
+            "str, Literal, pathlib.Path, a tuple of these, any of them | None, or a "
+            "frozen dataclass."
         )
 
 
@@ -152,6 +179,8 @@ def _leaves(config: type, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A TOML value as the field's type, or a ConfigError."""
+    if kind := _optional(hint):
+        return None if value == NONE else _value(kind, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments or type(value) not in map(type, arguments):
@@ -261,6 +290,8 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
+    if value is None:
+        return f'"{NONE}"'
     if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     return f"[{', '.join(map(_toml, value))}]"

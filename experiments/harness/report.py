@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jmem.memory.report import sized as _sized
+
 GiB = 2**30
 DASH = "–"
 """What a table shows where there is nothing to show."""
@@ -46,6 +48,10 @@ gib = _shown("{:,.2f} GiB", 1 / GiB)
 """Bytes as GiB with two decimals."""
 gib_number = _shown("{:,.2f}", 1 / GiB)
 """The same, for a table whose title names the unit."""
+mib = _shown("{:,.1f} MiB", 1 / 2**20)
+"""Bytes as MiB with one decimal."""
+kib = _shown("{:,.1f} KiB", 1 / 2**10)
+"""Bytes as KiB with one decimal."""
 loss = _shown("{:.4f}")
 """A loss in nats a token."""
 percent = _shown("{:.1f} %", 100)
@@ -53,6 +59,37 @@ percent = _shown("{:.1f} %", 100)
 rate = _shown("{:,.0f}/s")
 """Tokens, or anything else, a second."""
 steps_per_second = _shown("{:.2f} steps/s")
+milliseconds = _shown("{:.2f} ms", 1e3)
+"""A duration in seconds as milliseconds."""
+score = _shown("{:.2f}")
+"""A mark from 0 to 100, or anything else with two decimals."""
+
+
+def sized(nbytes: int | None) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> sized(1536), sized(None)
+    ('1.50 KiB', '–')
+    """
+    return DASH if nbytes is None else _sized(nbytes)
+
+
+def share(value: float) -> str:
+    """A fraction as percent with as many digits as it has: of a budget, in a name.
+
+    >>> share(0.125), share(0.5)
+    ('12.5 %', '50 %')
+    """
+    return f"{100 * value:g} %"
+
+
+def label(method: str, budget: float) -> str:
+    """A method at a share of the bytes, as tables name it.
+
+    >>> label("snapkv", 0.125)
+    'snapkv 12.5 %'
+    """
+    return f"{method} {share(budget)}"
 
 
 def seconds(value: float | None) -> str:

@@ -24,7 +24,9 @@ from experiments import __main__ as listing
 from experiments.harness import cli, config, plots, report
 from experiments.harness.config import ConfigError
 from experiments.harness.run import Run
+from experiments.harness.settings import Card, Compiled, Here, Weights, need
 from experiments.harness.sweep import sweep, trained_on
+from jmem.sharding import Layout
 from jmem.targets import resolve
 from jmem.train.folder import FolderError
 from jmem.train.loop import DivergedError
@@ -62,6 +64,8 @@ class Config:
     shuffle: bool = True
     data: pathlib.Path = pathlib.Path("data")
     note: str = ""
+    chunk: int | None = 64
+    schedule: Schedule | None = None
     gpu: str = "h200"
 
 
@@ -99,6 +103,8 @@ configs = st.builds(
     shuffle=st.booleans(),
     data=st.text("abc/. é", min_size=1).map(pathlib.Path),
     note=texts,
+    chunk=st.none() | st.integers(),
+    schedule=st.none() | st.sampled_from(["constant", "cosine"]),
     gpu=texts,
 )
 
@@ -135,6 +141,8 @@ class TestToml:
             ("[lisa]\n\nactive_layers = 2.0", ":3: active_layers=2.0 must be an int"),
             ("shuffle = 1", ":1: shuffle=1 must be true or false."),
             ("gpu = 1", ":1: gpu=1 must be a string."),
+            ("\nchunk = 'none'", ":2: chunk='none' must be an integer."),
+            ("schedule = 'cosin'", ":1: schedule='cosin' is none of ('constant', "),
             ("only = 'full'", ":1: only='full' must be an array, each a string."),
             ("only = ['a', 2]", ":1: only[1]=2 must be a string."),
             ("shape = [1, 2, 3]", ":1: shape=[1, 2, 3] must be an array of 2 entries"),
@@ -170,7 +178,9 @@ class TestToml:
         lines = config.locate(text)
         assert lines == {("a",): 1, ("b",): 6, ("b", "c"): 6, ("e",): 9, ("e", "f"): 10}
 
-    @pytest.mark.parametrize("hint", [int | None, dict, list[int], tuple[Adam, ...]])
+    @pytest.mark.parametrize(
+        "hint", [int | str, int | str | None, dict | None, list[int], tuple[Adam, ...]]
+    )
     def test_a_field_of_another_type_cannot_be_in_a_config(self, hint):
         bad = dataclasses.make_dataclass("Bad", [("field", hint, None)], frozen=True)
         with pytest.raises(TypeError, match=r"Bad\.field: .* is no type of a config's"):
@@ -193,6 +203,12 @@ class TestCommandLine:
         assert parse("--lisa.adam.learning-rate", "1e-5", "--no-shuffle") == Config(
             lisa=Lisa(active_layers=3, adam=Adam(learning_rate=1e-5)), shuffle=False
         )
+
+    def test_nothing_is_a_word(self, presets):
+        (presets / "none.toml").write_text('chunk = "None"\nschedule = "cosine"\n')
+        read = parse("--preset", "none", "--schedule", "None")
+        assert (read.chunk, read.schedule) == (None, None)
+        assert parse("--preset", "none", "--chunk", "8").chunk == 8
 
     def test_preset_may_be_a_path(self, presets):
         path = presets / "small.toml"
@@ -388,6 +404,129 @@ def test_what_jax_or_python_raises_is_no_refusal(error, refusal):
     with pytest.raises(Exception) as caught:
         exec(source, {"__name__": "somewhere.else"})
     assert cli.is_refusal(caught.value) is refusal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    check: bool = False
+    """Whether it is only looked at."""
+    only: tuple[Schedule, ...] = ()
+    out: pathlib.Path | None = None
+
+
+class TestScript:
+    """A command line without presets and runs."""
+
+    def start(self, arguments, main=lambda command: None):
+        with pytest.raises(SystemExit) as stop:
+            cli.script(main, Command, arguments)
+        return stop.value.code
+
+    def test_fields_are_flags_and_the_status_is_what_main_returns(self):
+        seen = []
+        flags = ["--check", "--only", "cosine", "--out", "a.json"]
+        assert self.start(flags, lambda command: seen.append(command) or 3) == 3
+        assert seen == [
+            Command(check=True, only=("cosine",), out=pathlib.Path("a.json"))
+        ]
+        assert self.start([]) == 0
+
+    def test_help_is_the_module_and_the_fields(self, capsys):
+        assert self.start(["--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "python -m experiments.test_harness" in shown
+        assert "The harness: config in and out" in shown
+        assert "Whether it is only looked at." in shown
+        assert "--no-check" not in shown
+
+    def test_refusals_bugs_and_interruptions(self, capsys):
+        def main(command):
+            if command.check:
+                raise KeyboardInterrupt
+            raise ConfigError("out=None is needed.") if command.only else KeyError
+
+        assert self.start(["--check"], main) == 130
+        assert self.start(["--only", "cosine"], main) == 2
+        assert capsys.readouterr().err == "ConfigError: out=None is needed.\n"
+        with pytest.raises(KeyError):
+            cli.script(main, Command, [])
+        assert self.start(["--chek"]) == 2
+        assert "--check" in capsys.readouterr().err
+
+    def test_parsing_starts_no_jax(self):
+        code = "import sys, experiments.harness.cli; print('jax' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "False", done.stderr
+
+
+class TestNeed:
+    """One helper refuses what is out of range."""
+
+    @pytest.mark.parametrize(
+        ("field", "value", "rules", "words"),
+        [
+            ("chunk", 0, {"least": 1}, "chunk=0; need >= 1."),
+            ("chunk", 2, {"above": 0, "below": 2}, "chunk=2; need > 0 and < 2."),
+            ("chunk", 9, {"most": 8, "why": "so"}, "chunk=9; need <= 8; so."),
+            ("only", (), {"some": True}, r"only=(); need one or more."),
+            (
+                *("shape", (0, 1), {"above": 0, "once": True}),
+                "shape=(0, 1); need each > 0, none twice.",
+            ),
+            ("shape", (1, 1), {"once": True}, "shape=(1, 1); need none twice."),
+        ],
+    )
+    def test_it_says_which_field_and_what_it_needs(self, field, value, rules, words):
+        with pytest.raises(ValueError) as caught:
+            need(dataclasses.replace(Config(), **{field: value}), field, **rules)
+        assert str(caught.value) == f"test_harness: {words}"
+
+    def test_what_is_within_or_nothing_passes(self):
+        need(Config(chunk=None), "chunk", least=1)
+        need(Config(), "shape", least=1, most=2, some=True, once=True)
+        need(Config(), "only", least=1, once=True)
+
+    def test_a_table_speaks_for_itself(self):
+        with pytest.raises(ValueError, match=r"^Compiled: batch_size=0; need >= 1\.$"):
+            Compiled(batch_size=0)
+
+
+class TestSettings:
+    def test_a_sequence_must_fit_the_positions(self):
+        weights = Weights(model="gpt2")
+        assert weights.dimensions(prompt=1000, new_tokens=24).layers == 12
+        with pytest.raises(ValueError) as caught:
+            weights.dimensions(prompt=1000, new_tokens=25)
+        assert str(caught.value) == (
+            "Weights: prompt=1000 + new_tokens=25 exceed the 1,024 positions of gpt2."
+        )
+
+    def test_compiled_and_run_are_two_models(self):
+        card, here = Card(dtype="mixed"), Here()
+        dims = Weights().dimensions()
+        model = card.build(resolve("h200"), dims, remat="dots")
+        assert (str(model.dtype), str(model.stored_dtype)) == ("bfloat16", "float32")
+        assert (model.attention, model.remat, model.chunk) == ("cudnn", "dots", None)
+        own = here.build_here(dims, chunk=8)
+        assert (own.attention, own.remat, own.chunk) == ("xla", "none", 8)
+
+    def test_a_mesh_and_its_target_are_of_one_size(self):
+        dims = Weights().dimensions()
+        with pytest.raises(ValueError, match=r"gpu='h200x4' is 4 devices, and mesh"):
+            Card().build(resolve("h200x4"), dims, layout=Layout(fsdp=2))
+
+    def test_a_checkpoint_without_a_tokenizer_is_refused(self, checkpoint):
+        weights = Weights(model=str(checkpoint))
+        model = Here().build_here(weights.dimensions())
+        opened, tokenizer = weights.open(model)
+        assert opened.dtype == "float32"
+        assert tokenizer.get_vocab_size() == 257
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (checkpoint / name).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"put the model.s tokenizer\.json beside"):
+            weights.open(model)
 
 
 @dataclasses.dataclass

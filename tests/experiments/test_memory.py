@@ -47,9 +47,10 @@ def test_every_preset_is_a_config_for_a_known_gpu(name):
     ("field", "value", "words"),
     [
         ("model", "llama2-7", "unknown model 'llama2-7'; did you mean 'llama2-7b'"),
-        ("seq_len", 4097, "seq_len=4097 is out of range; llama2-7b has positions"),
+        ("seq_len", 4097, "seq_len=4097 exceeds the 4,096 positions of llama2-7b"),
         ("batch_size", 0, "batch_size=0; need >= 1"),
-        ("reserve", -1.0, "reserve=-1.0 GiB; need 0 to"),
+        ("seq_len", 0, "seq_len=0; need >= 1"),
+        ("reserve", -1.0, "reserve=-1.0; need >= 0 and < 1,024"),
         ("weights", "host", "weights='host' is for weights that nothing changes"),
     ],
 )

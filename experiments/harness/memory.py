@@ -1,0 +1,85 @@
+"""What programs take on the described GPU: compiled, recorded, tabulated and drawn.
+
+memory.report(
+    run,
+    programs(config, run.target),
+    title=f"Memory on {run.target.name}",
+    columns=["cache", Column("prefill", gib), Column("decode", gib)],
+    rows=lambda found: [(name, *peaks(found, name)) for name in caches],
+    note="Peaks hold the weights.",
+    picture="smollm2-135m, 1 x 2,048 tokens",
+)
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jmem
+from experiments.harness import plots
+from experiments.harness.report import Column, gib, seconds
+from experiments.harness.run import Run
+from jmem.memory.report import MemoryReport
+from jmem.program import Program
+
+Reports = Mapping[str, MemoryReport]
+"""By program."""
+
+FIT = (
+    *("method", Column("device", gib), Column("at most", gib)),
+    *("fits", Column("compiled in", seconds)),
+)
+"""Columns of `fit`: one program a row."""
+
+
+def fit(found: Reports) -> Iterable[Sequence[Any]]:
+    """Peak of each program, upper end of its interval, and whether that fits."""
+    for name, own in found.items():
+        yield (
+            *(name, own.device_bytes, max(own.interval)),
+            *(bool(own.fits()), own.compile_seconds),
+        )
+
+
+def measure(run: Run, programs: Mapping[str, Program], *, bounds: bool = True) -> None:
+    """Compiles the programs for the run's target, and records them.
+
+    With `bounds` each is compiled twice, for the interval of its size.
+    """
+    for name, program in programs.items():
+        with run.console.status(f"compiling {name}"):
+            found = jmem.measure(program, target=run.target, bounds=bounds)
+        run.record(found, name)
+
+
+def report(
+    run: Run,
+    programs: Mapping[str, Program],
+    *,
+    title: str,
+    columns: Iterable[str | Column] = FIT,
+    rows: Callable[[Reports], Iterable[Sequence[Any]]] = fit,
+    note: str = "",
+    picture: str,
+    kinds: bool = False,
+    bounds: bool = True,
+) -> None:
+    """Measures the programs; a table, a note and a picture of what they take.
+
+    Args:
+      run: where all of it goes.
+      programs: what is compiled, by name.
+      title: of the table.
+      columns: its heads; the first names the row.
+      rows: of every report so far, by program, the table's rows.
+      note: what a reader must know beside the table.
+      picture: the title of `memory.png`, a bar a program.
+      kinds: first a table of every program by kind of memory.
+      bounds: as `measure`.
+    """
+    measure(run, programs, bounds=bounds)
+    if kinds:
+        run.memory_table()
+    run.table(title, columns, rows(run.memory))
+    if note:
+        run.note(note)
+    run.plot("memory", lambda: plots.memory(run.memory, title=picture))
