@@ -40,7 +40,7 @@ from jmem.generate.decode import extend
 from jmem.kernels import _bench
 from jmem.kvcache.cache import Cache
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.windowkv import WindowKV
@@ -113,7 +113,7 @@ def build() -> Decoder:
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def filled(plan: Plan, key: jax.Array) -> Cache:
+def filled(plan: PolicyPlan, key: jax.Array) -> Cache:
     """A cache of random keys and values that holds as much as a whole prompt leaves.
 
     Which tokens were selected is of no account to the time: here the first ones.
@@ -131,7 +131,9 @@ def filled(plan: Plan, key: jax.Array) -> Cache:
     )
 
 
-def rate(model: Decoder, params: dict, plan: Plan, repeats: int = REPEATS) -> float:
+def rate(
+    model: Decoder, params: dict, plan: PolicyPlan, repeats: int = REPEATS
+) -> float:
     """Tokens a second of all rows together, `plan.new_tokens` a run; the median run."""
     key = jax.random.key(1)
     cache = filled(plan, key)

@@ -39,7 +39,8 @@ from jmem.data.needle import Haystack, NeedleCase
 from jmem.evaluate import needle
 from jmem.evaluate.decoding import answers
 from jmem.evaluate.interval import wilson
-from jmem.generate.decode import decode_program, generate, prefill_program
+from jmem.generate.decode import generate
+from jmem.generate.programs import decode_program, prefill_program
 from jmem.kvcache.budget import fitted
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full

@@ -147,7 +147,7 @@ def gpt2(sizes: Sizes, target: Target) -> Program:
 
 def decode(sizes: Sizes, target: Target) -> Program:
     """One token for every row of a donated cache, which the layer scan carries."""
-    from jmem.generate.decode import decode_program
+    from jmem.generate.programs import decode_program
 
     model = decoder(sizes.model, target)
     return decode_program(model, cache_plan(model, sizes))

@@ -50,11 +50,11 @@ from jmem.data.longbench import TASKS, Example, prompt_tokens, read_longbench
 from jmem.data.needle import Haystack, NeedleCase
 from jmem.evaluate import needle
 from jmem.evaluate.decoding import answers, losses
-from jmem.generate.decode import decode_program, prefill_program
+from jmem.generate.programs import decode_program, prefill_program
 from jmem.kvcache.budget import fitted
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import GemFilter, filter_program
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
@@ -190,7 +190,7 @@ def cache_plans(
     new_tokens: int,
     batch_size: int = 1,
     target: Target | None = None,
-) -> dict[str, Plan]:
+) -> dict[str, PolicyPlan]:
     """The cache of each policy; GemFilter's is a full one of the prompt it leaves."""
     found = {}
     for name, policy in policies.items():
@@ -316,7 +316,7 @@ class Contender(NamedTuple):
     method: str
     share: float
     """The budget, of the full cache's bytes; 1 for the full cache itself."""
-    plan: Plan
+    plan: PolicyPlan
     gem: GemFilter | None = None
     """What cuts the prompt before it is read into the plan's cache."""
 
@@ -416,7 +416,7 @@ def given(found: Mapping[str, Contender], read_rows: int) -> dict[str, Any]:
     rows = max(n for n in range(1, min(read_rows, batch) + 1) if batch % n == 0)
     return {
         "plans": {name: c.plan for name, c in found.items() if c.gem is None},
-        "gems": {name: c.gem for name, c in found.items() if c.gem is not None},
+        "filters": {name: c.gem for name, c in found.items() if c.gem is not None},
         "rows": rows,
     }
 

@@ -31,7 +31,7 @@ from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import loss_program, step_program
-from jmem.generate.decode import decode_program
+from jmem.generate.programs import decode_program
 from jmem.kvcache.full import Full as FullCache
 from jmem.memory.report import MemoryReport
 from jmem.models.decoder import Precision

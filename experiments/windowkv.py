@@ -44,12 +44,13 @@ from jmem.data.recall import KINDS, Recall
 from jmem.evaluate.interval import wilson
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full as Learning
-from jmem.generate.decode import extend, prefill
+from jmem.generate.decode import extend
+from jmem.generate.reading import prefill
 from jmem.kvcache import task
 from jmem.kvcache.budget import fitted
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
@@ -284,7 +285,7 @@ class Contender(NamedTuple):
     policy: str
     share: float
     """The budget, of the full cache's bytes; 1 for the full cache itself."""
-    plan: Plan
+    plan: PolicyPlan
 
 
 def contenders(config: Config, model: Decoder, kind: Asked) -> dict[str, Contender]:
@@ -315,7 +316,7 @@ def contenders(config: Config, model: Decoder, kind: Asked) -> dict[str, Contend
     return found
 
 
-def of_prompt(whole: Plan) -> int:
+def of_prompt(whole: PolicyPlan) -> int:
     """Bytes of a full cache without its room for an answer."""
     return dataclasses.replace(whole, tail=whole.tail - whole.new_tokens).bytes()
 
@@ -323,7 +324,7 @@ def of_prompt(whole: Plan) -> int:
 def answers(
     model: Decoder,
     params: dict,
-    plans: tuple[Plan, ...],
+    plans: tuple[PolicyPlan, ...],
     prompts: Int[np.ndarray, "B T"],
     *,
     steps: int,
@@ -366,7 +367,7 @@ def examine(
     hits: dict[Asked, Hits] = {}
     batches = config.tested // config.batch_size
     for kind, own in found.items():
-        right: dict[Plan, list[np.ndarray]] = {plan: [] for plan in unique}
+        right: dict[PolicyPlan, list[np.ndarray]] = {plan: [] for plan in unique}
         for number in range(batches):
             run.console.print(f"{kind}: batch {number + 1} of {batches}")
             rows = recall.sample(

@@ -1,9 +1,9 @@
 """Answers and losses from the caches of several plans, after one prefill for all.
 
-A policy changes what is kept of a prompt and not how it is read, so its attention is
-computed once, whatever the number of plans. GemFilter's choice is made in the same
-pass, at its layer (by itself it would read the layers below only), and the prompt that
-it leaves is then read alone. Each plan decodes from its own cache, all rows together:
+A method changes what is kept of a prompt and not how it is read, so its attention is
+computed once, whatever the number of plans. What cuts a prompt before it is read
+(`jmem.kvcache.shorten`) chooses in the same pass, and the prompt that it leaves is then
+read alone. Each plan decodes from its own cache, all rows together:
 a step costs what reading the weights does, so rows are nearly free.
 """
 
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jmem.generate.decode import decode_step, extend, prefill
-from jmem.kvcache.cache import Cache, empty
+from jmem.generate.decode import decode_step, extend
+from jmem.generate.reading import prefill_for_all
 from jmem.kvcache.full import Full
-from jmem.kvcache.gemfilter import GemFilter, best, token_scores
 from jmem.kvcache.plan import Plan
-from jmem.kvcache.policy import Policy, Seen
+from jmem.kvcache.shorten import Shorten, keep_tokens
 
 
 def answers(
@@ -33,23 +32,23 @@ def answers(
     lengths: Int[Array | np.ndarray, " B"],
     *,
     steps: int,
-    gems: Mapping[str, GemFilter] | None = None,
+    filters: Mapping[str, Shorten] | None = None,
     rows: int | None = None,
 ) -> dict[str, Int[np.ndarray, "B steps"]]:
     """Greedy answers of `steps` tokens a row from the cache of each plan, by name.
 
-    Prompts are padded on the right to T tokens. `gems` answer too, from a full cache of
-    the prompt that each leaves. `rows` are read at a time, which bounds the memory of
-    attention and must divide B; None: all.
+    Prompts are padded on the right to T tokens. `filters` answer too, from a full cache
+    of the prompt that each leaves. `rows` are read at a time, which bounds the memory
+    of attention and must divide B; None: all.
 
-    Memory: the caches of all plans exist together, the sum of `Plan.bytes()`, and the
+    Memory: the caches of all plans exist together, the sum of their bytes, and the
     one that is decoded from a second time where `rows` is less than B.
 
     Raises:
       ValueError: nothing to answer from, a plan for other rows, shorter prompts or
         fewer steps, more positions than the model has, or `rows` that do not divide B.
     """
-    work = "answers", model, params, plans, tokens, lengths, steps, gems or {}, rows
+    work = "answers", model, params, plans, tokens, lengths, steps, filters or {}, rows
     found = {}
     for name, context in _contexts(*work):
         produced, _ = extend(
@@ -74,7 +73,7 @@ def losses(
     lengths: Int[Array | np.ndarray, " B"],
     continuation: Int[Array | np.ndarray, "B N"],
     *,
-    gems: Mapping[str, GemFilter] | None = None,
+    filters: Mapping[str, Shorten] | None = None,
     rows: int | None = None,
 ) -> dict[str, Float[np.ndarray, "B N"]]:
     """Loss of each token of a given continuation, in nats, from each plan's cache.
@@ -82,11 +81,11 @@ def losses(
     Float32. Every token is predicted from the cut cache and the continuation before
     it, whatever the model would have said: `np.exp(losses.mean())` is the perplexity.
     The first token's is the same for all plans, as a prompt attends all of itself, but
-    not for `gems`, which cut it before. Else as `answers`, with N steps.
+    not for `filters`, which cut it before. Else as `answers`, with N steps.
     """
     continuation = jnp.asarray(continuation)
     steps = continuation.shape[1]
-    work = "losses", model, params, plans, tokens, lengths, steps, gems or {}, rows
+    work = "losses", model, params, plans, tokens, lengths, steps, filters or {}, rows
     return {
         name: np.asarray(_teacher_forced(model, params, *context, continuation)[0])
         for name, context in _contexts(*work)
@@ -100,9 +99,9 @@ def _teacher_forced(
     plan: Plan,
     logits: Float[Array, "B V"],
     lengths: Int[Array, " B"],
-    cache: Cache,
+    cache: Any,
     continuation: Int[Array, "B N"],
-) -> tuple[Float[Array, "B N"], Cache]:
+) -> tuple[Float[Array, "B N"], Any]:
     def loss(logits, token):
         logits = logits.astype(jnp.float32)
         picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
@@ -130,43 +129,7 @@ class Context(NamedTuple):
     logits: Float[Array, "B V"]
     """After each prompt's last token."""
     lengths: Int[Array, " B"]
-    cache: Cache
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Votes(Policy):
-    """Keeps, in a GemFilter's layer, what the filter would of the prompt; else nothing.
-
-    Its cache is made for the positions in it.
-    """
-
-    gem: GemFilter
-
-    @property
-    def recent(self) -> int:
-        return self.gem.queries
-
-    def budgets(self, layers: int, prompt: int) -> tuple[int, ...]:
-        return tuple(
-            self.gem.tokens if layer == self.gem.layer else 0 for layer in range(layers)
-        )
-
-    def units(self, config) -> int:
-        return 1
-
-    def choose(
-        self, plan: Plan, seen: Seen, layer: jax.Array, shared: Any
-    ) -> tuple[Int[Array, "B 1 N"], Any]:
-        gem, lengths = self.gem, seen.at[:, -1] + 1
-        nothing = jnp.full((len(lengths), max(plan.selected)), -1, jnp.int32)
-
-        def voted():
-            scores = token_scores(gem, seen.queries, seen.at, seen.keys, lengths)
-            kept = best(gem, scores, lengths)
-            return jax.lax.dynamic_update_slice(nothing, kept, (0, 0))
-
-        kept = jax.lax.cond(layer == gem.layer, voted, lambda: nothing)
-        return kept[:, None], shared
+    cache: Any
 
 
 def _contexts(
@@ -177,82 +140,75 @@ def _contexts(
     tokens: Int[Array | np.ndarray, "B T"],
     lengths: Int[Array | np.ndarray, " B"],
     steps: int,
-    gems: Mapping[str, GemFilter],
+    filters: Mapping[str, Shorten],
     rows: int | None,
 ) -> Iterator[tuple[str, Context]]:
-    """One plan after the other, and then one gem; each cache is made when its turn is.
+    """One plan after the other, then one filter; each cache is made when its turn is.
 
     Whoever takes a cache may donate it.
     """
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
-    _check(where, model, plans, gems, np.asarray(lengths), tokens.shape[1], steps, rows)
-    batch, width = tokens.shape
-    votes = {
-        name: _Votes(gem=gem).plan(
-            model,
-            # So long that all of `gem.tokens` are selected ones.
-            prompt=max(width, gem.tokens) + gem.queries,
-            new_tokens=0,
-            batch_size=batch,
-        )
-        for name, gem in gems.items()
-    }
-    logits, read = _read(
-        model, params, {**plans, **votes}, tokens, lengths, rows or batch
-    )
+    own = np.asarray(lengths)
+    _check(where, model, plans, filters, own, tokens.shape[1], steps, rows)
+    rows = rows or len(lengths)
+    given = model, params, tokens, lengths, rows
+    logits, read, chosen = _read(*given, tuple(plans.values()), (*filters.values(),))
+    caches = dict(zip(plans, read, strict=True))
     for name, plan in plans.items():
-        yield name, Context(plan, logits, lengths, _joined(read.pop(name)))
-    for name, gem in gems.items():
-        kept = jnp.concatenate([cache.positions[:, 0] for cache in read.pop(name)])
-        kept = kept[:, : min(gem.tokens, width)]
-        short = jnp.take_along_axis(tokens, jnp.maximum(kept, 0), axis=1)
-        own = (kept >= 0).sum(axis=1, dtype=jnp.int32)
+        yield name, Context(plan, logits, lengths, plan.method.join(caches.pop(name)))
+    for name, kept in zip(filters, chosen, strict=True):
+        short, own = keep_tokens(tokens, kept)
         plan = Full().plan(
-            model, prompt=kept.shape[1], new_tokens=steps, batch_size=batch
+            model, prompt=kept.shape[1], new_tokens=steps, batch_size=len(lengths)
         )
-        after, again = _read(model, params, {name: plan}, short, own, rows or batch)
-        yield name, Context(plan, after, own, _joined(again.pop(name)))
+        after, (again,), _ = _read(model, params, short, own, rows, (plan,))
+        yield name, Context(plan, after, own, plan.method.join(again))
 
 
 def _read(
-    model, params: dict, plans: Mapping[str, Plan], tokens, lengths, rows: int
-) -> tuple[Float[Array, "B V"], dict[str, list[Cache]]]:
-    """Logits after the prompts, and each plan's filled caches, one for every `rows`."""
-    own = tuple(dataclasses.replace(plan, batch_size=rows) for plan in plans.values())
-    logits, caches = [], []
+    model,
+    params: dict,
+    tokens,
+    lengths,
+    rows: int,
+    plans: tuple[Plan, ...],
+    filters: tuple[Shorten, ...] = (),
+) -> tuple[Float[Array, "B V"], list[list[Any]], list[Int[Array, "B N"]]]:
+    """Logits after the prompts, `rows` of which are read at a time.
+
+    And of each plan its filled caches, one for every `rows`; of each filter its choice.
+    """
+    own = tuple(dataclasses.replace(plan, batch_size=rows) for plan in plans)
+    parts = []
     for start in range(0, len(lengths), rows):
         part = slice(start, start + rows)
-        fresh = tuple(map(empty, own))
-        after, filled = prefill(
-            model, params, tokens[part], lengths[part], fresh, plans=own
-        )
-        logits.append(after)
-        caches.append(filled)
-    return jnp.concatenate(logits), dict(zip(plans, map(list, zip(*caches))))
-
-
-def _joined(caches: list[Cache]) -> Cache:
-    """Of all rows."""
-    if len(caches) == 1:
-        return caches[0]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        fresh = tuple(plan.method.begin(plan) for plan in own)
+        given = tokens[part], lengths[part], fresh
+        parts.append(prefill_for_all(model, params, *given, own, filters))
+    logits, caches, chosen = zip(*parts, strict=True)
+    caches, chosen = zip(*caches, strict=True), zip(*chosen, strict=True)
+    return (
+        jnp.concatenate(logits),
+        [*map(list, caches)],
+        [*map(jnp.concatenate, chosen)],
+    )
 
 
 def _check(
     where: str,
     model,
     plans: Mapping[str, Plan],
-    gems: Mapping[str, GemFilter],
+    filters: Mapping[str, Shorten],
     lengths: np.ndarray,
     width: int,
     steps: int,
     rows: int | None,
 ) -> None:
     batch, longest = len(lengths), int(lengths.max())
-    if not plans and not gems:
+    if not plans and not filters:
         raise ValueError(f"{where}: plans is empty; give at least one, as Full's.")
-    if both := plans.keys() & gems.keys():
-        raise ValueError(f"{where}: {min(both)!r} is both in plans and in gems.")
+    if both := plans.keys() & filters.keys():
+        raise ValueError(f"{where}: {min(both)!r} is both in plans and in filters.")
     if steps < 1:
         raise ValueError(f"{where}: {steps} steps; need at least 1.")
     if rows is not None and (rows < 1 or batch % rows):
@@ -283,9 +239,8 @@ def _check(
                 f"{plan.new_tokens}, but the longest row has {longest} and {steps} "
                 "steps follow; plan for at least these."
             )
-    for name, gem in gems.items():
-        if gem.layer >= model.config.layers:
-            raise ValueError(
-                f"{where}: gem {name!r} has layer={gem.layer}, which is not below the "
-                f"model's {model.config.layers} layers."
-            )
+    for name, shorten in filters.items():
+        try:
+            shorten.check(model)
+        except ValueError as error:
+            raise ValueError(f"{where}: filter {name!r}: {error}") from error

@@ -1,6 +1,7 @@
 """What is refused before anything is traced, and logits that are no numbers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jmem.generate.sampling import Sampling
-from jmem.kvcache.cache import Cache
+from jmem.kvcache.method import CacheMethod
 from jmem.kvcache.plan import Plan
-from jmem.kvcache.policy import Policy
+from jmem.offload import check_host
 
 
 def check_tokens(where: str, model, rows: Sequence[Sequence[int]]) -> None:
@@ -58,56 +59,45 @@ def checked_key(where: str, sampling: Sampling, key: jax.Array | None) -> jax.Ar
 
 
 def check_positions(
-    where: str, model, policy: Policy, text: int, new_tokens: int
+    where: str, model, method: CacheMethod, text: int, new_tokens: int
 ) -> None:
     """Refuses more tokens than the model has positions, unless an answer needs none."""
     limit = model.config.max_positions
-    if text + (0 if endless(model, policy) else new_tokens) > limit:
+    if text + (0 if method.is_endless(model) else new_tokens) > limit:
         raise ValueError(
             f"{where}: {text} prompt tokens + max_new_tokens={new_tokens} exceed the "
             f"model's max_positions={limit}."
         )
 
 
-def endless(model, policy: Policy) -> bool:
-    """Whether an answer may go on for ever: keys turn by their place in a ring."""
-    rotary = model.config.positions == "rotary"
-    return rotary and policy.rolls and policy.rope == "cache"
+def check_host_memory(where: str, plan: Plan) -> None:
+    """Refuses a cache whose part in host memory does not fit there.
 
-
-def check_prompt(where: str, plan: Plan, lengths: Int[np.ndarray, " B"]) -> None:
-    """Refuses prompts that are longer than the plan's."""
-    if lengths.max() > plan.prompt:
-        raise ValueError(
-            f"{where}: row {lengths.argmax()} has {lengths.max()} tokens, but the plan "
-            f"is for prompt={plan.prompt}. Plan for the longest prompt."
-        )
+    Raises:
+      HostMemoryError: names the bytes needed and available.
+    """
+    if plan.host_bytes():
+        check_host(plan.host_bytes(), f"{where}: the cache")
 
 
 def checked_lengths(
     where: str,
-    tokens: Int[Array, "B T"],
+    tokens: Array,
     lengths: Int[Array, " B"],
-    caches: Sequence[Cache],
+    caches: Sequence[Any],
     plans: Sequence[Plan],
     *,
     least: int,
 ) -> np.ndarray | None:
     """The lengths, if they are known; refuses what is not made by and for the plans."""
-    batch, width = tokens.shape
+    batch, width = tokens.shape[:2]
     for plan, cache in zip(plans, caches, strict=True):
         if plan.batch_size != batch or lengths.shape != (batch,):
             raise ValueError(
                 f"{where}: tokens have {batch} rows and lengths {lengths.shape[0]}, "
                 f"but the plan is for batch_size={plan.batch_size}; plan for these."
             )
-        expected = {name: array.shape for name, array in plan.arrays().items()}
-        found = {name: array.shape for name, array in cache._asdict().items()}
-        if found != expected:
-            raise ValueError(
-                f"{where}: the cache has keys {found['keys']}, but the plan's have "
-                f"{expected['keys']}. Make it by jmem.kvcache.cache.empty(plan)."
-            )
+        plan.check_cache(where, cache)
     if isinstance(lengths, Tracer):
         return None
     own = np.asarray(lengths)
@@ -122,7 +112,7 @@ def checked_lengths(
 _is_finite = jax.jit(lambda logits: jnp.isfinite(logits).all(axis=-1))
 
 
-def check_finite(logits: Float[Array, "B V"], cache: Cache, plan: Plan) -> None:
+def check_finite(logits: Float[Array, "B V"], cache: Any, plan: Plan) -> None:
     """Refuses logits that are no numbers, and says where they come from.
 
     Waits for the logits, and looks at the cache only where something is wrong.
@@ -134,16 +124,14 @@ def check_finite(logits: Float[Array, "B V"], cache: Cache, plan: Plan) -> None:
     finite = np.asarray(_is_finite(logits))
     if finite.all():
         return
-    row, end = int(finite.argmin()), 0
-    for layer, size in enumerate(plan.sizes):
-        begin, end = end, end + size
-        slots = (x[row, :, begin:end] for x in (cache.keys, cache.values))
-        if not all(jnp.isfinite(x).all() for x in slots):
-            raise ValueError(
-                f"The logits of row {row} are not finite, nor, first of all layers, "
-                f"are the keys and values of layer {layer}. A weight that makes those, "
-                "or one in a layer below, is infinite or no number, or overflows."
-            )
+    row = int(finite.argmin())
+    layer = plan.method.find_broken(plan, cache, row)
+    if layer is not None:
+        raise ValueError(
+            f"The logits of row {row} are not finite, nor, first of all layers, are "
+            f"the keys and values of layer {layer}. A weight that makes those, or one "
+            "in a layer below, is infinite or no number, or overflows."
+        )
     raise ValueError(
         f"The logits of row {row} are not finite, but all keys and values are. A "
         "weight of the last block behind those, of the final norm or of the head is "

@@ -24,20 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmem.generate.checks import (
+    check_host_memory,
     check_positions,
     check_positive,
-    check_prompt,
     check_stops,
     check_tokens,
     checked_key,
-    endless,
 )
-from jmem.generate.decode import answer, joined, planned, read
+from jmem.generate.decode import answer, joined, planned
+from jmem.generate.reading import read
 from jmem.generate.sampling import Sampling
-from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
-from jmem.kvcache.policy import Policy
-from jmem.kvcache.turn import check_turn
+from jmem.kvcache.method import CacheMethod
 
 PADDING = 64
 """Turns are padded to multiples of it, so that one program serves many of them."""
@@ -54,7 +52,7 @@ class Conversation:
         self,
         model,
         params: dict,
-        policy: Policy | None = None,
+        policy: CacheMethod | None = None,
         *,
         prompt: int,
         max_new_tokens: int,
@@ -89,7 +87,8 @@ class Conversation:
         self.stop_tokens, self.prompt_chunk = tuple(stop_tokens), prompt_chunk
         self.turns = 0
         self.lengths = [0] * batch_size
-        self._cache = empty(self.plan)
+        check_host_memory(where, self.plan)
+        self._cache = self.plan.method.begin(self.plan)
 
     def say(self, turn: Sequence[Sequence[int]]) -> list[list[int]]:
         """Each row's answer to its next tokens; what `stream` gives, whole."""
@@ -108,7 +107,7 @@ class Conversation:
             tokens than the plan has slots for or the model positions, or logits that
             are not finite, after which there is no going on.
         """
-        where, plan = type(self).__name__, self.plan
+        where, plan, method = type(self).__name__, self.plan, self.plan.method
         check_positive(where, every=every)
         check_tokens(where, self.model, turn)
         if len(turn) != plan.batch_size:
@@ -118,12 +117,12 @@ class Conversation:
             )
         before, more = np.asarray(self.lengths), np.asarray([len(row) for row in turn])
         if self.prompt_chunk is None and not before.any():
-            check_prompt(where, plan, more)
-        check_turn(plan, before, more, plan.new_tokens)
-        if endless(self.model, plan.policy):
-            before = np.minimum(before, max(plan.sizes))
+            method.check_prompt(where, plan, more)
+        method.check_turn(plan, before, more, plan.new_tokens)
+        if method.is_endless(self.model):
+            before = np.minimum(before, plan.most_tokens)
         longest = int((before + more).max())
-        check_positions(where, self.model, plan.policy, longest, plan.new_tokens)
+        check_positions(where, self.model, method, longest, plan.new_tokens)
         width = -(-int(more.max()) // PADDING) * PADDING
         logits, self._cache = read(
             *(self.model, self.params, turn, self.lengths, self._cache, plan),

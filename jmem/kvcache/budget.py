@@ -1,4 +1,4 @@
-"""A policy cut to a number of bytes, so that policies are compared at equal memory.
+"""A method cut to a number of bytes, so that methods are compared at equal memory.
 
 A policy's `capacity` counts tokens, and not all count the same ones: some the observed
 tokens, some the new ones, some a mean over layers. Bytes are common to all.
@@ -9,7 +9,7 @@ tokens, some the new ones, some a mean over layers. Bytes are common to all.
 
 import dataclasses
 
-from jmem.kvcache.policy import Policy
+from jmem.kvcache.method import CacheMethod
 from jmem.targets import Target
 
 REACH = 256
@@ -17,8 +17,8 @@ REACH = 256
 half a token a layer and a window: far fewer."""
 
 
-def fitted(
-    policy: Policy,
+def fitted[Method: CacheMethod](
+    policy: Method,
     model,
     nbytes: int,
     *,
@@ -26,20 +26,20 @@ def fitted(
     new_tokens: int,
     batch_size: int = 1,
     target: Target | None = None,
-) -> Policy:
+) -> Method:
     """`policy` with the largest capacity whose cache takes at most `nbytes` bytes.
 
     No larger than `prompt + new_tokens`, which is all there is to keep. The model and
-    the sizes are those of `Policy.plan`, by which bytes are counted, and so is
-    `target`, for whose kernel slots are rounded up. A policy without a capacity, as
-    `Full`, comes back as it is, if it fits.
+    the sizes are those of `CacheMethod.plan`, by which bytes of the device are counted,
+    and so is `target`, for whose kernel slots are rounded up. A policy without a
+    capacity, as `Full`, comes back as it is, if it fits.
 
     Raises:
       ValueError: no capacity fits, or the policy and the model do not go together at
         any.
     """
 
-    def size(candidate: Policy) -> int:
+    def size(candidate: Method) -> int:
         plan = candidate.plan(
             model,
             prompt=prompt,
@@ -47,7 +47,7 @@ def fitted(
             batch_size=batch_size,
             target=target,
         )
-        return plan.bytes()
+        return plan.device_bytes()
 
     name, what = type(policy).__name__, f"{prompt:,} + {new_tokens:,} tokens"
     what += f" a row, {batch_size:,} rows" if batch_size > 1 else ""
@@ -60,7 +60,7 @@ def fitted(
             )
         return policy
 
-    def at(capacity: int) -> Policy:
+    def at(capacity: int) -> Method:
         return dataclasses.replace(policy, **{"capacity": capacity})
 
     def allowed(capacity: int) -> bool:

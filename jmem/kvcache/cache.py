@@ -20,14 +20,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from jmem.kernels.windowed_attention import windowed_attention
-from jmem.kvcache.plan import Plan
-from jmem.kvcache.policy import Seen
-from jmem.nn.attention import Implementation, causal_attention, grouped_attention
-from jmem.nn.chunk import by_chunks
+from jmem.kvcache.plan import PolicyPlan
+from jmem.kvcache.seen import tail_start
+from jmem.nn.attention import grouped_attention
 from jmem.nn.ops import Attend
-
-QUERIES = 256
-"""Of a prompt, that XLA's attention scores at a time."""
 
 
 class Cache(NamedTuple):
@@ -52,10 +48,10 @@ class Region(NamedTuple):
     """Which of the layer's own slots each is; below 0 or too high: another layer's."""
 
 
-def empty(plan: Plan) -> Cache:
+def empty(plan: PolicyPlan) -> Cache:
     """A cache of zeros that holds no token."""
-    arrays = {n: jnp.zeros(a.shape, a.dtype) for n, a in plan.arrays().items()}
-    return Cache(**arrays)._replace(positions=arrays["positions"] - 1)
+    cache = Cache(**plan.zeros())
+    return cache._replace(positions=cache.positions - 1)
 
 
 def offset(sizes: tuple[int, ...], layer: jax.Array) -> Int[Array, ""]:
@@ -70,13 +66,8 @@ def region(sizes: tuple[int, ...], layer: jax.Array) -> Region:
     return Region(begin, jnp.arange(longest, dtype=jnp.int32) + begin - first)
 
 
-def tail_start(plan: Plan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The first position of each prompt that is kept unselected, in the tail."""
-    return jnp.maximum(lengths - plan.recent, jnp.minimum(plan.sinks, lengths))
-
-
 def tail_positions(
-    plan: Plan,
+    plan: PolicyPlan,
     start: Int[Array, " B"],
     last: Int[Array, " B"],
     slots: Int[Array, " N"],
@@ -89,57 +80,8 @@ def tail_positions(
     return last - (last - start - slots) % plan.tail
 
 
-def prefill_attend(
-    plans: tuple[Plan, ...],
-    lengths: Int[Array, " B"],
-    implementation: Implementation,
-    window: int | None,
-    chunk: int | None = None,
-) -> Attend:
-    """Causal attention among the prompt's own tokens, which then enter the caches.
-
-    The carry is a tuple of (cache, what the policy hands from layer to layer), one for
-    each plan: attention is computed once for all of them. Prompts are padded on the
-    right; padding is never seen and never selected. `chunk` is the decoder's.
-    """
-
-    def attend(q, k, v, rope, positions, layer, carry):
-        turned = by_chunks(rope, k, positions, size=chunk)
-        q = by_chunks(rope, q, positions, size=chunk)
-        kept = []
-        for plan, (cache, shared) in zip(plans, carry, strict=True):
-            chosen = None
-            if max(plan.selected):
-                seen = observed(plan, q, turned, lengths)
-                chosen, shared = plan.policy.choose(plan, seen, layer, shared)
-            stored = k if plan.policy.rope == "cache" else turned
-            cache = write(plan, cache, stored, v, chosen, lengths, layer)
-            kept.append((cache, shared))
-        # Caches first: what writing them needs is gone when attention begins.
-        q, turned, v, kept = jax.lax.optimization_barrier((q, turned, v, tuple(kept)))
-        out = causal_attention(
-            q, turned, v, implementation, window=window, block=QUERIES
-        )
-        return out, kept
-
-    return attend
-
-
-def observed(
-    plan: Plan,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    lengths: Int[Array, " B"],
-) -> Seen:
-    """What a policy selects by: all keys, and the queries of the recent tokens."""
-    width = min(plan.recent, q.shape[1])
-    at = lengths[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
-    queries = jnp.take_along_axis(q, jnp.maximum(at, 0)[:, :, None, None], axis=1)
-    return Seen(queries, at, k, tail_start(plan, lengths))
-
-
 def write(
-    plan: Plan,
+    plan: PolicyPlan,
     cache: Cache,
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
@@ -167,7 +109,7 @@ def write(
 
 
 def place(
-    plan: Plan,
+    plan: PolicyPlan,
     cache: Cache,
     k: Float[Array, "B N T D"],
     v: Float[Array, "B N T D"],
@@ -232,7 +174,7 @@ def repeated(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
 
 
 def held(
-    plan: Plan, cache: Cache, last: Int[Array, " B"], layer: jax.Array
+    plan: PolicyPlan, cache: Cache, last: Int[Array, " B"], layer: jax.Array
 ) -> tuple[Int[Array, "B U N"], Bool[Array, "B U N"]]:
     """Positions of the tokens in the slice of a layer's region, and which are there.
 
@@ -254,7 +196,7 @@ def held(
 
 
 def append(
-    plan: Plan,
+    plan: PolicyPlan,
     cache: Cache,
     k: Float[Array, "B 1 K D"],
     v: Float[Array, "B 1 K D"],
@@ -273,15 +215,18 @@ def append(
     )
 
 
-def decode_attend(plan: Plan, window: int | None) -> Attend:
+def decode_attend(
+    plan: PolicyPlan, window: int | None, places: Int[Array, " B"] | None = None
+) -> Attend:
     """One new token a row enters its row's tail and attends all that is kept.
 
     The carry is the cache. With a sliding `window` it sees that many positions, its own
-    among them.
+    among them. `places` count the tokens that came before it, where these are not its
+    position: its slot and the window go by them, its rotation by its position.
     """
 
     def attend(q, k, v, rope, positions, layer, cache):
-        last = positions[:, 0]
+        last = positions[:, 0] if places is None else places
         held_positions, seen = held(plan, cache, last, layer)
         if window is not None:
             seen &= held_positions > (last - window)[:, None, None]
@@ -307,7 +252,7 @@ def decode_attend(plan: Plan, window: int | None) -> Attend:
 
 
 def in_place(
-    plan: Plan,
+    plan: PolicyPlan,
     q: Float[Array, "B H D"],
     cache: Cache,
     seen: Bool[Array, "B U N"],
@@ -342,7 +287,7 @@ def in_place(
 
 
 def cache_order(
-    plan: Plan,
+    plan: PolicyPlan,
     start: Int[Array, " B"],
     positions: Int[Array, "B 1 N"],
     seen: Bool[Array, "B 1 N"],

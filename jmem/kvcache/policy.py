@@ -7,45 +7,28 @@ layer selects, and `scores`, how much each token matters. docs/kvcache.md writes
 import abc
 import dataclasses
 import logging
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jmem.kernels.windowed_attention import ALIGNMENT, Implementation, choose
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.cache import Cache, decode_attend, empty, write
+from jmem.kvcache.method import CacheMethod, Read
+from jmem.kvcache.plan import PolicyPlan
+from jmem.kvcache.seen import Seen, observe
 from jmem.kvcache.select import select
+from jmem.kvcache.turn import check_turn, turn_attend
+from jmem.nn.ops import Attend
 from jmem.targets import Target
 
 logger = logging.getLogger(__name__)
 
 
-class Seen(NamedTuple):
-    """What a policy selects by, in one layer. Rows may differ in length.
-
-    Of a prompt; in a later turn of what the layer holds and the new tokens behind it,
-    whose positions are then places in that list (`jmem.kvcache.turn`).
-    """
-
-    queries: Float[Array, "B W H D"]
-    """Of the prompt's last W tokens, rotated."""
-    at: Int[Array, "B W"]
-    """Their positions; negative where the prompt (or the turn) is shorter than W."""
-    keys: Float[Array, "B T K D"]
-    """Of all tokens, rotated."""
-    start: Int[Array, " B"]
-    """The positions before this one are to be chosen from."""
-
-    @property
-    def candidates(self) -> jax.Array:
-        """Bool [B, T]: which tokens may be selected."""
-        tokens = jnp.arange(self.keys.shape[1], dtype=jnp.int32)
-        return tokens[None] < self.start[:, None]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy(abc.ABC):
+class Policy(CacheMethod):
     """Which tokens of a prompt a layer keeps; hashable, so it is compiled in."""
 
     rope: ClassVar[Literal["absolute", "cache"]] = "absolute"
@@ -73,22 +56,18 @@ class Policy(abc.ABC):
         )
 
     def choose(
-        self, plan: Plan, seen: Seen, layer: jax.Array, shared: Any
+        self, plan: PolicyPlan, seen: Seen, layer: jax.Array, shared: Any
     ) -> tuple[Int[Array, "B U N"], Any]:
         """Positions that the layer keeps, ascending, -1 behind the last.
 
         N is the largest layer's budget; the layer's own is `plan.selected[layer]`. A
         row keeps as many for every unit. `shared` comes from the layer before, and goes
-        on to the next (`begin` starts it).
+        on to the next (`share` starts it).
         """
         scores = self.scores(seen, layer)
         scores = jnp.where(seen.candidates[:, None], scores, -jnp.inf)
         count = jnp.asarray(plan.selected, jnp.int32)[layer]
         return select(scores, count, max(plan.selected)), shared
-
-    def begin(self, plan: Plan) -> Any:
-        """What the first layer gets as `shared`."""
-        del plan
 
     def units(self, config) -> int:
         """Selections a layer makes: one for each stored head, or 1 for all."""
@@ -120,7 +99,7 @@ class Policy(abc.ABC):
         new_tokens: int,
         batch_size: int = 1,
         target: Target | None = None,
-    ) -> Plan:
+    ) -> PolicyPlan:
         """The sizes of a cache for prompts of up to `prompt` tokens, and as many new.
 
         A model with `config` and `dtype` (`jmem.models.decoder.Decoder`). Where the
@@ -145,7 +124,7 @@ class Policy(abc.ABC):
             logger.info(
                 "%s keeps all of %d tokens: as much memory as Full.", self, prompt
             )
-        return Plan(
+        return PolicyPlan(
             policy=self,
             batch_size=batch_size,
             prompt=prompt,
@@ -160,3 +139,63 @@ class Policy(abc.ABC):
             tail=-(-self.tail(prompt, new_tokens) // step) * step,
             attention=attention,
         )
+
+    # What the cache is made of: `jmem.kvcache.cache`, `jmem.kvcache.turn` -------------
+
+    def begin(self, plan: PolicyPlan) -> Cache:
+        return empty(plan)
+
+    def keep(
+        self, plan: PolicyPlan, read: Read, cache: Cache, shared: Any
+    ) -> tuple[Cache, Any]:
+        chosen = None
+        if max(plan.selected):
+            seen = observe(plan, read)
+            chosen, shared = self.choose(plan, seen, read.layer, shared)
+        keys = read.unrotated if self.rope == "cache" else read.keys
+        given = keys, read.values, chosen, read.lengths, read.layer
+        return write(plan, cache, *given), shared
+
+    def decode(
+        self,
+        plan: PolicyPlan,
+        cache: Cache,
+        model,
+        places: Int[Array, " B"] | None = None,
+    ) -> Attend:
+        del cache
+        return decode_attend(plan, model.config.sliding_window, places)
+
+    def turn(
+        self,
+        plan: PolicyPlan,
+        cache: Cache,
+        before: Int[Array, " B"],
+        lengths: Int[Array, " B"],
+        model,
+    ) -> Attend:
+        how = model.attention, model.config.sliding_window, model.chunk
+        return turn_attend(plan, cache.start, before, lengths, *how)
+
+    def check_turn(
+        self,
+        plan: PolicyPlan,
+        before: Int[np.ndarray, " B"],
+        lengths: Int[np.ndarray, " B"],
+        new_tokens: int = 0,
+    ) -> None:
+        check_turn(plan, before, lengths, new_tokens)
+
+    def is_endless(self, model) -> bool:
+        """Where keys turn by their place in a ring."""
+        rotary = model.config.positions == "rotary"
+        return rotary and self.rolls and self.rope == "cache"
+
+    def find_broken(self, plan: PolicyPlan, cache: Cache, row: int) -> int | None:
+        end = 0
+        for layer, size in enumerate(plan.sizes):
+            begin, end = end, end + size
+            slots = (x[row, :, begin:end] for x in (cache.keys, cache.values))
+            if not all(jnp.isfinite(x).all() for x in slots):
+                return layer
+        return None

@@ -19,6 +19,7 @@ Differs  SnapKV and the others are published for one prompt; multi-turn use is o
 See      tests/kvcache/test_turn.py
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,8 +28,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmem.kvcache.cache import Cache, offset, place, repeated
-from jmem.kvcache.plan import Plan
-from jmem.kvcache.policy import Seen
+from jmem.kvcache.plan import PolicyPlan
+from jmem.kvcache.seen import Seen
 from jmem.nn.attention import Implementation, grouped_attention
 from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
@@ -60,7 +61,11 @@ class Listed(NamedTuple):
 
 
 def listed(
-    plan: Plan, cache: Cache, before: Int[Array, " B"], number: int, layer: jax.Array
+    plan: PolicyPlan,
+    cache: Cache,
+    before: Int[Array, " B"],
+    number: int,
+    layer: jax.Array,
 ) -> Listed:
     """The list of a layer whose rows hold positions up to `before`, and `number` more.
 
@@ -90,7 +95,7 @@ def listed(
 
 
 def turn_attend(
-    plan: Plan,
+    plan: PolicyPlan,
     start: Int[Array, " B"],
     before: Int[Array, " B"],
     lengths: Int[Array, " B"],
@@ -115,7 +120,7 @@ def turn_attend(
             k = by_chunks(rope, k, positions, size=chunk)
         k, v = (repeated(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
         kept, v = tokens.rows(cache.keys, k), tokens.rows(cache.values, v)
-        k = jnp.swapaxes(kept, 1, 2)
+        stored = k = jnp.swapaxes(kept, 1, 2)
         places = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
         own = tokens.held[:, None] + jnp.arange(number, dtype=jnp.int32)[None]
         if inside:
@@ -128,7 +133,11 @@ def turn_attend(
         first = jnp.maximum(recent, jnp.minimum(plan.sinks, total))
         if max(plan.selected):
             voters = _voters(plan, q, tokens.held, lengths)
-            seen = Seen(*voters, k, first)
+            seen = Seen(
+                *(*voters, k, first),
+                lambda: stored if inside else unrotate(rope, k, tokens.positions),
+                lambda: jnp.swapaxes(v, 1, 2),
+            )
             chosen, shared = plan.policy.choose(plan, seen, layer, shared)
         changed = lengths > 0
         cache = place(
@@ -148,8 +157,25 @@ def turn_attend(
     return attend
 
 
+def unrotate(
+    rope: Callable, keys: Float[Array, "B N K D"], positions: Int[Array, "B U N"]
+) -> Float[Array, "B N K D"]:
+    """Keys as they were before `rope` rotated them by `positions`, but for rounding.
+
+    Position 0 shows what a rotation multiplies by besides (YaRN sharpens so).
+    """
+    batch, number, heads, dim = keys.shape
+    positions = jnp.broadcast_to(positions, (batch, heads, number)).reshape(-1, number)
+    rows = jnp.swapaxes(keys, 1, 2).reshape(-1, number, 1, dim)
+    factor = rope(jnp.ones((1, 1, 1, dim), jnp.float32), jnp.zeros((1, 1), jnp.int32))
+    back = rope(rows.astype(jnp.float32), -positions) / factor**2
+    return jnp.swapaxes(back.reshape(batch, heads, number, dim), 1, 2).astype(
+        keys.dtype
+    )
+
+
 def _voters(
-    plan: Plan,
+    plan: PolicyPlan,
     q: Float[Array, "B T H D"],
     held: Int[Array, " B"],
     lengths: Int[Array, " B"],
@@ -176,7 +202,7 @@ def attention(
 
 
 def check_turn(
-    plan: Plan,
+    plan: PolicyPlan,
     before: Int[np.ndarray, " B"],
     lengths: Int[np.ndarray, " B"],
     new_tokens: int = 0,

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy, Seen
 from jmem.kvcache.scores import column_mass, pool
 from jmem.kvcache.select import select
@@ -212,13 +212,13 @@ class WindowKV(Policy):
             scores = jnp.where(scores > -jnp.inf, pooled, -jnp.inf)
         return scores
 
-    def begin(self, plan: Plan) -> Int[Array, "B 1 N"]:
+    def share(self, plan: PolicyPlan) -> Int[Array, "B 1 N"]:
         windows = -(-max(plan.selected) // self.window)
         return jnp.zeros((plan.batch_size, 1, windows), jnp.int32)
 
     def choose(
         self,
-        plan: Plan,
+        plan: PolicyPlan,
         seen: Seen,
         layer: jax.Array,
         shared: Int[Array, "B 1 N"],

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jmem.nn.ops import Ops
-from jmem.offload import fetch
+from jmem.nn.ops import Attend, Ops
+from jmem.offload import fetch, fetch_row
 from jmem.program import HOST
 
 Remat = Literal["none", "dots", "block", "offload"]
@@ -77,10 +77,16 @@ def run_stack(
     carry: Any = None,
     *,
     remat: Remat = "none",
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """Applies `block(layer_params, x, positions, layer, ops, carry)` to every row.
 
     Returns x, the carry after the last layer, and each entry of `aux` stacked to [L].
+
+    With `first` and `last` the layers from the one up to, but not, the other; None: all
+    above. Between two ranges the number of tokens may change. A range's rows are read
+    where they lie: a slice of a stack would be a copy of it.
 
     Rows of a stack in host memory are fetched one at a time, and once more for the
     backward pass unless `remat` is "none" (see `jmem.offload`).
@@ -88,15 +94,34 @@ def run_stack(
     A cache lives in `carry` and is addressed by the traced `layer`. Passed as scan
     inputs and outputs instead it would be held twice (see jmem.memory).
     """
+    layers = depth(stacked)
+    last = layers if last is None else last
+    if not 0 <= first <= last <= layers:
+        raise ValueError(
+            f"run_stack: first={first} and last={last} are no range of {layers} layers;"
+            " need 0 <= first <= last <= layers."
+        )
+    whole = (first, last) == (0, layers)
 
     def step(state, xs):
         layer, params = xs
         x = checkpoint_name(state[0], _BLOCK_INPUT) if remat == "offload" else state[0]
-        x, carry, aux = block(fetch(params), x, positions, layer, ops, state[1])
+        params = fetch(params) if whole else fetch_row(stacked, layer)
+        x, carry, aux = block(params, x, positions, layer, ops, state[1])
         return (x, carry), aux
 
-    layers = jnp.arange(depth(stacked), dtype=jnp.int32)
-    (x, carry), aux = jax.lax.scan(
-        rematerialise(step, remat), (x, carry), (layers, stacked)
-    )
+    xs = jnp.arange(first, last, dtype=jnp.int32), stacked if whole else None
+    (x, carry), aux = jax.lax.scan(rematerialise(step, remat), (x, carry), xs)
     return x, carry, aux
+
+
+def count_from(attend: Attend, first: int) -> Attend:
+    """`attend` told layers from 0 where a range begins at `first`.
+
+    For a cache that holds the range's layers only.
+    """
+
+    def shifted(q, k, v, rope, positions, layer, carry):
+        return attend(q, k, v, rope, positions, layer - first, carry)
+
+    return shifted

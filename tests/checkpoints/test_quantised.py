@@ -13,7 +13,8 @@ from tiny_decoder import TINY, random_params
 from jmem import checkpoints
 from jmem.checkpoints import layout
 from jmem.checkpoints.files import CheckpointError
-from jmem.generate.decode import decode_step, prefill
+from jmem.generate.decode import decode_step
+from jmem.generate.reading import prefill
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
 from jmem.models.decoder import Decoder

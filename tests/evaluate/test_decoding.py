@@ -13,7 +13,7 @@ import pytest
 from tiny_decoder import TINY, random_params
 
 from jmem.evaluate.decoding import answers, losses
-from jmem.generate import decode
+from jmem.generate import decode, reading
 from jmem.generate.decode import generate
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import GemFilter
@@ -32,7 +32,7 @@ POLICIES: dict[str, Policy] = {
     "snapkv": SnapKV(capacity=12, window=4, kernel=3),
     "streaming_llm": StreamingLLM(capacity=12),
 }
-GEMS = {
+FILTERS = {
     "few": GemFilter(layer=1, tokens=9, kernel=3),
     "most": GemFilter(layer=0, tokens=39, queries=2, score="probability"),
     "windows": GemFilter(layer=1, tokens=12, window=4, keep_first=2, keep_last=3),
@@ -94,7 +94,7 @@ def test_losses_of_everything_kept_are_those_of_the_whole_text():
 
 def test_one_prefill_and_one_loop_a_plan_are_compiled():
     def compiled():
-        return decode._prefill._cache_size(), decode.extend._cache_size()
+        return reading._prefill._cache_size(), decode.extend._cache_size()
 
     answers(MODEL, params(), plans(), prompts(), LENGTHS, steps=STEPS)
     before = compiled()
@@ -103,38 +103,41 @@ def test_one_prefill_and_one_loop_a_plan_are_compiled():
 
 
 def test_rows_read_one_by_one_are_rows_read_together():
-    few, gems = {"snapkv": plans()["snapkv"]}, {"few": GEMS["few"]}
+    few, filters = {"snapkv": plans()["snapkv"]}, {"few": FILTERS["few"]}
     given = MODEL, params(), few, prompts(), LENGTHS
-    together = answers(*given, steps=STEPS, gems=gems)
-    apart = answers(*given, steps=STEPS, gems=gems, rows=1)
+    together = answers(*given, steps=STEPS, filters=filters)
+    apart = answers(*given, steps=STEPS, filters=filters, rows=1)
     assert list(apart) == ["snapkv", "few"]
     for name, rows in together.items():
         np.testing.assert_array_equal(apart[name], rows)
 
 
-@pytest.mark.parametrize("name", list(GEMS))
-def test_a_gems_answers_are_those_of_generate(name):
+@pytest.mark.parametrize("name", list(FILTERS))
+def test_a_filter_s_answers_are_those_of_generate(name):
     """The filter reads the lower layers there, and all of them here."""
     tokens = prompts()
     rows = [tokens[row, :length].tolist() for row, length in enumerate(LENGTHS)]
-    gems = {name: GEMS[name]}
-    found = answers(MODEL, params(), {}, tokens, LENGTHS, steps=STEPS, gems=gems)
-    alone = generate(MODEL, params(), rows, max_new_tokens=STEPS, shorten=GEMS[name])
+    filters = {name: FILTERS[name]}
+    found = answers(MODEL, params(), {}, tokens, LENGTHS, steps=STEPS, filters=filters)
+    alone = generate(MODEL, params(), rows, max_new_tokens=STEPS, shorten=FILTERS[name])
     assert found[name].tolist() == alone
 
 
-def test_a_gem_that_keeps_all_has_the_losses_of_the_full_cache():
+def test_a_filter_that_keeps_all_has_the_losses_of_the_full_cache():
     after = prompts(5)[:, :STEPS]
-    gems = {"all": GemFilter(layer=1, tokens=50), "few": GEMS["few"]}
-    found = losses(MODEL, params(), plans(), prompts(), LENGTHS, after, gems=gems)
+    filters = {"all": GemFilter(layer=1, tokens=50), "few": FILTERS["few"]}
+    found = losses(MODEL, params(), plans(), prompts(), LENGTHS, after, filters=filters)
     np.testing.assert_allclose(found["all"], found["full"], atol=2e-5)
     assert np.abs(found["few"] - found["full"])[:, 0].min() > 1e-3
 
 
 REFUSED: dict[str, tuple[dict, str]] = {
     "no plans": ({"plans": {}}, "plans is empty"),
-    "one name": ({"gems": {"full": GEMS["few"]}}, "'full' is both"),
-    "no such layer": ({"gems": {"g": GemFilter(layer=2)}}, "'g' has layer=2"),
+    "one name": ({"filters": {"full": FILTERS["few"]}}, "'full' is both"),
+    "no such layer": (
+        {"filters": {"g": GemFilter(layer=2)}},
+        "filter 'g': .* layer=2 is not",
+    ),
     "odd rows": ({"rows": 3}, "rows=3 must divide the 2 rows"),
     "no rows": ({"rows": 0}, "rows=0 must divide"),
     "no steps": ({"steps": 0}, "0 steps"),

@@ -14,16 +14,10 @@ import numpy as np
 import pytest
 from tiny_decoder import random_params
 
-from jmem.generate import decode
-from jmem.generate.decode import (
-    decode_program,
-    extend,
-    generate,
-    joined,
-    prefill,
-    prefill_program,
-    stream,
-)
+from jmem.generate import decode, reading
+from jmem.generate.decode import extend, generate, joined, stream
+from jmem.generate.programs import decode_program, prefill_program
+from jmem.generate.reading import prefill
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import GemFilter
@@ -155,24 +149,26 @@ def test_a_stream_is_one_program_and_waits_to_be_asked(model, params):
 
 def test_more_tokens_compile_nothing_new(model, params):
     generate(model, params, PROMPTS, max_new_tokens=5)
-    before = decode._prefill._cache_size(), decode._further._cache_size()
+    before = reading._prefill._cache_size(), decode._further._cache_size()
     other = [[1, 2], [3, 4, 5, 6, 7, 8, 9], [10]]
     generate(model, params, other, max_new_tokens=5)
-    assert (decode._prefill._cache_size(), decode._further._cache_size()) == before
+    assert (reading._prefill._cache_size(), decode._further._cache_size()) == before
 
 
 def test_a_cache_of_so_many_bytes(model, params, monkeypatch):
     """The policy is cut to the largest that fits, and then as if it had been given."""
     long = [[*range(1, 40)], [*range(3, 33)]]
     plans = []
-    plain = decode.empty
-    monkeypatch.setattr(decode, "empty", lambda plan: plain(plans.append(plan) or plan))
+    plain = SnapKV.begin
+    monkeypatch.setattr(
+        SnapKV, "begin", lambda self, plan: plain(self, plans.append(plan) or plan)
+    )
     whole = Full().plan(model, prompt=39, new_tokens=6, batch_size=2).bytes()
     options: dict = {"max_new_tokens": 6, "policy": SnapKV(window=4, kernel=3)}
     found = generate(model, params, long, cache_bytes=whole // 2, **options)
     assert 0.9 * whole < 2 * plans[0].bytes() <= whole
     assert found == generate(
-        model, params, long, **options | {"policy": plans[0].policy}
+        model, params, long, **options | {"policy": plans[0].method}
     )
     short = generate(model, params, PROMPTS, cache_bytes=whole, max_new_tokens=6)
     assert short == generate(model, params, PROMPTS, max_new_tokens=6)

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from every_policy import POLICIES
 from tiny_decoder import TINY
 
 from jmem.kvcache.budget import fitted
 from jmem.kvcache.full import Full
+from jmem.kvcache.members import POLICIES
 from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.windowkv import WindowKV

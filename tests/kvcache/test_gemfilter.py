@@ -12,8 +12,8 @@ from golden_llama import llama, load
 from tiny_decoder import TINY, random_params
 
 import jmem
-from jmem.generate.decode import decode_step, generate, prefill
-from jmem.kvcache import gemfilter
+from jmem.generate.decode import decode_step, generate
+from jmem.generate.reading import prefill
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import (
@@ -27,6 +27,7 @@ from jmem.kvcache.gemfilter import (
     split,
     token_scores,
 )
+from jmem.kvcache.gemfilter import staged as module
 from jmem.kvcache.snapkv import SnapKV
 from jmem.memory.live import made
 from jmem.models.decoder import Decoder
@@ -473,18 +474,18 @@ def test_the_late_weights_are_on_the_host_until_an_answer_needs_them(
     assert held() == early_bytes
     assert host_bytes(staged.late) == late_bytes == tree_bytes(staged.late)
     seen, moments = [], []
-    real, replace = gemfilter._shorten, StagedWeights._replace
+    real, replace = GemFilter.shorten, StagedWeights._replace
 
-    def filtering(model, params, *rest):
+    def filtering(self, model, params, *rest):
         gc.collect()
         seen.append((tree_bytes(params), host_bytes(params), held()))
-        return real(model, params, *rest)
+        return real(self, model, params, *rest)
 
     def replacing(self, at, leaf):
         moments.append(held())  # with the leaf that it replaces
         replace(self, at, leaf)
 
-    monkeypatch.setattr(gemfilter, "_shorten", filtering)
+    monkeypatch.setattr(GemFilter, "shorten", filtering)
     monkeypatch.setattr(StagedWeights, "_replace", replacing)
     for _ in range(2):  # the second prompt finds what the first one found
         with staged.filtered(MODEL, PROMPTS) as (params, short):
@@ -506,7 +507,7 @@ def test_the_late_weights_are_on_the_host_until_an_answer_needs_them(
 def test_weights_given_on_the_device_are_never_there_twice(monkeypatch):
     mine = on_device(random_params(CONFIG, scale=0.3))
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(mine["blocks"]))
-    held, moments, placing = Since(), [], gemfilter.on_host
+    held, moments, placing = Since(), [], module.on_host
 
     def placed(tree):
         moments.append(held())  # beside `mine`, as far as that is left
@@ -515,7 +516,7 @@ def test_weights_given_on_the_device_are_never_there_twice(monkeypatch):
         )
         return placing(tree)
 
-    monkeypatch.setattr(gemfilter, "on_host", placed)
+    monkeypatch.setattr(module, "on_host", placed)
     StagedWeights(mine, GEM)
     assert len(moments) == len(jax.tree.leaves(mine["blocks"])) + 1
     assert max(moments) <= largest
@@ -540,7 +541,7 @@ def test_weights_are_parted_again_after_an_error(monkeypatch):
         with pytest.raises(ValueError, match=message), staged.filtered(MODEL, prompts):
             pytest.fail("it was let in")
         intact()
-    joined, calls = gemfilter._joined, []
+    joined, calls = module._joined, []
 
     def failing(early, late):  # as a device that is full does
         calls.append(early)
@@ -548,7 +549,7 @@ def test_weights_are_parted_again_after_an_error(monkeypatch):
             raise MemoryError
         return joined(early, late)
 
-    monkeypatch.setattr(gemfilter, "_joined", failing)
+    monkeypatch.setattr(module, "_joined", failing)
     with pytest.raises(MemoryError), staged.filtered(MODEL, PROMPTS):
         pytest.fail("there was no room")
     intact()
@@ -561,7 +562,7 @@ def test_joining_a_leaf_takes_a_row_besides_and_never_the_whole_model_twice():
     """Compiled for the card: 0.12 GB instead of 2.23 for the largest leaf of an 8B."""
     rows, row = (13, 19), (4096, 14336)
     early, late = (jax.ShapeDtypeStruct((n, *row), jnp.bfloat16) for n in rows)
-    program = Program(lambda *parts: gemfilter._joined(*parts), (early, on_host(late)))
+    program = Program(lambda *parts: module._joined(*parts), (early, on_host(late)))
     report = jmem.measure(program, bounds=False)
     row_bytes = 2 * math.prod(row)
     assert report.output_bytes == sum(rows) * row_bytes

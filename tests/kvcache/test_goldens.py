@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from golden_llama import llama, load
 
-from jmem.generate.decode import decode_step, prefill
+from jmem.generate.decode import decode_step
+from jmem.generate.reading import prefill
 from jmem.kvcache.cache import empty
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
@@ -74,7 +75,7 @@ def decoded(name: str, select: str = "kv"):
     return np.stack(found), plan, before, arrays
 
 
-def held(plan: Plan, cache, layer: int, head: int) -> dict[int, tuple]:
+def held(plan: PolicyPlan, cache, layer: int, head: int) -> dict[int, tuple]:
     """Position: (key, value) of all that one head of a layer holds after the prompt."""
     begin = sum(plan.sizes[:layer])
     chosen = sum(plan.selected[:layer])

@@ -12,22 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from every_policy import POLICIES
 from tiny_decoder import TINY, random_params
 
-from jmem.generate.decode import (
-    decode_program,
-    decode_step,
-    extend,
-    padded_right,
-    prefill,
-    prefill_program,
-)
+from jmem.generate.decode import decode_step, extend
+from jmem.generate.programs import decode_program, prefill_program
+from jmem.generate.reading import padded_right, prefill
 from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kvcache import cache as cache_module
-from jmem.kvcache.cache import Cache, empty, prefill_attend
+from jmem.kvcache.cache import Cache, empty
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.members import POLICIES
+from jmem.kvcache.plan import PolicyPlan
+from jmem.kvcache.prefill import read_prompts
 from jmem.models.decoder import Decoder
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
@@ -57,7 +53,7 @@ def prompts(width: int = max(LENGTHS)) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(padded), jnp.asarray(LENGTHS, jnp.int32)
 
 
-def plan_of(name: str, **more) -> Plan:
+def plan_of(name: str, **more) -> PolicyPlan:
     policy = POLICIES[name]
     if "capacity" in more:
         if not hasattr(policy, "capacity"):
@@ -70,13 +66,13 @@ def plan_of(name: str, **more) -> Plan:
 step = jax.jit(decode_step, static_argnames=("model", "plan"), donate_argnames="cache")
 
 
-def read(plans: tuple[Plan, ...], tokens, lengths):
+def read(plans: tuple[PolicyPlan, ...], tokens, lengths):
     caches = tuple(empty(plan) for plan in plans)
     logits, caches = prefill(MODEL, params(), tokens, lengths, caches, plans=plans)
     return np.asarray(logits), dict(zip(NAMES, caches, strict=False))
 
 
-def answered(plan: Plan, cache: Cache, lengths, steps: int = NEW) -> np.ndarray:
+def answered(plan: PolicyPlan, cache: Cache, lengths, steps: int = NEW) -> np.ndarray:
     """Logits [steps, B, V] after feeding given tokens to a copy of the cache."""
     cache = jax.tree.map(jnp.copy, cache)
     random, found = np.random.default_rng(9), []
@@ -95,7 +91,9 @@ def narrow() -> tuple[np.ndarray, dict[str, Cache]]:
     return read(tuple(plan_of(name) for name in NAMES), *prompts())
 
 
-def held(plan: Plan, cache: Cache, layer: int, row: int, head: int) -> dict[int, list]:
+def held(
+    plan: PolicyPlan, cache: Cache, layer: int, row: int, head: int
+) -> dict[int, list]:
     """Position: key and value, of what one head of a layer holds of a prompt."""
     begin, chosen = sum(plan.sizes[:layer]), sum(plan.selected[:layer])
     count, start = plan.selected[layer], int(cache.start[row])
@@ -112,7 +110,7 @@ def held(plan: Plan, cache: Cache, layer: int, row: int, head: int) -> dict[int,
     return dict(zip([*positions, *recent], numbers, strict=True))
 
 
-def assert_same(plan: Plan, found: Cache, expected: Cache, row: int, atol=1e-5):
+def assert_same(plan: PolicyPlan, found: Cache, expected: Cache, row: int, atol=1e-5):
     """Both hold the same tokens of a row, with the same keys and values."""
     for layer in range(plan.layers):
         for head in range(plan.heads):
@@ -233,10 +231,10 @@ def test_a_scan_over_layers_is_a_loop_over_layers():
     plans = tuple(plan_of(name) for name in NAMES)
     tokens, lengths = prompts()
     positions = token_positions(tokens)
-    ops = Ops(prefill_attend(plans, lengths, "xla", None), dense)
+    ops = Ops(read_prompts(MODEL, plans, lengths), dense)
     layer_step = jax.jit(lambda *given: MODEL.block(*given[:4], ops, given[4])[:2])
     x = MODEL.embed(params(), tokens)
-    carry = tuple((empty(plan), plan.policy.begin(plan)) for plan in plans)
+    carry = tuple((empty(plan), plan.policy.share(plan)) for plan in plans)
     for layer in range(MODEL.config.layers):
         row = jax.tree.map(lambda leaf: leaf[layer], params()["blocks"])  # noqa: B023
         x, carry = layer_step(row, x, positions, jnp.int32(layer), carry)

@@ -2,17 +2,20 @@
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_llama import load
 
 from jmem.kvcache import cache as caches
-from jmem.kvcache.cache import observed, write
+from jmem.kvcache.cache import write
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.method import Read
+from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.pyramidkv import PyramidKV
+from jmem.kvcache.seen import Seen, observe
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.models.decoder import Decoder, DecoderConfig
@@ -35,10 +38,14 @@ Q, K, V = (jnp.swapaxes(jnp.asarray(GOLDEN[name])[None], 1, 2) for name in "qkv"
 LENGTHS = jnp.array([N], jnp.int32)
 
 
-def chosen(policy: Policy, layer: int = 0) -> tuple[Plan, np.ndarray]:
+def seen_by(plan: PolicyPlan, queries: jax.Array) -> Seen:
+    return observe(plan, Read(queries, K, K, K, LENGTHS, jnp.int32(0)))
+
+
+def chosen(policy: Policy, layer: int = 0) -> tuple[PolicyPlan, np.ndarray]:
     """Positions that a layer selects, [U, N]; -1 behind the last."""
     plan = policy.plan(MODEL, prompt=N, new_tokens=1)
-    seen = observed(plan, Q, K, LENGTHS)
+    seen = seen_by(plan, Q)
     found, _ = policy.choose(plan, seen, jnp.int32(layer), None)
     return plan, np.asarray(found[0])
 
@@ -53,7 +60,7 @@ def test_average_pooling_selects_the_official_tokens(reduce):
     plan, found = chosen(policy)
     expected = GOLDEN[f"snapkv_kvhead_{reduce}_avgpool_pos"][:, : C - WINDOW]
     np.testing.assert_array_equal(found, np.sort(expected, axis=1))
-    scores = policy.scores(observed(plan, Q, K, LENGTHS), jnp.int32(0))
+    scores = policy.scores(seen_by(plan, Q), jnp.int32(0))
     official = GOLDEN[f"snapkv_kvhead_{reduce}_avgpool_score"]
     np.testing.assert_allclose(scores[0, :, : N - WINDOW], official, atol=1e-5)
 
@@ -133,7 +140,7 @@ def test_a_query_over_what_is_kept(name):
     layer = jnp.int32(1)
     picked = None
     if max(plan.selected):
-        seen = observed(plan, Q, K, LENGTHS)
+        seen = seen_by(plan, Q)
         picked, _ = policy.choose(plan, seen, layer, None)
     cache = write(plan, caches.empty(plan), K, V, picked, LENGTHS, layer)
     last = LENGTHS - 1
@@ -159,7 +166,7 @@ def test_each_kv_head_selects_as_its_query_heads_when_they_agree():
     for select in ("kv", "query"):
         policy = snapkv(pooling="average", select=select)
         plan = policy.plan(MODEL, prompt=N, new_tokens=0)
-        seen = observed(plan, same, K, LENGTHS)
+        seen = seen_by(plan, same)
         found[select] = policy.choose(plan, seen, jnp.int32(0), None)[0][0]
     np.testing.assert_array_equal(found["query"], np.repeat(found["kv"], 4, axis=0))
 

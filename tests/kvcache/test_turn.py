@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from every_policy import POLICIES
 from tiny_decoder import TINY, random_params
 
-from jmem.generate import decode
-from jmem.generate.decode import extend, prefill, read, read_on, read_on_program
+from jmem.generate import reading
+from jmem.generate.decode import extend
+from jmem.generate.programs import read_on_program
+from jmem.generate.reading import prefill, read, read_on
 from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kvcache import cache as cache_module
 from jmem.kvcache.cache import Cache, empty
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.members import POLICIES
+from jmem.kvcache.plan import PolicyPlan
+from jmem.kvcache.shorten import padded
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.turn import check_turn
@@ -59,12 +62,12 @@ def said(turn: int) -> list[list[int]]:
     return [random.integers(0, TINY.vocab_size, n).tolist() for n in TURNS[turn]]
 
 
-def plan_of(name: str, prompt: int = 60, rows: int = ROWS, **more: Any) -> Plan:
+def plan_of(name: str, prompt: int = 60, rows: int = ROWS, **more: Any) -> PolicyPlan:
     policy = dataclasses.replace(POLICIES[name], **more)
     return policy.plan(MODEL, prompt=prompt, new_tokens=ANSWER, batch_size=rows)
 
 
-def roomy(name: str) -> Plan:
+def roomy(name: str) -> PolicyPlan:
     """A plan in which two turns fit whole."""
     if name == "full":
         return plan_of(name)
@@ -75,7 +78,7 @@ def roomy(name: str) -> Plan:
 class Talk:
     """Rows that have said something, and what came of it."""
 
-    plan: Plan
+    plan: PolicyPlan
     model: Decoder = MODEL
     weights: dict = dataclasses.field(default_factory=params)
     texts: list[list[int]] = dataclasses.field(init=False)
@@ -130,7 +133,7 @@ class Talk:
         return dict(zip(found, numbers, strict=True))
 
 
-def talked(plan: Plan, turns: int = len(TURNS), **more: Any) -> Talk:
+def talked(plan: PolicyPlan, turns: int = len(TURNS), **more: Any) -> Talk:
     talk = Talk(plan, **more)
     for turn in range(turns):
         talk.hear(said(turn))
@@ -247,7 +250,7 @@ def test_padding_is_neutral():
 
 def test_what_lies_in_the_padding_is_never_looked_at():
     plan, talk = plan_of("snapkv"), talked(plan_of("snapkv"), 1).answer()
-    (tokens, lengths), random = decode.padded(said(1)), np.random.default_rng(3)
+    (tokens, lengths), random = padded(said(1)), np.random.default_rng(3)
     junk = random.integers(0, TINY.vocab_size, tokens.shape)
     there = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     before = jnp.asarray(talk.lengths, jnp.int32)
@@ -291,7 +294,7 @@ def test_five_turns_keep_their_bytes_and_the_end_and_compile_once(name):
     compiled = 0
     for turn in range(1, len(TURNS)):
         talk.answer().hear(said(turn))
-        compiled = compiled or decode._read_on._cache_size()
+        compiled = compiled or reading._read_on._cache_size()
         assert sum(leaf.nbytes for leaf in talk.cache) == nbytes
         for layer in range(plan.layers):
             for row, length in enumerate(talk.lengths):
@@ -301,7 +304,7 @@ def test_five_turns_keep_their_bytes_and_the_end_and_compile_once(name):
                 assert set(last) <= set(found) <= set(range(length))
                 assert len(found) <= plan.sizes[layer]
                 assert set(range(min(plan.sinks, length))) <= set(found)
-    assert decode._read_on._cache_size() == compiled
+    assert reading._read_on._cache_size() == compiled
     assert (name == "full") == ([*talk.held(0, 0)] == [*range(talk.lengths[0])])
     # Blocks that add nothing make each key of its token and position alone.
     once = whole(talk)
@@ -340,7 +343,7 @@ def test_a_turn_selects_by_its_own_queries():
         ops = Ops(attend, dense)
         return model.block(block, x, positions, jnp.int32(0), ops, None)[1]
 
-    turned_rows = turned(decode.padded(talk.texts)[0])
+    turned_rows = turned(padded(talk.texts)[0])
     for row, text in enumerate(talk.texts):
         q, k = (np.asarray(x[row], np.float64) for x in turned_rows)
         new = len(said(1)[row])
@@ -421,7 +424,7 @@ def test_more_than_the_plan_s_prompt_to_choose_from(name):
 def test_a_row_that_says_nothing_stays_as_it_is(name):
     talk = talked(plan_of(name), 1).answer()
     before = {layer: talk.held(layer, 1) for layer in range(4)}
-    tokens, _ = decode.padded(said(1))
+    tokens, _ = padded(said(1))
     lengths = jnp.asarray([9, 0, 12], jnp.int32)
     at = jnp.asarray(talk.lengths, jnp.int32)
     _, talk.cache = read_on(MODEL, params(), tokens, at, lengths, talk.cache, talk.plan)
@@ -495,7 +498,7 @@ def test_chunks_of_any_prompt_are_one_program():
     plan, compiled = plan_of("snapkv"), set()
     for lengths in ((40, 23, 3), (8, 60, 59), (1, 1, 300)):
         talk = Talk(plan).hear([[5] * length for length in lengths])
-        compiled.add(decode._read_on._cache_size())
+        compiled.add(reading._read_on._cache_size())
         for row, length in enumerate(lengths):
             found = [*talk.held(3, row)]
             assert len(found) == min(length, 20)
@@ -547,7 +550,7 @@ def test_refuses_what_finds_no_slots():
 
 def refused(message: str, **changes):
     plan = changes.pop("plan", plan_of("full"))
-    tokens, lengths = decode.padded(said(1))
+    tokens, lengths = padded(said(1))
     given: dict = {
         "tokens": tokens,
         "before": jnp.full((len(lengths),), 10, jnp.int32),
@@ -567,14 +570,14 @@ def test_refuses_what_is_not_the_plan_s():
     refused("row 2 comes to 72 tokens", before=jnp.array([10, 10, 60]))
 
 
-def roomy_keys() -> Plan:
+def roomy_keys() -> PolicyPlan:
     model = Decoder(dataclasses.replace(MODEL.config, layers=1))
     return Full().plan(model, prompt=15, new_tokens=5, batch_size=ROWS)
 
 
 def test_prefill_refuses_what_is_not_the_plan_s():
     plan = plan_of("full")
-    tokens, lengths = decode.padded(said(0))
+    tokens, lengths = padded(said(0))
 
     def given(lengths, plan, tokens=tokens):
         prefill(MODEL, params(), tokens, lengths, (empty(plan),), (plan,))

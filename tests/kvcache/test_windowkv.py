@@ -94,7 +94,7 @@ def test_windows_of_one_token_are_snapkv_without_pooling():
     for policy in (windowed, snap):
         plan = policy.plan(model, prompt=40, new_tokens=0)
         layer = jnp.int32(2)
-        begun = policy.begin(plan)
+        begun = policy.share(plan)
         if policy is windowed:
             layer = jnp.int32(0)
         picked.append(policy.choose(plan, seen, layer, begun)[0])
@@ -107,7 +107,7 @@ def test_followers_keep_what_their_leader_chose():
     policy = WindowKV(capacity=12, window=4, observation=5, group=2, divisor=4)
     plan = policy.plan(model, prompt=40, new_tokens=0)
     led, shared = policy.choose(
-        plan, seen_of(2, 40, 35, 5), jnp.int32(0), policy.begin(plan)
+        plan, seen_of(2, 40, 35, 5), jnp.int32(0), policy.share(plan)
     )
     other = seen_of(3, 40, 35, 5)
     followed, still = policy.choose(plan, other, jnp.int32(1), shared)
@@ -125,7 +125,7 @@ def test_a_larger_capacity_keeps_more_of_the_same():
         )
         plan = policy.plan(model, prompt=40, new_tokens=0)
         found, _ = policy.choose(
-            plan, seen_of(4, 40, 35, 5), jnp.int32(0), policy.begin(plan)
+            plan, seen_of(4, 40, 35, 5), jnp.int32(0), policy.share(plan)
         )
         kept.append({int(at) for at in found[0, 0] if at >= 0})
     assert kept[0] < kept[1] < kept[2] < kept[3] == set(range(35))
@@ -139,7 +139,7 @@ def test_the_number_of_tokens_is_the_official_one(length):
     plan = policy.plan(model, prompt=40, new_tokens=0)
     rest, budget = length - 5, policy.group_budgets(4)[0]
     found, _ = policy.choose(
-        plan, seen_of(5, 40, rest, 5), jnp.int32(0), policy.begin(plan)
+        plan, seen_of(5, 40, rest, 5), jnp.int32(0), policy.share(plan)
     )
     windows = -(-rest // 4) - max(-(-(rest - budget) // 4), 0)
     count = int((found >= 0).sum())
@@ -241,7 +241,7 @@ def test_every_layer_keeps_what_the_official_algorithm_keeps(case):
             return shared, chosen[0, 0]
 
         layers = jnp.arange(case.layers, dtype=jnp.int32)
-        return jax.lax.scan(layer, policy.begin(plan), (layers, queries, keys))[1]
+        return jax.lax.scan(layer, policy.share(plan), (layers, queries, keys))[1]
 
     chosen = np.asarray(choose(queries, keys))
     for index, expected in enumerate(official(case, queries, keys)):
@@ -280,7 +280,7 @@ def test_the_first_window_may_be_kept_whatever_it_scores():
             keep_sinks=sinks,
         )
         plan = policy.plan(model, prompt=40, new_tokens=0)
-        found, _ = policy.choose(plan, seen, jnp.int32(0), policy.begin(plan))
+        found, _ = policy.choose(plan, seen, jnp.int32(0), policy.share(plan))
         kept.append({int(at) for at in found[0, 0] if at >= 0})
     assert not kept[0] & {0, 1, 2, 3}, "the first window is good"
     assert kept[1] > {0, 1, 2, 3}

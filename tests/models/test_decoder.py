@@ -16,7 +16,7 @@ from tiny_decoder import random_params
 
 from jmem.finetune.adapters import attach
 from jmem.finetune.lora import Lora, lora_linear
-from jmem.generate.decode import decode_program
+from jmem.generate.programs import decode_program
 from jmem.kvcache.full import Full
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder

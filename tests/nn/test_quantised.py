@@ -13,7 +13,7 @@ from tiny_decoder import TINY, random_params
 import jmem
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lora import Lora
-from jmem.generate.decode import decode_program
+from jmem.generate.programs import decode_program
 from jmem.kvcache.full import Full
 from jmem.models import zoo
 from jmem.models.decoder import Decoder

@@ -1,13 +1,22 @@
-"""The policies that the shared suite runs: a new one joins by being listed."""
+"""The family: every kind of cache and every way to shorten a prompt, by name.
+
+A new member joins here, and with that the suites of tests/kvcache. Settings are small
+enough to leave out most of 50 tokens, for a model of four layers.
+"""
+
+from collections.abc import Mapping
 
 from jmem.kvcache.full import Full
+from jmem.kvcache.gemfilter import GemFilter
+from jmem.kvcache.method import CacheMethod
 from jmem.kvcache.policy import Policy
 from jmem.kvcache.pyramidkv import PyramidKV
+from jmem.kvcache.shorten import Shorten
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.windowkv import WindowKV
 
-POLICIES: dict[str, Policy] = {
+POLICIES: Mapping[str, Policy] = {
     "full": Full(),
     "streaming_llm": StreamingLLM(capacity=20),
     "streaming_llm absolute": StreamingLLM(capacity=20, positions="absolute"),
@@ -24,4 +33,17 @@ POLICIES: dict[str, Policy] = {
         capacity=14, window=3, observation=5, group=1, divisor=3
     ),
 }
-"""Small enough to leave out most of 50 tokens, for a model of four layers."""
+"""Those that choose which tokens stay."""
+
+CACHES: Mapping[str, CacheMethod] = {**POLICIES}
+"""Every cache; one that is no policy joins here."""
+
+SHORTENS: Mapping[str, Shorten] = {
+    "gemfilter": GemFilter(layer=1, tokens=9, kernel=3),
+    "gemfilter probability": GemFilter(
+        layer=0, tokens=39, queries=2, score="probability"
+    ),
+    "gemfilter windows": GemFilter(
+        layer=2, tokens=12, window=4, keep_first=2, keep_last=3
+    ),
+}

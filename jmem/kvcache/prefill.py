@@ -1,0 +1,96 @@
+"""A prompt is read once, by exact attention, for all that keep something of it.
+
+Caches of several plans, filters that choose tokens (`jmem.kvcache.shorten`) and studies
+each say what they keep of a layer; the layers run once for all of them.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int
+
+from jmem.kvcache.method import Read
+from jmem.kvcache.plan import Plan
+from jmem.nn.attention import Implementation, causal_attention
+from jmem.nn.chunk import by_chunks
+from jmem.nn.ops import Attend
+
+Keep = Callable[[Read, Any], Any]
+"""What is kept by now: of what a layer makes of the prompts, and what was before."""
+
+QUERIES = 256
+"""Of a prompt, that XLA's attention scores at a time."""
+
+
+def attend_prompts(
+    keeps: Sequence[Keep],
+    lengths: Int[Array, " B"],
+    implementation: Implementation,
+    window: int | None,
+    chunk: int | None = None,
+) -> Attend:
+    """Causal attention among the prompts' own tokens, of which each of `keeps` keeps.
+
+    The carry is a tuple with one entry for each. Prompts are padded on the right;
+    padding is never seen. `chunk` is the decoder's.
+    """
+
+    def attend(q, k, v, rope, positions, layer, carry):
+        turned = by_chunks(rope, k, positions, size=chunk)
+        q = by_chunks(rope, q, positions, size=chunk)
+        read = Read(q, turned, k, v, lengths, layer)
+        kept = [keep(read, own) for keep, own in zip(keeps, carry, strict=True)]
+        # Caches first: what writing them needs is gone when attention begins.
+        q, turned, v, kept = jax.lax.optimization_barrier((q, turned, v, tuple(kept)))
+        out = causal_attention(
+            q, turned, v, implementation, window=window, block=QUERIES
+        )
+        return out, kept
+
+    return attend
+
+
+def keep_by(plan: Plan) -> Keep:
+    """What a plan's method keeps; the carry is (cache, shared)."""
+
+    def keep(read, carry):
+        return plan.method.keep(plan, read, *carry)
+
+    return keep
+
+
+def read_prompts(
+    model,
+    plans: tuple[Plan, ...],
+    lengths: Int[Array, " B"],
+    others: Sequence[Keep] = (),
+) -> Attend:
+    """How the prompts enter the caches of all plans, and what `others` keep of them.
+
+    The carry is a tuple: (cache, shared) for each plan, then an entry for each other.
+
+    Raises:
+      ValueError: a method that attends a prompt in its own way is not alone.
+    """
+    own = [plan.method.prefill(plan, lengths, model) for plan in plans]
+    for plan, attend in zip(plans, own, strict=True):
+        if attend is not None:
+            if len(plans) + len(others) > 1:
+                raise ValueError(
+                    f"{type(plan.method).__name__} attends a prompt in its own way, so "
+                    "the prompt cannot be read for others in the same pass. Give its "
+                    "plan alone."
+                )
+            return functools.partial(_alone, attend)
+    keeps = [*map(keep_by, plans), *others]
+    config = model.config
+    return attend_prompts(
+        keeps, lengths, model.attention, config.sliding_window, model.chunk
+    )
+
+
+def _alone(attend: Attend, q, k, v, rope, positions, layer, carry):
+    out, carry = attend(q, k, v, rope, positions, layer, carry[0])
+    return out, (carry,)

@@ -1,0 +1,72 @@
+"""What a policy chooses by: the queries that vote, and what they vote on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jmem.kvcache.method import Read
+from jmem.kvcache.plan import PolicyPlan
+
+
+class Seen(NamedTuple):
+    """What a policy selects by, in one layer. Rows may differ in length.
+
+    Of a prompt; in a later turn of what the layer holds and the new tokens behind it,
+    whose positions are then places in that list (`jmem.kvcache.turn`).
+    """
+
+    queries: Float[Array, "B W H D"]
+    """Of the prompt's last W tokens, rotated."""
+    at: Int[Array, "B W"]
+    """Their positions; negative where the prompt (or the turn) is shorter than W."""
+    keys: Float[Array, "B T K D"]
+    """Of all tokens, rotated."""
+    start: Int[Array, " B"]
+    """The positions before this one are to be chosen from."""
+    unrotate: Callable[[], Float[Array, "B T K D"]] | None = None
+    """Gives `unrotated`."""
+    fetch: Callable[[], Float[Array, "B T K D"]] | None = None
+    """Gives `values`."""
+
+    @property
+    def candidates(self) -> jax.Array:
+        """Bool [B, T]: which tokens may be selected."""
+        tokens = jnp.arange(self.keys.shape[1], dtype=jnp.int32)
+        return tokens[None] < self.start[:, None]
+
+    @property
+    def unrotated(self) -> Float[Array, "B T K D"]:
+        """The keys before rotation; in a later turn the held ones are turned back."""
+        assert self.unrotate is not None
+        return self.unrotate()
+
+    @property
+    def values(self) -> Float[Array, "B T K D"]:
+        """Of all tokens."""
+        assert self.fetch is not None
+        return self.fetch()
+
+
+def tail_start(plan: PolicyPlan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The first position of each prompt that is kept unselected, in the tail."""
+    return jnp.maximum(lengths - plan.recent, jnp.minimum(plan.sinks, lengths))
+
+
+def observe(plan: PolicyPlan, read: Read) -> Seen:
+    """What a policy selects by: all keys, and the queries of the recent tokens."""
+    lengths, width = read.lengths, min(plan.recent, read.queries.shape[1])
+    at = lengths[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
+    queries = jnp.take_along_axis(
+        read.queries, jnp.maximum(at, 0)[:, :, None, None], axis=1
+    )
+    return Seen(
+        queries,
+        at,
+        read.keys,
+        tail_start(plan, lengths),
+        lambda: read.unrotated,
+        lambda: read.values,
+    )
