@@ -2,13 +2,16 @@
 
 import os
 
+import kept
+
 # Before JAX starts: tests compile for described GPUs and compute on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ["JMEM_CACHE_DIR"] = ""  # every test measures
 # LLVM's costly passes off: tests compile hundreds of programs and run each briefly.
 # The plan of a program's memory is made before LLVM sees it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+os.environ.update(kept.settings())
 
 import jax
 import pytest
@@ -20,6 +23,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def strict_dtypes():
     """Implicit dtype promotion raises: for tests of our own forward code."""
     with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def compiled_anew():
+    """JAX's kept programs are left alone: one that comes from there has no plan."""
+    with kept.apart():
         yield
 
 

@@ -70,6 +70,7 @@ def run(config, tmp_path, **more):
     return started.folder
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
     folder = run(config, tmp_path)
     report = json.loads((folder / "report.json").read_text())

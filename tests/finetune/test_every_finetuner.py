@@ -135,6 +135,7 @@ class TestEveryFinetuner:
         unlabelled = {path for label, (_, path, _) in labels if label is None}
         assert unlabelled <= {"step", "key"}
 
+    @pytest.mark.usefixtures("compiled_anew")
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_state_keeps_its_dtypes_and_is_updated_in_place(
         self, finetuner, tiny_config, dtype

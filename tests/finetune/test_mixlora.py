@@ -234,6 +234,7 @@ class TestMore:
         # Nearly even probabilities of four experts: three pass 0.6.
         np.testing.assert_allclose(seen["load"].sum(), 3.0, atol=0.05)
 
+    @pytest.mark.usefixtures("compiled_anew")
     def test_state_is_updated_in_place(self, tiny_config):
         model = Decoder(tiny_config, dtype=jnp.bfloat16)
         program = step_program(joint(SMALL, SMALL), model, batch_size=2, seq_len=8)

@@ -210,6 +210,7 @@ def test_says_where_a_number_is_none(model, params, path, message):
         generate(model, broken, PROMPTS, max_new_tokens=3)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("builder", [decode_program, prefill_program])
 def test_the_cache_is_donated_and_has_the_promised_bytes(model, builder):
     plan = Full().plan(model, prompt=16, new_tokens=8, batch_size=3)

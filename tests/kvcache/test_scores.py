@@ -47,6 +47,7 @@ def test_a_row_shorter_than_the_window_has_fewer_votes(queries_and_keys):
     np.testing.assert_allclose(found[1].sum(axis=-1), 3, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_nothing_as_large_as_all_scores_is_made():
     """131,072 keys: XLA's plan for the CPU holds the scores of one block."""
     shapes = (1, 32, 32, 128), (1, 32), (1, 131_072, 8, 128)

@@ -15,6 +15,13 @@ from jmem.memory.measure import measure
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
 
+
+@pytest.fixture(autouse=True)
+def every_test_measures(monkeypatch, compiled_anew):
+    """No report and no program is taken from an earlier run."""
+    monkeypatch.setenv("JMEM_CACHE_DIR", "")
+
+
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 

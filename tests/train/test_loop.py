@@ -22,26 +22,6 @@ from jmem.train.folder import FolderError
 from . import tiny
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_each_program_once(tmp_path_factory):
-    """Forty runs of one tiny step: JAX's cache on the disk keeps this file fast."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    compilation_cache.reset_cache()
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @dataclasses.dataclass(frozen=True)
 class Altered(tiny.Tiny):
     """`Tiny` whose step gives back another state."""
