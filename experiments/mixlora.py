@@ -42,6 +42,7 @@ from jmem.finetune.mixture_ops import MixtureFeed
 from jmem.finetune.program import step_program
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.nn import quantised
+from jmem.nn.maps import choose_maps
 from jmem.nn.stack import Remat
 from jmem.program import Program
 from jmem.targets import Target
@@ -185,14 +186,15 @@ def equal_rank(mixture: Mixture, dims: DecoderConfig) -> int:
     """The rank of LoRA, on the same maps, with about as many trained parameters."""
     queries, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     width, inner = dims.hidden, dims.intermediate
-    sizes = {"q": width + queries, "k": width + keys, "v": width + keys}
-    sizes |= {"o": width + queries, "up": width + inner, "down": width + inner}
-    sizes |= {"gate": width + inner} if dims.gated else {}
-    plain = sum(size for name, size in sizes.items() if name in mixture.maps)
+    sizes = {f"attention/{name}": width + queries for name in "qo"}
+    sizes |= {f"attention/{name}": width + keys for name in "kv"}
+    hidden = ("gate", "up", "down") if dims.gated else ("up", "down")
+    sizes |= {f"mlp/{name}": width + inner for name in hidden}
+    chosen = choose_maps(mixture.maps, sizes, "mixlora: maps")
+    plain = sum(sizes[name] for name in chosen)
     mixed = sum(
-        size * (mixture.experts if name in ("gate", "up", "down") else 1)
-        for name, size in sizes.items()
-        if name in mixture.maps
+        sizes[name] * (mixture.experts if name.startswith("mlp/") else 1)
+        for name in chosen
     )
     return max(round((mixture.rank * mixed + mixture.experts * width) / plain), 1)
 

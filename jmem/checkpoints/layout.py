@@ -19,6 +19,7 @@ import numpy as np
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.names import Leaf, Naming, family, leaves
 from jmem.models.decoder import DecoderConfig
+from jmem.nn.maps import insert
 from jmem.nn.quantised import (
     GGUF,
     KINDS,
@@ -174,7 +175,8 @@ def _check_kind(config: DecoderConfig, kind: str) -> None:
     """Refuses a type that no kernel can be packed to, or not these."""
     check_packer("params", "packed", kind)
     for leaf in filter(_is_map, leaves(config)):
-        check_blocks("params", leaf.path.split("/")[-2], kind, leaf.shape[0])
+        name = leaf.path.removeprefix("blocks/").removesuffix("/kernel")
+        check_blocks("params", name, kind, leaf.shape[0])
 
 
 def _quantised(
@@ -240,14 +242,6 @@ def _cast(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
             "or float32."
         )
     return cast
-
-
-def insert(tree: dict, path: str, value: jax.Array) -> None:
-    """`value` at a path of the tree, whose folders are made as they are needed."""
-    *folders, name = path.split("/")
-    for folder in folders:
-        tree = tree.setdefault(folder, {})
-    tree[name] = value
 
 
 def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:

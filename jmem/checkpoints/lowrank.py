@@ -16,6 +16,7 @@ from jaxtyping import Shaped
 from jmem.checkpoints import fused, layout
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.modules import Module, Stack
+from jmem.nn.maps import insert
 from jmem.program import by_key
 
 _DTYPES = ", ".join(map(str, layout.WEIGHT_DTYPES))
@@ -88,7 +89,7 @@ def assemble(
             for half, value in fused.padded(part, rank).items() if part else ():
                 beside = _beside(value, half, one.experts)
                 # Copied: q, k and v may share A, but are trained, and donated, apart.
-                layout.insert(tree, f"{path}/{half}", jnp.array(beside))
+                insert(tree, f"{path}/{half}", jnp.array(beside))
     return tree, rank
 
 

@@ -45,6 +45,7 @@ from jmem.checkpoints.huggingface import ACTIVATIONS
 from jmem.checkpoints.modules import Module, Stack, modules
 from jmem.checkpoints.names import family
 from jmem.models.decoder import DecoderConfig
+from jmem.nn.maps import insert
 from jmem.program import by_key
 
 _ROUTER = "mlp/router/kernel"
@@ -129,7 +130,7 @@ def load_mixlora(folder: str | os.PathLike[str], config: DecoderConfig) -> Mixtu
             f"{file}: tensor {router.names[layer]!r} holds values that are not finite, "
             "so that no token has an expert. Take an earlier save of the adapter."
         )
-    layout.insert(tree, _ROUTER, jnp.array(kernel))
+    insert(tree, _ROUTER, jnp.array(kernel))
     maps = tuple(one.paths[0].rpartition("/")[2] for one in chosen)
     return Mixture(settings=settings | {"maps": maps}, adapters=tree, base=base)
 

@@ -188,14 +188,10 @@ class _Blocks(Walk):
         """
         stacks, states, rates = by_key(chosen), tuples(states, chosen), by_key(rates)
         kernels = {
-            path.split("/")[-2]: path for path in stacks if path.endswith("/kernel")
+            path.removesuffix("/kernel"): path
+            for path in stacks
+            if path.endswith("/kernel")
         }
-        if len(kernels) < sum(path.endswith("/kernel") for path in stacks):
-            raise ValueError(
-                "fused_step: two linear maps of a block have the same name among "
-                f"{sorted(stacks)}, so their gradients cannot be told apart. Use the "
-                "step that is not fused."
-            )
         small = [path for path in stacks if path not in kernels.values()]
         one = jnp.float32(1)
 
@@ -215,6 +211,12 @@ class _Blocks(Walk):
                 def linear(name, leaf, h):
                     if name not in kernels:
                         return self.ops.linear(name, leaf, h)
+                    if name in read:
+                        raise ValueError(
+                            f"fused_step: a block reads the linear map {name!r} twice, "
+                            "and its gradient is made of one reading. Use the step "
+                            "that is not fused."
+                        )
                     read[name] = h
                     return dense(name, leaf, h) + taps[name]
 
@@ -229,6 +231,12 @@ class _Blocks(Walk):
             }
             leaves = {path: p[path] for path in small}
             _, transpose, read = jax.vjp(tapped, taps, leaves, x, has_aux=True)
+            if unread := sorted(kernels.keys() - read.keys()):
+                raise ValueError(
+                    f"fused_step: a block does not read {unread} by `ops.linear`, so "
+                    "nothing is known of their gradients. Use the step that is not "
+                    "fused."
+                )
             d_taps, d_leaves, dx = transpose((dx, one))
             t, square = counts[place], jnp.float32(0)
             stacks, states = dict(stacks), dict(states)

@@ -25,9 +25,8 @@ See      experiments/lisa.py, jmem/checkpoints/peft.py, tests/finetune/test_lora
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import jax
@@ -40,13 +39,11 @@ from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, mo
 from jmem.finetune.walk import Update
 from jmem.nn import quantised
 from jmem.nn.linear import along_last
+from jmem.nn.maps import MAPS, check_maps, choose_maps, find_maps, insert, number_map
 from jmem.nn.stack import depth
 from jmem.offload import fetch
 from jmem.program import by_key
 from jmem.train.loss import mean_head_loss, next_token_loss
-
-MAPS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear maps of a block; one whose MLP is not gated has no "gate"."""
 
 Base = Literal["given", "nf4", "nf4-double"]
 _PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
@@ -171,43 +168,58 @@ def column_norm(
     return jnp.where(total > 0, jnp.sqrt(total), 1)
 
 
-def norms(
-    blocks: dict, adapters: dict, squares: dict, scale: float, name: str = ""
-) -> dict:
+def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
     """A tree like `adapters` with a `lora_norm` [L, out] in each, a layer at a time.
 
     `squares` has {"square": [L, out]} in their places. For `attach`: what a loss is
     given so has no gradient.
     """
-    if "lora_a" in adapters:
-        held = {
-            key: blocks[key] for key in ("kernel", "packed", "kind") if key in blocks
-        }
+
+    def of_map(name, adapter, leaf, squares):
+        held = {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
 
         def row(leaf, square):
             return column_norm(name, fetch(leaf), square, scale)
 
-        rows = (held | adapters, squares["square"])
+        rows = (held | adapter, squares["square"])
         return {"lora_norm": jax.lax.map(lambda each: row(*each), rows)}
-    return {
-        key: norms(blocks[key], tree, squares[key], scale, key)
-        for key, tree in adapters.items()
-    }
+
+    return for_each_map(of_map, adapters, blocks, squares)
 
 
 def base_squares(blocks: dict, adapters: dict) -> dict:
     """Like `adapters`, with {"square": [L, out]}: squared norms of W's columns."""
-    if "lora_a" in adapters:
-        return {"square": quantised.squares(blocks)}
-    return {key: base_squares(blocks[key], tree) for key, tree in adapters.items()}
+
+    def of_map(name, adapter, leaf):
+        del name, adapter
+        return {"square": quantised.squares(leaf)}
+
+    return for_each_map(of_map, adapters, blocks)
 
 
-def dropout_keys(adapters: dict, key: jax.Array, name: str = "") -> dict:
+def dropout_keys(adapters: dict, key: jax.Array) -> dict:
     """A tree like `adapters` with a `lora_key` [L] in each: a key a layer and map."""
+
+    def of_map(name, adapter):
+        stream = jax.random.fold_in(key, number_map(name))
+        return {"lora_key": jax.random.split(stream, len(adapter["lora_a"]))}
+
+    return for_each_map(of_map, adapters)
+
+
+def for_each_map(make: Callable, adapters: dict, *trees: dict, name: str = "") -> dict:
+    """A tree like `adapters`: in the place of each map's, `make(name, adapter, *own)`.
+
+    `own` are what `trees` hold at the same path, which is `name`.
+    """
     if "lora_a" in adapters:
-        stream = jax.random.fold_in(key, MAPS.index(name))
-        return {"lora_key": jax.random.split(stream, len(adapters["lora_a"]))}
-    return {name: dropout_keys(tree, key, name) for name, tree in adapters.items()}
+        return make(name, adapters, *trees)
+    return {
+        key: for_each_map(
+            make, own, *(tree[key] for tree in trees), name=f"{name}/{key}".lstrip("/")
+        )
+        for key, own in adapters.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +243,8 @@ class Lora:
     rows until the caller lets them go; `checkpoint.params(packed="NF4")` never has them
     whole."""
     maps: tuple[str, ...] = MAPS
-    """Linear maps that gain an adapter; the default is those a block has."""
+    """Linear maps that gain an adapter (`jmem.nn.maps`): "q" means every map whose path
+    ends so, "cross/q" that one, "cross/*" all below. The default: those a block has."""
     adapter_dtype: Literal["kernel", "float32"] = "kernel"
     """Of A and B as they are stored and updated, their kernel's or float32; products
     are in the activations' dtype. Above a bfloat16 kernel, float32 keeps updates that
@@ -268,17 +281,7 @@ class Lora:
                 f"Lora: base={self.base!r} is not one of {', '.join(get_args(Base))}. "
                 "GGUF's types are packed by the checkpoint: params(packed=True)."
             )
-        for name in self.maps:
-            if name not in MAPS:
-                near = difflib.get_close_matches(name, MAPS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"Lora: maps={self.maps} names {name!r}; a block has {MAPS}.{hint}"
-                )
-        if not self.maps or len(set(self.maps)) < len(self.maps):
-            raise ValueError(
-                f"Lora: maps={self.maps} must name at least one map, each once."
-            )
+        check_maps("Lora", self.maps)
 
     @property
     def scale(self) -> float:
@@ -291,41 +294,29 @@ class Lora:
         lora_a [L, in, rank] and lora_b [L, rank, out] in `adapter_dtype`; a packed
         kernel's is that of the norms. With `dora` also magnitude [L, out], float32.
         """
-        dtype = blocks["attention_norm"]["scale"].dtype
-
-        def adapter(name, leaf):
-            kernel = quantised.described_kernel(leaf, dtype)
-            layers, inputs, outputs = kernel.shape
+        found = find_maps(blocks)
+        chosen = choose_maps(self.maps, found, f"Lora: maps={self.maps}")
+        dtype = quantised.unpacked_dtype(blocks)
+        tree: dict = {}
+        for name in chosen:
             # One stream a map, whatever other maps are chosen.
-            stream = jax.random.fold_in(key, MAPS.index(name))
-            bound = inputs**-0.5
-            shape = (layers, inputs, self.rank)
-            a = jax.random.uniform(stream, shape, jnp.float32, -bound, bound)
-            wide = self.adapter_dtype == "float32"
-            stored = jnp.float32 if wide else kernel.dtype
-            b = jnp.zeros((layers, self.rank, outputs), stored)
-            pair = {"lora_a": a.astype(stored), "lora_b": b}
-            if self.dora:
-                pair["magnitude"] = jnp.sqrt(quantised.squares(leaf))
-            return pair
+            stream = jax.random.fold_in(key, number_map(name))
+            insert(tree, name, self._fresh(found[name], stream, dtype))
+        return tree
 
-        def walk(tree):
-            out = {}
-            for name, value in tree.items():
-                if name in self.maps:
-                    out[name] = adapter(name, value)
-                elif isinstance(value, dict) and (inner := walk(value)):
-                    out[name] = inner
-            return out
-
-        present = {name for part in blocks.values() for name in part}
-        missing = [name for name in self.maps if name not in present]
-        if missing and self.maps != MAPS:
-            raise ValueError(
-                f"Lora: maps={self.maps} names {missing}, which these blocks don't "
-                f"have; choose among {tuple(n for n in MAPS if n in present)}."
-            )
-        return walk(blocks)
+    def _fresh(self, leaf: dict, key: jax.Array, dtype) -> dict:
+        """The adapter of one map; `dtype` is that of a packed map's kernel."""
+        kernel = quantised.described_kernel(leaf, dtype)
+        layers, inputs, outputs = kernel.shape
+        bound = inputs**-0.5
+        shape = (layers, inputs, self.rank)
+        a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+        stored = jnp.float32 if self.adapter_dtype == "float32" else kernel.dtype
+        b = jnp.zeros((layers, self.rank, outputs), stored)
+        pair = {"lora_a": a.astype(stored), "lora_b": b}
+        if self.dora:
+            pair["magnitude"] = jnp.sqrt(quantised.squares(leaf))
+        return pair
 
     def init(self, model, params, key, adapters: dict | None = None):
         """State that takes over `params` (frozen, packed for `base`) and adds adapters.
@@ -496,7 +487,7 @@ class Lora:
         params, lora = state["params"], state["lora"]
         if self.dora:
             lora = attach(lora, self._norms(state))
-        dtype = params["blocks"]["attention_norm"]["scale"].dtype
+        dtype = quantised.unpacked_dtype(params["blocks"])
         blocks = quantised.unpacked(params["blocks"], dtype)
         return params | {"blocks": merge(blocks, lora)}
 

@@ -29,11 +29,20 @@ from jaxtyping import Array, Bool, Float
 from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, moved
-from jmem.finetune.lora import MAPS, scale_of
+from jmem.finetune.lora import scale_of
 from jmem.finetune.mixture import Router, imbalance
 from jmem.finetune.mixture_ops import HIDDEN, MixtureFeed, MixtureLinear, by_mixture
 from jmem.finetune.walk import Update
 from jmem.nn import quantised
+from jmem.nn.maps import (
+    MAPS,
+    check_maps,
+    choose_maps,
+    find_dicts,
+    find_maps,
+    insert,
+    number_map,
+)
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth, run_stack
 from jmem.program import by_key
@@ -41,6 +50,9 @@ from jmem.program import key as path_of
 from jmem.train.loss import head_loss, token_positions
 
 Balance = Literal["global", "per_layer"]
+
+MLP, ROUTER = "mlp/", "mlp/router"
+"""Paths inside a block: of the maps that gain experts, and of what chooses those."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +74,8 @@ class Mixture:
     balance: float = 1e-2
     """Weight of the balance loss, which is top_k when experts are used alike."""
     maps: tuple[str, ...] = MAPS
-    """Linear maps that gain adapters; the default is those a block has."""
+    """Linear maps that gain adapters, by patterns (`jmem.nn.maps`): "q" means every map
+    whose path ends so. Those of "mlp" gain experts. The default: those a block has."""
     adamw: AdamW = AdamW(learning_rate=2e-4, weight_decay=0.01, max_grad_norm=0.0)
     """Also its schedule. Of several mixtures b1, b2, eps and moment_dtype are one."""
 
@@ -86,13 +99,8 @@ class Mixture:
             raise ValueError(
                 f"Mixture: balance={self.balance} must be finite and not negative."
             )
-        unknown = [name for name in self.maps if name not in MAPS]
-        if unknown or len(set(self.maps)) < len(self.maps):
-            raise ValueError(
-                f"Mixture: maps={self.maps} must be of {MAPS}, each at most once"
-                + (f"; {unknown[0]!r} is not." if unknown else ".")
-            )
-        if not set(self.maps) & set(HIDDEN):
+        check_maps("Mixture", self.maps)
+        if set(self.maps) <= set(MAPS) - set(HIDDEN):
             raise ValueError(
                 f"Mixture: maps={self.maps} names none of the MLP's maps {HIDDEN}, so "
                 "there are no experts. Use Lora for adapters of attention alone."
@@ -247,32 +255,32 @@ class MixLora:
 
     def _fresh(self, own: Mixture, blocks: dict, key: jax.Array) -> dict:
         """One mixture's adapters, as stored: of the highest rank and most experts."""
-        dtype = blocks["attention_norm"]["scale"].dtype
-        found: dict = {"attention": {}, "mlp": {}}
-        for part, tree in found.items():
-            for name in (n for n in self.mixtures[0].maps if n in blocks[part]):
-                kernel = quantised.described_kernel(blocks[part][name], dtype)
-                layers, inputs, outputs = kernel.shape
-                stream = jax.random.fold_in(key, MAPS.index(name))
-                experts = own.experts if part == "mlp" else 1
-                shape = layers, inputs, experts, own.rank
-                bound = inputs**-0.5
-                a = jax.random.uniform(stream, shape, jnp.float32, -bound, bound)
-                b = jnp.zeros((layers, experts, own.rank, outputs), jnp.float32)
-                tree[name] = self._padded({"lora_a": a, "lora_b": b}, part == "mlp")
-        if not found["mlp"]:
+        dtype = quantised.unpacked_dtype(blocks)
+        maps, found = find_maps(blocks), {}
+        for name in choose_maps(own.maps, maps, f"MixLora: maps={own.maps}"):
+            layers, inputs, outputs = quantised.described_kernel(
+                maps[name], dtype
+            ).shape
+            stream = jax.random.fold_in(key, number_map(name))
+            experts = own.experts if is_mixed(name) else 1
+            shape = layers, inputs, experts, own.rank
+            bound = inputs**-0.5
+            a = jax.random.uniform(stream, shape, jnp.float32, -bound, bound)
+            b = jnp.zeros((layers, experts, own.rank, outputs), jnp.float32)
+            pair = self._padded({"lora_a": a, "lora_b": b}, is_mixed(name))
+            insert(found, name, pair)
+        if "mlp" not in found:
             raise ValueError(
                 f"MixLora: maps={own.maps} names no map of these blocks' MLPs, "
-                f"{tuple(n for n in HIDDEN if n in blocks['mlp'])}."
+                f"{tuple(name for name in maps if is_mixed(name))}."
             )
-        width = blocks["mlp_norm" if "mlp_norm" in blocks else "attention_norm"]
-        layers, width = width["scale"].shape
+        layers, width, _ = quantised.described_kernel(maps["mlp/up"], dtype).shape
         shape = layers, width, own.experts
         draw = jax.random.normal(jax.random.fold_in(key, len(MAPS)), shape)
         missing = self.experts - own.experts
         kernel = jnp.pad(0.02 * draw, ((0, 0), (0, 0), (0, missing)))
-        found["mlp"]["router"] = {"kernel": kernel}
-        return {part: tree for part, tree in found.items() if tree}
+        insert(found, ROUTER, {"kernel": kernel})
+        return found
 
     def _padded(self, pair: dict, mixed: bool) -> dict:
         """A [L, in, e, r] and B [L, e, r, out] with experts and ranks side by side."""
@@ -289,10 +297,9 @@ class MixLora:
     def _cut(self, leaf, path: str, number: int):
         """Mixture `number`'s own part of a stored leaf: [L, ...], nothing padded."""
         own, leaf = self.mixtures[number], leaf[:, number]
-        if path.endswith("router/kernel"):
+        if path.startswith(ROUTER):
             return leaf[..., : own.experts]
-        mixed = path.startswith("mlp/")
-        experts = (self.experts, own.experts) if mixed else (1, 1)
+        experts = (self.experts, own.experts) if is_mixed(path) else (1, 1)
         if path.endswith("lora_a"):
             parts = leaf.reshape(*leaf.shape[:2], experts[0], self.rank)
             parts = parts[:, :, : experts[1], : own.rank]
@@ -303,23 +310,20 @@ class MixLora:
 
     def _stored(self, tree: dict, number: int) -> dict:
         """What `_cut` is the inverse of, for a whole tree: [L, ...] as stored."""
-        own = self.mixtures[number]
-        found: dict = {}
-        for part, leaves in tree.items():
-            found[part] = {}
-            for name, leaf in leaves.items():
-                leaf = jax.tree.map(jnp.asarray, leaf)
-                if name == "router":
-                    missing = self.experts - own.experts
-                    kernel = jnp.pad(leaf["kernel"], ((0, 0), (0, 0), (0, missing)))
-                    found[part][name] = {"kernel": kernel}
-                    continue
-                experts = own.experts if part == "mlp" else 1
-                a, b = leaf["lora_a"], leaf["lora_b"]
-                a = a.reshape(*a.shape[:2], experts, own.rank)
-                b = b.reshape(b.shape[0], experts, own.rank, b.shape[-1])
-                pair = {"lora_a": a, "lora_b": b}
-                found[part][name] = self._padded(pair, part == "mlp")
+        own, found = self.mixtures[number], {}
+        tree = jax.tree.map(jnp.asarray, tree)
+        missing = self.experts - own.experts
+        kernel = jnp.pad(
+            tree["mlp"]["router"]["kernel"], ((0, 0), (0, 0), (0, missing))
+        )
+        insert(found, ROUTER, {"kernel": kernel})
+        for name, leaf in find_adapters(tree).items():
+            experts = own.experts if is_mixed(name) else 1
+            a, b = leaf["lora_a"], leaf["lora_b"]
+            a = a.reshape(*a.shape[:2], experts, own.rank)
+            b = b.reshape(b.shape[0], experts, own.rank, b.shape[-1])
+            pair = {"lora_a": a, "lora_b": b}
+            insert(found, name, self._padded(pair, is_mixed(name)))
         return found
 
     # State ----------------------------------------------------------------------------
@@ -568,13 +572,16 @@ class MixLora:
         key = jax.random.fold_in(jax.random.fold_in(key, state["step"]), number)
         layers = depth(blocks)
 
-        def keys(name):
-            stream = jax.random.fold_in(key, (*MAPS, "router").index(name))
+        def keys(number):
+            stream = jax.random.fold_in(key, number)
             return {"lora_key": jax.random.split(stream, layers)}
 
-        drawn = {"mlp": {"router": keys("router")}}
-        if self.dropout and "attention" in state["adapters"]:
-            drawn["attention"] = {n: keys(n) for n in state["adapters"]["attention"]}
+        drawn: dict = {}
+        insert(drawn, ROUTER, keys(len(MAPS)))
+        if self.dropout:
+            for name in find_adapters(state["adapters"]):
+                if not is_mixed(name):
+                    insert(drawn, name, keys(number_map(name)))
         return attach(blocks, drawn)
 
     def _fused(self, model, state, batch):
@@ -675,6 +682,16 @@ class MixLora:
             return moved(adapters, moments, gradients, update, state["step"], layer)
 
         return move
+
+
+def is_mixed(path: str) -> bool:
+    """Whether the map at this path of a block gains experts, not one adapter."""
+    return path.startswith(MLP)
+
+
+def find_adapters(tree: dict) -> dict[str, dict]:
+    """The dicts of A and B, by the name of the map that they adapt."""
+    return find_dicts(tree, lambda leaf: "lora_a" in leaf)
 
 
 def _along(vector: jax.Array, like: jax.Array, axis: int) -> jax.Array:

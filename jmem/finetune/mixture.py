@@ -206,7 +206,7 @@ def _entering(experts: Experts, x, adapters, base, key):
     scale = jnp.array(experts.scales, x.dtype)[:, None, None]
     sorts, found = experts.sorts(adapters), {}
     for number, name in enumerate(name for name in ("gate", "up") if name in base):
-        product = quantised.linear(name, base[name], x)
+        product = quantised.linear(f"mlp/{name}", base[name], x)
         code = None
         if name in adapters:
             code = _dropped(experts, x, key, number)
@@ -307,7 +307,7 @@ def _sorted_product(experts: Experts, plan: _Plan, x, pair) -> Float[Array, "J N
 
 def _leaving(experts: Experts, x_dtype, hidden, code, adapters, base):
     """Down of the summed slots: base product and low-rank product."""
-    y = quantised.linear("down", base["down"], hidden.astype(x_dtype))
+    y = quantised.linear("mlp/down", base["down"], hidden.astype(x_dtype))
     if code is not None and experts.sorts(adapters):
         y += code.astype(x_dtype)
     elif code is not None:

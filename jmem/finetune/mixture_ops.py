@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jmem.finetune.lora import MAPS, drop_out
+from jmem.finetune.lora import drop_out
 from jmem.finetune.mixture import ABSENT, Experts, Router, choose, mixture, traffic
 from jmem.nn import quantised
+from jmem.nn.maps import MAPS
 
 HIDDEN = ("gate", "up", "down")
 

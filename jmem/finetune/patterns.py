@@ -8,12 +8,12 @@ Paths are those of `jmem.program.by_key`. Blocks are stacked, so a pattern means
 of every layer, never one layer.
 """
 
-import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 
+from jmem.nn.maps import matches
 from jmem.program import by_key, key
 from jmem.targets import nearest
 
@@ -26,12 +26,7 @@ def matching(pattern: str, paths: Iterable[str], name: str) -> set[str]:
         begins the message.
     """
     paths = list(paths)
-    found = {
-        path
-        for path in paths
-        if fnmatch.fnmatchcase(path, pattern)
-        or fnmatch.fnmatchcase(path, f"{pattern}/*")
-    }
+    found = {path for path in paths if matches(pattern, path)}
     if not found:
         known = {p.rsplit("/", n)[0] for p in paths for n in range(p.count("/") + 1)}
         raise ValueError(

@@ -244,10 +244,10 @@ class Block(nn.Module):
     def _fed_by_chunks(self, mlp: MLP, x, normal, ops: Ops):
         """X plus the MLP's output. Inside a loop flax allows no module to be bound."""
         config, params = self.config, self.variables["params"]
-        alone = mlp.clone(parent=None)
+        alone, own = mlp.clone(parent=None), ops.below("mlp")
 
         def feed(x, normal):
-            return x + alone.apply({"params": params["mlp"]}, normal, ops)[0]
+            return x + alone.apply({"params": params["mlp"]}, normal, own)[0]
 
         def normalised(x):
             leaf = params["mlp_norm"]
@@ -329,7 +329,7 @@ class Decoder:
         return jnp.dtype(self.dtype if self.param_dtype is None else self.param_dtype)
 
     @functools.cached_property
-    def stacked_block(self) -> Block:
+    def stacked_block(self) -> nn.Module:
         """The flax module of one block, applied to one row of `params["blocks"]`."""
         return Block(self.config, self.stored_dtype, self.chunk, parent=None)
 

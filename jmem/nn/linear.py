@@ -34,8 +34,9 @@ class Linear(nn.Module):
     """A linear map whose product is `linear`'s business, not its own.
 
     At `init` it declares `kernel` [in, features] and perhaps `bias` [features]; at
-    `apply` it passes on the dict it was given, so a leaf may have gained `lora_a` or
-    lost `kernel` for packed values without another module.
+    `apply` it passes on its path from the module that was applied ("attention/q" in a
+    block) and the dict it was given, so a leaf may have gained `lora_a` or lost
+    `kernel` for packed values without another module.
     """
 
     features: int
@@ -49,4 +50,6 @@ class Linear(nn.Module):
             self.param("kernel", nn.initializers.normal(0.02), shape, self.dtype)
             if self.use_bias:
                 self.param("bias", nn.initializers.zeros, shape[1:], self.dtype)
-        return linear(self.name or "linear", dict(self.variables["params"]), x)
+        return linear(
+            "/".join(self.path) or "linear", dict(self.variables["params"]), x
+        )

@@ -11,7 +11,8 @@ patched.
         carry whatever the caller threads through the layers (a cache, or None).
         out [B,T,H,D] in q's dtype.
     linear(name, leaf, x) -> y
-        name of the map ("q", "gate", "head" ...), its own parameter dict, its input
+        name of the map, which is its path inside the block or the model ("attention/q",
+        "mlp/gate", "head"; `jmem.nn.maps`), its own parameter dict, its input
         [..., in]. The dict holds whatever the caller put there: "kernel" [in, out],
         perhaps "bias", perhaps leaves that only this `linear` understands.
     feed(leaves, x, activate) -> (y, aux)
@@ -37,3 +38,14 @@ class Ops(NamedTuple):
     attend: Attend
     linear: LinearMap
     feed: Feed | None = None
+
+    def below(self, path: str) -> "Ops":
+        """The same, for a module applied by itself: its maps' names begin with `path`.
+
+        A module knows its path only from the module that was applied.
+        """
+
+        def linear(name, leaf, x):
+            return self.linear(f"{path}/{name}", leaf, x)
+
+        return self._replace(linear=linear)

@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jmem.nn import nf4
 from jmem.nn.linear import along_last, dense
+from jmem.nn.maps import choose_maps, find_maps, replace_maps
 from jmem.offload import fetch
 from jmem.program import by_key
 
@@ -236,6 +237,12 @@ def described_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf["kernel"].shape, leaf["kernel"].dtype)
 
 
+def unpacked_dtype(blocks: dict) -> jnp.dtype:
+    """What packed maps of these blocks are taken to be: the dtype of their norms."""
+    scales = (v.dtype for path, v in by_key(blocks).items() if path.endswith("/scale"))
+    return next(scales, jnp.dtype("float32"))
+
+
 def unpacked(tree: dict, dtype: DTypeLike) -> dict:
     """`tree` with every stacked packed leaf dequantised: kernels [L, in, out]."""
     if "packed" not in tree:
@@ -269,19 +276,17 @@ def pack(params: dict, kind: str = "NF4") -> dict:
     """
     check_packer("pack", "kind", kind)
 
-    def leaf(name: str, value):
-        if not isinstance(value, dict) or "kernel" not in value:
-            return value
-        check_blocks("pack", name, kind, value["kernel"].shape[1])
-        kept = {key: part for key, part in value.items() if key != "kernel"}
-        flags = {kind: jnp.ones(value["kernel"].shape[:1], jnp.bool)}
-        return kept | {"packed": _packed(kind, value["kernel"]), "kind": flags}
+    def pack_map(name: str, leaf: dict) -> dict:
+        if "kernel" not in leaf:
+            return leaf
+        check_blocks("pack", name, kind, leaf["kernel"].shape[1])
+        kept = {key: part for key, part in leaf.items() if key != "kernel"}
+        flags = {kind: jnp.ones(leaf["kernel"].shape[:1], jnp.bool)}
+        return kept | {"packed": _packed(kind, leaf["kernel"]), "kind": flags}
 
-    blocks = {
-        part: {name: leaf(name, value) for name, value in leaves.items()}
-        for part, leaves in params["blocks"].items()
-    }
-    return params | {"blocks": blocks}
+    blocks = params["blocks"]
+    maps = {name: pack_map(name, leaf) for name, leaf in find_maps(blocks).items()}
+    return params | {"blocks": replace_maps(blocks, maps)}
 
 
 def check_packer(who: str, argument: str, kind: object) -> None:
@@ -429,8 +434,8 @@ def abstract(params: dict, kind: str | Mapping[str, str | tuple[str, ...]]) -> d
 
     Args:
       params: the decoder's tree, arrays or descriptions (`Decoder.abstract()`).
-      kind: the type of every map, or the type of each by its name: several, if its
-        layers differ. A map that is not named keeps its kernel.
+      kind: the type of every map, or types by patterns (`jmem.nn.maps`): several, if
+        a map's layers differ. A map that is not named keeps its kernel.
 
     Raises:
       ValueError: an unknown type or map, or rows that are not whole blocks.
@@ -443,32 +448,13 @@ def abstract(params: dict, kind: str | Mapping[str, str | tuple[str, ...]]) -> d
     """
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     blocks = params["blocks"]
-    maps = {
-        name: leaf
-        for part in blocks.values()
-        for name, leaf in part.items()
-        if isinstance(leaf, dict) and "kernel" in leaf
-    }
-    kinds = dict.fromkeys(maps, kind) if isinstance(kind, str) else kind
-    if unknown := kinds.keys() - maps.keys():
-        raise ValueError(
-            f"abstract: kind names the maps {', '.join(sorted(unknown))}; these blocks "
-            f"have {', '.join(maps)}."
-        )
-    chosen = {
-        name: (types,) if isinstance(types, str) else types
-        for name, types in kinds.items()
-    }
-    packed = {
-        part: leaves
-        | {
-            name: _described(name, leaves[name], chosen[name])
-            for name in leaves
-            if name in chosen
-        }
-        for part, leaves in blocks.items()
-    }
-    return params | {"blocks": packed}
+    maps = find_maps(blocks)
+    packed = {}
+    for pattern, types in ({"*": kind} if isinstance(kind, str) else kind).items():
+        types = (types,) if isinstance(types, str) else types
+        for name in choose_maps((pattern,), maps, "abstract: kind"):
+            packed[name] = _described(name, maps[name], types)
+    return params | {"blocks": replace_maps(blocks, packed)}
 
 
 def _described(name: str, leaf: dict, kinds: tuple[str, ...]) -> dict:

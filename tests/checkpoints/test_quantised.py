@@ -128,5 +128,6 @@ class TestOnTheWayIn:
             # Below `params`, whose annotation the tests check first.
             layout.assemble(found.config, found.tensors, found.dtype, "nf4")
         checkpoints.save(random_params(TINY), TINY, tmp_path / "narrow")
-        with pytest.raises(ValueError, match="params: map 'q' has rows of 32 values"):
+        message = "params: map 'attention/q' has rows of 32 values"
+        with pytest.raises(ValueError, match=message):
             checkpoints.load(tmp_path / "narrow").params(packed="NF4")

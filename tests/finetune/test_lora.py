@@ -186,7 +186,7 @@ def test_refuses(options, message):
 
 
 def test_a_base_whose_rows_are_no_whole_blocks_is_refused(tiny_params):
-    message = r"map 'k' has rows of 32 values, .* NF4 blocks of 64.*in 16 bits"
+    message = r"'attention/k' has rows of 32 values, .* NF4 blocks of 64.*in 16 bits"
     with pytest.raises(ValueError, match=message):
         Lora(base="nf4").init(None, tiny_params, jax.random.key(0))
 

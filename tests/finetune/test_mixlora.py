@@ -258,7 +258,7 @@ class TestRefusals:
             ({"top_p": 1.5}, r"top_p=1.5 must be above 0"),
             ({"alpha": 0.0}, r"alpha=0.0 must be positive"),
             ({"balance": -1.0}, r"balance=-1.0 must be finite"),
-            ({"maps": ("q", "wrong", "up")}, r"'wrong' is not"),
+            ({"maps": ("q", "wrong", "up")}, r"names 'wrong'"),
             ({"maps": ("q", "v")}, r"names none of the MLP's maps"),
             (
                 {"adamw": dataclasses.replace(ADAMW, layer_decay=0.5)},

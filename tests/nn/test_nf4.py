@@ -145,7 +145,7 @@ class TestPack:
     def test_refuses(self):
         with pytest.raises(ValueError, match=r"kind='Q4_K' .* among NF4, NF4_DOUBLE"):
             quantised.pack(random_params(WIDE), "Q4_K")
-        message = "pack: map 'k' has rows of 32 values, .* NF4 blocks of 64"
+        message = "pack: map 'attention/k' has rows of 32 values, .* NF4 blocks of 64"
         with pytest.raises(ValueError, match=message):
             quantised.pack(random_params(TINY), "NF4")
         with pytest.raises(ValueError, match=r"abstract: .* NF4 blocks of 64"):

@@ -165,9 +165,9 @@ class TestAbstract:
     @pytest.mark.parametrize(
         "kind, message",
         [
-            ({"q": "Q3_K"}, "map 'q' is of type 'Q3_K', .* choose among Q4_0, Q4_1"),
-            ({"q": "Q4_K"}, "'q' has rows of 32 values, .* Q4_K blocks of 256.*Q8_0"),
-            ({"wq": "Q8_0"}, "kind names the maps wq; these blocks have k, o, q, v, d"),
+            ({"q": "Q3_K"}, "map 'attention/q' is of type 'Q3_K', .* among Q4_0, Q4_1"),
+            ({"q": "Q4_K"}, "'attention/q' has rows of 32 values, .* of 256.*Q8_0"),
+            ({"wq": "Q8_0"}, r"names \['wq'\], which .* choose among attention/k, "),
         ],
         ids=["type", "block", "map"],
     )

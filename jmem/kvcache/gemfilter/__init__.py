@@ -231,7 +231,7 @@ def votes(
     at = _voters(gem, tokens.shape[1], lengths)
 
     def projected(name, x, heads, positions):
-        y = ops.linear(name, voting[name], x)
+        y = ops.linear(f"attention/{name}", voting[name], x)
         y = y.reshape(*x.shape[:2], heads, config.head_dim)
         return by_chunks(config.rope, y, positions, size=model.chunk)
 

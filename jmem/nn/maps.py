@@ -1,0 +1,154 @@
+"""Linear maps by name, and how a setting chooses among them.
+
+A map's name is its path: inside a block "attention/q" or "mlp/gate", with
+cross-attention also "cross/q"; outside the blocks "head". `ops.linear` is given that
+name (`jmem.nn.ops`), and the map's parameters stand at that path of the tree.
+
+A setting chooses maps of a block by patterns:
+
+    attention/q           that map
+    attention/*           a star is any characters, slashes among them
+    q                     one of `MAPS`: every map whose path ends so
+
+A pattern may begin with "blocks/", as the paths of a whole model do.
+"""
+
+import difflib
+import fnmatch
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from jmem.targets import nearest
+
+MAPS = ("q", "k", "v", "o", "gate", "up", "down")
+"""Short names of a decoder block's maps. As a setting, the default: those of them that
+a block has (an MLP that is not gated has no "gate")."""
+
+_DECODER = (
+    *("attention/q", "attention/k", "attention/v", "attention/o"),
+    *("mlp/gate", "mlp/up", "mlp/down"),
+)
+_BLOCKS = "blocks/"
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern means the path: itself, or something that it lies below."""
+    return any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"{pattern}/*"))
+
+
+def find_maps(blocks: Mapping[str, Any]) -> dict[str, dict]:
+    """The linear maps of stacked blocks: their parameter dicts by name.
+
+    They are the dicts that hold a kernel [L, in, out], or packed rows in its place.
+
+    >>> import jax.numpy as jnp
+    >>> leaf = {"kernel": jnp.ones((2, 8, 8))}
+    >>> list(find_maps({"attention": {"q": leaf}, "cross": {"q": leaf}}))
+    ['attention/q', 'cross/q']
+    """
+
+    def is_map(tree: Mapping[str, Any]) -> bool:
+        return "packed" in tree or ("kernel" in tree and tree["kernel"].ndim == 3)
+
+    return find_dicts(blocks, is_map)
+
+
+def find_dicts(
+    tree: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, dict]:
+    """The dicts below `tree` that are wanted, by path; none lies in another."""
+    found = {}
+
+    def walk(tree: Mapping[str, Any], above: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict) and wanted(value):
+                found[above + name] = value
+            elif isinstance(value, dict):
+                walk(value, f"{above}{name}/")
+
+    walk(tree, "")
+    return found
+
+
+def replace_maps(blocks: Mapping[str, Any], maps: Mapping[str, dict]) -> dict:
+    """`blocks` with other parameter dicts for the maps that `maps` names."""
+
+    def walk(tree: Mapping[str, Any], above: str) -> dict:
+        return {
+            name: maps[above + name]
+            if above + name in maps
+            else walk(value, f"{above}{name}/")
+            if isinstance(value, dict)
+            else value
+            for name, value in tree.items()
+        }
+
+    return walk(blocks, "")
+
+
+def check_maps(who: str, maps: tuple[str, ...]) -> None:
+    """Refuses patterns that are wrong whatever the blocks are.
+
+    Raises:
+      ValueError: a short name that is none of `MAPS`, no pattern, or one twice.
+    """
+    for name in maps:
+        if name not in MAPS and not set(name) & set("/*"):
+            near = difflib.get_close_matches(name, MAPS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"{who}: maps={maps} names {name!r}; a block has {MAPS}, and other "
+                f"maps are named by their path, like 'cross/q'.{hint}"
+            )
+    if not maps or len(set(maps)) < len(maps):
+        raise ValueError(f"{who}: maps={maps} must name at least one map, each once.")
+
+
+def choose_maps(
+    patterns: tuple[str, ...], names: Collection[str], setting: str
+) -> tuple[str, ...]:
+    """Those of `names` that a pattern means, in the order of `names`.
+
+    Raises:
+      ValueError: a pattern means none of them; `setting` begins the message.
+
+    >>> choose_maps(("q", "mlp/*"), ["attention/q", "cross/q", "mlp/up"], "maps")
+    ('attention/q', 'cross/q', 'mlp/up')
+    >>> choose_maps(("cross/q",), ["attention/q", "cross/q", "mlp/up"], "maps")
+    ('cross/q',)
+    """
+
+    def chosen(pattern: str) -> set[str]:
+        pattern = pattern.removeprefix(_BLOCKS)
+        ends = f"*/{pattern}" if pattern in MAPS else pattern
+        return {name for name in names if matches(pattern, name) or matches(ends, name)}
+
+    found = {pattern: chosen(pattern) for pattern in patterns}
+    every = set().union(*found.values())
+    missing = [pattern for pattern, own in found.items() if not own]
+    if missing and (patterns != MAPS or not every):
+        words = {part for name in names for part in (name, *name.split("/"))}
+        raise ValueError(
+            f"{setting} names {missing}, which these blocks don't have; choose among "
+            f"{', '.join(names)}{nearest(missing[0].removeprefix(_BLOCKS), words)}"
+        )
+    return tuple(name for name in names if name in every)
+
+
+def number_map(name: str) -> int:
+    """A number (uint32) of a map's own, whatever other maps a block has.
+
+    For `jax.random.fold_in`: 0 to 6 for a decoder's maps, in the order of `MAPS`.
+    """
+    if name in _DECODER:
+        return _DECODER.index(name)
+    return zlib.crc32(name.encode())
+
+
+def insert(tree: dict, name: str, value: Any) -> None:
+    """`value` at the path `name` of the tree, whose dicts are made as needed."""
+    *above, last = name.split("/")
+    for part in above:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
