@@ -16,29 +16,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jmem.memory.live import live
     from jmem.memory.measure import measure
-    from jmem.program import Program
+    from jmem.program import Label, Program
 
 __version__ = "0.1.0"
-__all__ = ["Program", "__version__", "live", "measure"]
+__all__ = ["Label", "Program", "__version__", "live", "measure"]
 
 _CALLS = {
+    "Label": "jmem.program",
     "Program": "jmem.program",
     "live": "jmem.memory.live",
     "measure": "jmem.memory.measure",
 }
 _MODULES = {
     *("checkpoints", "data", "evaluate", "finetune", "generate", "kernels", "kvcache"),
-    *(
-        "memory",
-        "methods",
-        "models",
-        "nn",
-        "offload",
-        "program",
-        "sharding",
-        "targets",
-        "train",
-    ),
+    *("lowering", "memory", "methods", "models", "nn", "offload", "program"),
+    *("sharding", "targets", "train"),
 }
 
 

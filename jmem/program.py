@@ -17,10 +17,8 @@ import dataclasses
 import inspect
 import math
 import operator
-import tempfile
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
 
 import jax
 import numpy as np
@@ -33,14 +31,69 @@ from jax.sharding import (
     Sharding,
 )
 
+from jmem.lowering import (
+    DETERMINISTIC,
+    ProgramError,
+    ahead_of_time,
+    explain_errors,
+    use_device,
+    use_mesh,
+)
 from jmem.targets import Target, nearest
 
-Label = tuple[int, str]
+Place = tuple[int, str]
 """Position of an argument, and the key path inside it ("params/blocks"; "" = all)."""
 
+Kind = Literal[
+    "parameters",
+    "optimizer",
+    "gradients",
+    "kv cache",
+    "state",
+    "batch",
+    "other arguments",
+]
+"""What memory an argument can be (`jmem.memory.kinds.MEANING` explains each)."""
 
-class ProgramError(RuntimeError):
-    """The program cannot be lowered or compiled, for a reason given in words."""
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The parts of the arguments that a word names, and what kind of memory they are.
+
+        labels={"weights": (0, "params"),
+                "map": Label((0, "gaussians"), kind="state"),
+                "poses": Label([(0, "rotations"), (0, "shifts")], kind="state")}
+
+    Raises:
+      ValueError: a kind that no argument has.
+    """
+
+    where: Place | Sequence[Place]
+    kind: Kind | None = None
+    """None: guessed from the word (`jmem.memory.kinds.of_label`)."""
+
+    def __post_init__(self):
+        if self.kind is not None and self.kind not in get_args(Kind):
+            raise ValueError(
+                f"Label: kind={self.kind!r} is none of an argument's kinds, "
+                f"{', '.join(get_args(Kind))}{nearest(str(self.kind), get_args(Kind))}"
+            )
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every place that the word names."""
+        if any(isinstance(part, int) for part in self.where):
+            return (cast(Place, self.where),)
+        return tuple(cast(Sequence[Place], self.where))
+
+    @classmethod
+    def read(cls, given: "Place | Sequence[Place] | Label") -> "Label":
+        """The label that an entry of `Program.labels` stands for."""
+        return given if isinstance(given, Label) else cls(given)
+
+
+Labels = Mapping[str, Place | Sequence[Place] | Label]
+"""Words for parts of a program's arguments."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,8 +114,9 @@ class Program:
     static: tuple[int, ...] = ()
     """Positions of hashable values that are compiled in."""
     out_shardings: Any = None
-    labels: Mapping[str, Label | list[Label]] = dataclasses.field(default_factory=dict)
-    """The user's word for a part of the arguments: "weights", "adam m", "kv cache"."""
+    labels: Labels = dataclasses.field(default_factory=dict)
+    """The user's word for a part of the arguments: "weights", "adam m", "kv cache". Its
+    kind is guessed from the word; a `Label` states it."""
     make: Callable[[jax.Array], tuple] | None = None
     """Real arguments from a random key, for live runs."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -151,32 +205,43 @@ class Program:
         """
         leaves = self.leaves()
         found: list[tuple[int, str | None]] = [(-1, None)] * len(leaves)
-        for label, places in self.labels.items():
-            for position, prefix in [places] if isinstance(places, tuple) else places:
-                position = self._position(f"labels[{label!r}]", position)
-                if position in self.static:
-                    raise ValueError(
-                        f"Program: labels[{label!r}] names argument {position}, which "
-                        "is static and holds no array."
-                    )
+        for label, given in self.labels.items():
+            for position, prefix in Label.read(given).places:
                 words = tuple(prefix.split("/")) if prefix else ()
-                hits = [
-                    index
-                    for index, (owner, path, _) in enumerate(leaves)
-                    if owner == position
-                    and tuple(path.split("/"))[: len(words)] == words
-                ]
-                if not hits and words:
-                    paths = [path for owner, path, _ in leaves if owner == position]
-                    near = nearest(prefix, _prefixes(paths))
-                    raise ValueError(
-                        f"Program: labels[{label!r}]={(position, prefix)!r} matches no "
-                        f"array of argument {position}{near}"
-                    )
-                for index in hits:
+                for index in self._find(label, position, prefix, leaves):
                     if len(words) > found[index][0]:
                         found[index] = (len(words), label)
         return [label for _, label in found]
+
+    def leaf_kinds(self) -> list[Kind | None]:
+        """The kind that its label states for every flattened argument, or None."""
+        stated: dict[str | None, Kind | None] = {None: None}
+        for name, given in self.labels.items():
+            stated[name] = Label.read(given).kind
+        return [stated[name] for name in self.leaf_labels()]
+
+    def _find(self, label: str, position: int, prefix: str, leaves: list) -> list[int]:
+        """Numbers of the flattened arguments at one place of a label."""
+        position = self._position(f"labels[{label!r}]", position)
+        if position in self.static:
+            raise ValueError(
+                f"Program: labels[{label!r}] names argument {position}, which is "
+                "static and holds no array."
+            )
+        words = tuple(prefix.split("/")) if prefix else ()
+        hits = [
+            index
+            for index, (owner, path, _) in enumerate(leaves)
+            if owner == position and tuple(path.split("/"))[: len(words)] == words
+        ]
+        if not hits and words:
+            paths = [path for owner, path, _ in leaves if owner == position]
+            near = nearest(prefix, _prefixes(paths))
+            raise ValueError(
+                f"Program: labels[{label!r}]={(position, prefix)!r} matches no "
+                f"array of argument {position}{near}"
+            )
+        return hits
 
     # Compiling ------------------------------------------------------------------------
 
@@ -199,7 +264,11 @@ class Program:
         devices = target.compile_only_devices() if target else None
         platforms = ("cuda",) if target else None
         jitted = self._jit(out_shardings)
-        with _explained(self), _on(devices), _in_mesh(mesh, named, devices):
+        with (
+            explain_errors(self.name),
+            use_device(devices),
+            use_mesh(mesh, named, devices),
+        ):
             stage = jitted.trace(*args).lower(lowering_platforms=platforms)
         return Lowered(stage, devices, math.prod(mesh.axis_sizes) if mesh else 1, self)
 
@@ -320,10 +389,10 @@ class Lowered:
         """Compiled by XLA; `options` as in `Program.compile`."""
         options = {**self.program.options, **(options or {})}
         if options.get("xla_gpu_deterministic_ops") and self.devices:
-            raise ProgramError(_DETERMINISTIC)
-        # Without _on JAX hands compile-only devices to the CPU client, which crashes.
+            raise ProgramError(DETERMINISTIC)
+        # With no default device JAX hands those to the CPU client, which crashes.
         cache = ahead_of_time() if self.devices else contextlib.nullcontext()
-        with _explained(self.program), _on(self.devices), cache:
+        with explain_errors(self.program.name), use_device(self.devices), cache:
             compiled = self.stage.compile(
                 compiler_options=options, device_assignment=self.devices
             )
@@ -355,133 +424,6 @@ def check_host_bytes(program: Program, analysis: Any) -> None:
             f"XLA placed {found:,} bytes of arguments there, and "
             f"{analysis.host_output_size_in_bytes:,} of results."
         )
-
-
-@contextlib.contextmanager
-def _configured(**values: Any) -> Iterator[None]:
-    """JAX's settings as given, inside."""
-    before = {name: getattr(jax.config, name) for name in values}
-    try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
-_NEVER_CACHED = {"jax_persistent_cache_min_compile_time_secs": math.inf}
-
-
-def never_cached() -> contextlib.AbstractContextManager[None]:
-    """Keeps what is compiled inside out of JAX's persistent compilation cache."""
-    return _configured(**_NEVER_CACHED)
-
-
-def ahead_of_time() -> contextlib.AbstractContextManager[None]:
-    """Keeps what is compiled for a described GPU apart from that cache, both ways.
-
-    An executable that no client can load is an entry that JAX warns of at each read.
-    And with the cache on, JAX also gives XLA a folder of autotuning results, found on
-    an attached GPU.
-    """
-    return _configured(**_NEVER_CACHED, jax_persistent_cache_enable_xla_caches="")
-
-
-@contextlib.contextmanager
-def _on(devices: tuple[Any, ...] | None) -> Iterator[None]:
-    with jax.default_device(devices[0]) if devices else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _in_mesh(mesh: Any, named: bool, devices: tuple[Any, ...] | None) -> Iterator[None]:
-    """Lets the function's own constraints name axes: `with_sharding_constraint(P)`.
-
-    With compile-only devices the mesh in scope is theirs, also where nobody named one:
-    cuDNN's attention is lowered for devices, and the arguments, whose mesh is abstract
-    so that they keep their memory, name none.
-    """
-    if mesh is None:
-        yield
-    elif devices:
-        of_devices = Mesh(
-            np.reshape(devices, mesh.axis_sizes),
-            mesh.axis_names,
-            axis_types=mesh.axis_types,
-        )
-        with jax.set_mesh(of_devices):
-            yield
-    elif named:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield
-    else:
-        yield
-
-
-@contextlib.contextmanager
-def _explained(program: Program) -> Iterator[None]:
-    """Turns the errors JAX and XLA raise for known causes into words."""
-    try:
-        yield
-    except (AttributeError, RuntimeError, ValueError) as error:
-        for mark, reason in _KNOWN:
-            if mark in str(error):
-                reason = reason.format(error=str(error).splitlines()[0])
-                raise ProgramError(f"{program.name}: {reason}") from error
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            raise ProgramError(f"{program.name}: {_refusal(error)}") from error
-        raise
-
-
-def _refusal(error: Exception) -> str:
-    """What XLA says first, and the path of a new file with all that it says.
-
-    A message can hold a whole program, of which a terminal keeps the end.
-    """
-    text = str(error)
-    code, _, first = text.partition("\n")[0].partition(": ")
-    reason = textwrap.shorten(first or code, 200, placeholder=" ...")
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="jmem-refused-", suffix=".txt", delete=False
-    ) as file:
-        file.write(text + "\n")
-    return f"XLA cannot compile it: {reason}\nThe whole message is in {file.name}"
-
-
-_DETERMINISTIC = (
-    "xla_gpu_deterministic_ops needs a GPU to choose its algorithms on.\n"
-    "Remove it to compile ahead of time, or measure with target='attached'."
-)
-_NO_ALGORITHM = (
-    "XLA has no algorithm for one of its operations that needs no GPU to be chosen.\n"
-    "If XLA_FLAGS sets xla_gpu_deterministic_ops, remove it to compile ahead of time."
-)
-_KNOWN = (
-    (
-        "has no attribute 'local_devices'",
-        "it computes with real values while it is traced (under "
-        "jax.ensure_compile_time_eval, say), and the GPU compiled for is not there.\n"
-        "Compute those values before, with NumPy, and close over the result; or pass "
-        "them as arguments.",
-    ),
-    (
-        "Unknown backend: 'gpu' requested",
-        "it calls back to the host (jax.debug.print, jax.pure_callback, io_callback), "
-        "which cannot be compiled without a GPU.\n"
-        "Take the callback out of the measured function; it holds no device memory.",
-    ),
-    (
-        "must match the device_assignment calculated",
-        "it names a mesh of this machine's own devices inside, which are not the GPUs "
-        "compiled for.\n"
-        "Constrain with a PartitionSpec instead of a NamedSharding: the mesh of the "
-        "arguments is in scope.",
-    ),
-    ("No such compile option", "{error}"),
-    ("Failed to get configs", _NO_ALGORITHM),
-    ("No supported config found", _NO_ALGORITHM),
-)
 
 
 def argument_names(fn: Callable, number: int) -> list[str]:

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = (
     ("targets",),
-    ("program",),
+    ("program", "lowering"),
     ("memory", "kernels"),
     ("offload",),
     ("sharding",),

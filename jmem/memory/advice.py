@@ -23,7 +23,7 @@ LEAST = 2**20
 """Bytes below which it is not."""
 CHUNK = 256
 """Tokens whose logits a chunked loss holds at a time, as `jmem.train.loss` does."""
-STATE = {kinds.PARAMETERS, kinds.OPTIMIZER, kinds.KV_CACHE}
+STATE = {kinds.PARAMETERS, kinds.OPTIMIZER, kinds.KV_CACHE, kinds.STATE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Evidence:
 
     def leaves(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Kind, path and dimensions of every array argument."""
-        labels = self.program.leaf_labels()
-        for label, (_, path, leaf) in zip(labels, self.program.leaves()):
-            yield kinds.of_label(label), path, tuple(getattr(leaf, "shape", ()))
+        own = kinds.of_arguments(self.program)
+        for kind, (_, path, leaf) in zip(own, self.program.leaves()):
+            yield kind, path, tuple(getattr(leaf, "shape", ()))
 
 
 def advise(evidence: Evidence) -> tuple[Advice, ...]:

@@ -366,11 +366,11 @@ def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argume
         for number, p in parameters.items()
         if number < hoisted
     }
-    labels = program.leaf_labels()
-    for number, ((position, path, _), label) in enumerate(zip(leaves, labels), hoisted):
+    told = zip(leaves, program.leaf_labels(), kinds.of_arguments(program))
+    for number, ((position, path, _), label, kind) in enumerate(told, hoisted):
         name = f"{names[position]}/{path}" if path else names[position]
         shape = str(parameters[number].shape)
-        found[number] = _Argument(label, kinds.of_label(label), name, shape)
+        found[number] = _Argument(label, kind, name, shape)
     return found
 
 

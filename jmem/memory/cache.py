@@ -54,9 +54,9 @@ def key(
         "name": program.name,
         "written": _written(program.fn),
         "leaves": [
-            (names[position], path, label)
-            for (position, path, _), label in zip(
-                program.leaves(), program.leaf_labels()
+            (names[position], path, label, kind)
+            for (position, path, _), label, kind in zip(
+                program.leaves(), program.leaf_labels(), program.leaf_kinds()
             )
         ],
         "donate": program.donate,

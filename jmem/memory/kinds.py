@@ -1,10 +1,10 @@
 """The kinds a byte of device memory can be, and how a buffer's kind is told.
 
-Arguments have the kind of their label. A temporary has a kind by where its value was
-computed: JAX writes `jvp` into the scope of a differentiated forward pass,
-`transpose(jvp)` into that of the backward pass, `rematted_computation` into what a
-checkpoint computes again. Hand-written backward passes over `jax.vjp` carry the same
-marks, in one loop body.
+Arguments have the kind that their label states, or that its words say. A temporary has
+a kind by where its value was computed: JAX writes `jvp` into the scope of a
+differentiated forward pass, `transpose(jvp)` into that of the backward pass,
+`rematted_computation` into what a checkpoint computes again. Hand-written backward
+passes over `jax.vjp` carry the same marks, in one loop body.
 """
 
 import re
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from jmem.memory.hlo import Instruction, Module
 from jmem.memory.naming import Origin
+from jmem.program import Program
 
 PARAMETERS = "parameters"
 OPTIMIZER = "optimizer"
@@ -19,6 +20,7 @@ GRADIENTS = "gradients"
 SAVED = "saved activations"
 RECOMPUTATION = "recomputation"
 KV_CACHE = "kv cache"
+STATE = "state"
 BATCH = "batch"
 OUTPUTS = "outputs"
 CONSTANTS = "constants"
@@ -29,8 +31,9 @@ OTHER = "other temporaries"
 FRAGMENTATION = "fragmentation"
 
 KINDS = (
-    *(PARAMETERS, OPTIMIZER, KV_CACHE, BATCH, OTHER_ARGUMENTS, OUTPUTS, CONSTANTS),
-    *(SAVED, RECOMPUTATION, GRADIENTS, COLLECTIVES, WORKSPACE, OTHER, FRAGMENTATION),
+    *(PARAMETERS, OPTIMIZER, KV_CACHE, STATE, BATCH, OTHER_ARGUMENTS, OUTPUTS),
+    *(CONSTANTS, SAVED, RECOMPUTATION, GRADIENTS, COLLECTIVES, WORKSPACE, OTHER),
+    FRAGMENTATION,
 )
 """Every kind, what outlives the program first."""
 
@@ -38,8 +41,9 @@ MEANING = {
     PARAMETERS: "weights, and copies or slices of them",
     OPTIMIZER: "moments and what the update computes",
     KV_CACHE: "keys and values of earlier tokens, and copies of the cache",
+    STATE: "what else a step keeps: a map, poses, a latent grid, running statistics",
     BATCH: "inputs",
-    OTHER_ARGUMENTS: "arguments without a label",
+    OTHER_ARGUMENTS: "arguments without a label, or whose label says no kind",
     OUTPUTS: "results that reuse no argument's memory",
     CONSTANTS: "values compiled in: closed-over arrays, literals",
     GRADIENTS: "what the backward pass computes, of weights and activations",
@@ -70,6 +74,12 @@ def of_label(label: str | None) -> str:
         if said & set(words.split()):
             return kind
     return OTHER_ARGUMENTS
+
+
+def of_arguments(program: Program) -> list[str]:
+    """The kind of every flattened argument: what its label states, or its words say."""
+    labels = zip(program.leaf_labels(), program.leaf_kinds())
+    return [stated or of_label(label) for label, stated in labels]
 
 
 _COLLECTIVE = re.compile(

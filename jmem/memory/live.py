@@ -30,11 +30,12 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
+from jmem.lowering import never_cached
 from jmem.memory import kinds
 from jmem.memory.card import described, gpu
 from jmem.memory.measure import ATTACHED, dumped, measure
 from jmem.memory.report import MemoryReport, built, sized, stored
-from jmem.program import HOST, Program, never_cached
+from jmem.program import HOST, Program
 
 ALIGNMENT = 256
 """Bytes that JAX's GPU allocator rounds every request up to a multiple of."""

@@ -30,19 +30,19 @@ import jaxlib.version
 import numpy as np
 
 from jmem import targets
+from jmem.lowering import ahead_of_time, never_cached
 from jmem.memory import breakdown, hlo, kinds, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
 from jmem.memory.card import attached, gpu
 from jmem.memory.report import MemoryReport
 from jmem.program import (
-    Label,
+    Labels,
     Lowered,
+    Place,
     Program,
     ProgramError,
-    ahead_of_time,
     is_described,
-    never_cached,
 )
 from jmem.targets import NoCompilerError, Target
 
@@ -57,7 +57,7 @@ def measure(
     target: str | Target = "h200",
     donate: tuple[int, ...] = (),
     static: tuple[int, ...] = (),
-    labels: Mapping[str, Label | list[Label]] | None = None,
+    labels: Labels | None = None,
     bounds: bool = True,
     options: Mapping[str, Any] | None = None,
     cache: bool = True,
@@ -269,7 +269,7 @@ def as_program(
     *,
     donate: tuple[int, ...] = (),
     static: tuple[int, ...] = (),
-    labels: Mapping[str, Label | list[Label]] | None = None,
+    labels: Labels | None = None,
 ) -> Program:
     """A program as it is, or a function, labelled by the names of its arguments."""
     if isinstance(what, Program):
@@ -284,9 +284,7 @@ def as_program(
     return _labelled(Program(what, args, donate, static), labels)
 
 
-def _labelled(
-    program: Program, labels: Mapping[str, Label | list[Label]] | None
-) -> Program:
+def _labelled(program: Program, labels: Labels | None) -> Program:
     """The program with these labels; with its arguments' own names for None."""
     if labels is None:
         labels = {}
@@ -296,7 +294,7 @@ def _labelled(
     return dataclasses.replace(program, labels=labels)
 
 
-def _own_labels(position: int, name: str, value: Any) -> dict[str, Label]:
+def _own_labels(position: int, name: str, value: Any) -> dict[str, Place]:
     """An argument's name as its label, or the names inside it when they say more."""
     inside = {
         jax.tree_util.keystr(path[:1], simple=True)

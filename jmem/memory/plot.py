@@ -12,6 +12,7 @@ COLOURS = {
     kinds.PARAMETERS: "#274c77",
     kinds.OPTIMIZER: "#6096ba",
     kinds.KV_CACHE: "#3d8f8a",
+    kinds.STATE: "#7fb069",
     kinds.BATCH: "#a3cef1",
     kinds.OTHER_ARGUMENTS: "#c9d6df",
     kinds.OUTPUTS: "#8d99ae",

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jmem.memory.report import MemoryReport
-from jmem.program import Program, ProgramError
+from jmem.program import Label, Program, ProgramError
 from jmem.targets import NoCompilerError, Target
 
 TIMEOUT_S = 1800
@@ -67,8 +67,8 @@ def measure(
             "static": program.static,
             "out_shardings": _encode(out_shardings),
             "labels": {
-                label: [places] if isinstance(places, tuple) else list(places)
-                for label, places in program.labels.items()
+                name: (Label.read(given).places, Label.read(given).kind)
+                for name, given in program.labels.items()
             },
             "target": dataclasses.asdict(card),
             "bounds": bounds,
@@ -121,8 +121,8 @@ def main() -> None:
         tuple(request["static"]),
         _decode(request["out_shardings"]),
         {
-            label: [tuple(place) for place in places]
-            for label, places in request["labels"].items()
+            name: Label([tuple(place) for place in places], kind)
+            for name, (places, kind) in request["labels"].items()
         },
     )
     report = measuring.measure(

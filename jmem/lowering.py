@@ -1,0 +1,148 @@
+"""What surrounds lowering and compiling: devices, meshes, caches, and errors in words.
+
+`jmem.program` compiles with these: what JAX and XLA must be told so that a program is
+compiled for GPUs that are not there, and what their errors mean.
+"""
+
+import contextlib
+import math
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+
+class ProgramError(RuntimeError):
+    """The program cannot be lowered or compiled, for a reason given in words."""
+
+
+@contextlib.contextmanager
+def _configured(**values: Any) -> Iterator[None]:
+    """JAX's settings as given, inside."""
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+_NEVER_CACHED = {"jax_persistent_cache_min_compile_time_secs": math.inf}
+
+
+def never_cached() -> contextlib.AbstractContextManager[None]:
+    """Keeps what is compiled inside out of JAX's persistent compilation cache."""
+    return _configured(**_NEVER_CACHED)
+
+
+def ahead_of_time() -> contextlib.AbstractContextManager[None]:
+    """Keeps what is compiled for a described GPU apart from that cache, both ways.
+
+    An executable that no client can load is an entry that JAX warns of at each read.
+    And with the cache on, JAX also gives XLA a folder of autotuning results, found on
+    an attached GPU.
+    """
+    return _configured(**_NEVER_CACHED, jax_persistent_cache_enable_xla_caches="")
+
+
+@contextlib.contextmanager
+def use_device(devices: tuple[Any, ...] | None) -> Iterator[None]:
+    """Makes the first of `devices` JAX's default inside; None leaves it as it is."""
+    with jax.default_device(devices[0]) if devices else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Any, named: bool, devices: tuple[Any, ...] | None) -> Iterator[None]:
+    """Lets the function's own constraints name axes: `with_sharding_constraint(P)`.
+
+    With compile-only devices the mesh in scope is theirs, also where nobody named one:
+    cuDNN's attention is lowered for devices, and the arguments, whose mesh is abstract
+    so that they keep their memory, name none.
+    """
+    if mesh is None:
+        yield
+    elif devices:
+        of_devices = Mesh(
+            np.reshape(devices, mesh.axis_sizes),
+            mesh.axis_names,
+            axis_types=mesh.axis_types,
+        )
+        with jax.set_mesh(of_devices):
+            yield
+    elif named:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def explain_errors(name: str) -> Iterator[None]:
+    """Turns the errors JAX and XLA raise for known causes into words."""
+    try:
+        yield
+    except (AttributeError, RuntimeError, ValueError) as error:
+        for mark, reason in _KNOWN:
+            if mark in str(error):
+                reason = reason.format(error=str(error).splitlines()[0])
+                raise ProgramError(f"{name}: {reason}") from error
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise ProgramError(f"{name}: {_refusal(error)}") from error
+        raise
+
+
+def _refusal(error: Exception) -> str:
+    """What XLA says first, and the path of a new file with all that it says.
+
+    A message can hold a whole program, of which a terminal keeps the end.
+    """
+    text = str(error)
+    code, _, first = text.partition("\n")[0].partition(": ")
+    reason = textwrap.shorten(first or code, 200, placeholder=" ...")
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="jmem-refused-", suffix=".txt", delete=False
+    ) as file:
+        file.write(text + "\n")
+    return f"XLA cannot compile it: {reason}\nThe whole message is in {file.name}"
+
+
+DETERMINISTIC = (
+    "xla_gpu_deterministic_ops needs a GPU to choose its algorithms on.\n"
+    "Remove it to compile ahead of time, or measure with target='attached'."
+)
+_NO_ALGORITHM = (
+    "XLA has no algorithm for one of its operations that needs no GPU to be chosen.\n"
+    "If XLA_FLAGS sets xla_gpu_deterministic_ops, remove it to compile ahead of time."
+)
+_KNOWN = (
+    (
+        "has no attribute 'local_devices'",
+        "it computes with real values while it is traced (under "
+        "jax.ensure_compile_time_eval, say), and the GPU compiled for is not there.\n"
+        "Compute those values before, with NumPy, and close over the result; or pass "
+        "them as arguments.",
+    ),
+    (
+        "Unknown backend: 'gpu' requested",
+        "it calls back to the host (jax.debug.print, jax.pure_callback, io_callback), "
+        "which cannot be compiled without a GPU.\n"
+        "Take the callback out of the measured function; it holds no device memory.",
+    ),
+    (
+        "must match the device_assignment calculated",
+        "it names a mesh of this machine's own devices inside, which are not the GPUs "
+        "compiled for.\n"
+        "Constrain with a PartitionSpec instead of a NamedSharding: the mesh of the "
+        "arguments is in scope.",
+    ),
+    ("No such compile option", "{error}"),
+    ("Failed to get configs", _NO_ALGORITHM),
+    ("No supported config found", _NO_ALGORITHM),
+)
