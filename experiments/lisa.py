@@ -44,13 +44,13 @@ from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.memory.report import MemoryReport
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
+from jmem.models.next_token import next_token_loss
 from jmem.nn.stack import Remat
 from jmem.program import Program
 from jmem.sharding import Layout
 from jmem.targets import Target
 from jmem.train import metrics
 from jmem.train.loop import train
-from jmem.train.loss import next_token_loss
 
 Usual = Literal["full", "lora", "lisa", "embedding"]
 Method = Literal[Usual, "lora_wide", "badam", "lomo"]
@@ -294,7 +294,7 @@ def compare(
             keep=1,
             resume=run.resume,
         )
-        loss = jax.jit(lambda s, batch: next_token_loss(model, own.merged(s), batch))
+        loss = jax.jit(lambda s, batch: model.loss(*own.merged(s), batch)[0])
         return {
             "choose": mean(loss, state, choosing),
             "loss": mean(loss, state, judging),

@@ -41,6 +41,7 @@ from jmem.finetune.mixlora import MixLora, Mixture, Update
 from jmem.finetune.mixture_ops import MixtureFeed
 from jmem.finetune.program import step_program
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
+from jmem.models.next_token import next_token_loss
 from jmem.nn import quantised
 from jmem.nn.maps import choose_maps
 from jmem.nn.stack import Remat
@@ -48,7 +49,6 @@ from jmem.program import Program
 from jmem.targets import Target
 from jmem.train import metrics
 from jmem.train.loop import train
-from jmem.train.loss import next_token_loss
 
 Method = Literal["lora", "mixlora", "joint", "official", "vanilla"]
 TRAINED: tuple[Method, ...] = ("lora", "mixlora")
@@ -350,7 +350,7 @@ def loss_of(own: Lora | MixLora, model: Decoder) -> Callable:
     """(state, batch) -> the method's loss."""
     if isinstance(own, MixLora):
         return functools.partial(own.loss, model)
-    return lambda state, batch: next_token_loss(model, own.merged(state), batch)
+    return lambda state, batch: next_token_loss(model, own.merged(state)[0], batch)
 
 
 def judged(config: Config, loss, state, padded: dict) -> dict[str, Any]:
@@ -426,7 +426,7 @@ def report_training(
 def trained(own: Lora | MixLora, dims: DecoderConfig) -> int:
     """Parameters that a method trains."""
     params = Decoder(dims).abstract()
-    state = jax.eval_shape(lambda p: own.init(None, p, jax.random.key(0)), params)
+    state = jax.eval_shape(lambda p: own.init(None, p, {}, jax.random.key(0)), params)
     held = state["lora" if isinstance(own, Lora) else "adapters"]
     return sum(leaf.size for leaf in jax.tree.leaves(held))
 

@@ -240,7 +240,7 @@ def learn(config: Config, run: Run, model: Decoder) -> dict:
 
     @jax.jit
     def begin(key):
-        return learning.init(model, model.init(key), key)
+        return learning.init(model, model.init(key), model.stats(), key)
 
     effort = config.small.effort
     state = begin(jax.random.key(config.seed))
@@ -255,7 +255,7 @@ def learn(config: Config, run: Run, model: Decoder) -> dict:
             keep=1,
             resume=run.resume,
         )
-    return learning.merged(state)
+    return learning.merged(state)[0]
 
 
 # Recall at equal bytes ----------------------------------------------------------------

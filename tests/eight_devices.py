@@ -68,7 +68,7 @@ def beginning(finetuner, config):
 
     @jax.jit
     def init(params):
-        return finetuner.init(model, params, jax.random.key(1))
+        return finetuner.init(model, params, {}, jax.random.key(1))
 
     return jax.device_get(init(params))
 

@@ -18,10 +18,10 @@ from jmem.finetune.full import Full
 from jmem.finetune.program import step_program
 from jmem.memory.schedule import Copy
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import next_token_loss
 from jmem.program import HOST, Program, ProgramError, check_host_bytes
 from jmem.train.checkpoint import Checkpoints, abstract
 from jmem.train.loop import _compile_step
-from jmem.train.loss import next_token_loss
 
 LAYERS = 4
 
@@ -136,7 +136,7 @@ class TestMomentsOnTheHost:
         found = {}
         for where in ("device", "host"):
             method = Full(adamw=adamw, moments=where)
-            state = jax.jit(lambda p, m=method: m.init(model, p, None))(params)
+            state = jax.jit(lambda p, m=method: m.init(model, p, {}, None))(params)
             step: Any = jax.jit(
                 lambda s, b, m=method: m.step(model, s, b)[0], donate_argnums=0
             )
@@ -157,7 +157,7 @@ class TestMomentsOnTheHost:
         """Lowered for descriptions it would take them to the device, and abort."""
         model, method = Decoder(TINY), Full(moments="host")
         params = jax.tree.map(jnp.asarray, random_params(TINY, scale=0.1))
-        state = jax.jit(lambda p: method.init(model, p, None))(params)
+        state = jax.jit(lambda p: method.init(model, p, {}, None))(params)
         batch = random_batch(model)
         step = _compile_step(method, model, state, batch)
         state, _ = step(step(state, batch)[0], batch)

@@ -35,9 +35,8 @@ class TestPlacement:
 
     def specs(self, finetuner):
         state = jax.eval_shape(
-            lambda: finetuner.init(
-                Decoder(TINY), Decoder(TINY).init(jax.random.key(0)), jax.random.key(0)
-            )
+            lambda key: finetuner.init(Decoder(TINY), Decoder(TINY).init(key), {}, key),
+            jax.random.key(0),
         )
         placed = by_key(self.layout.shardings(state))
         return {path: sharding.spec for path, sharding in placed.items()}

@@ -71,7 +71,7 @@ def start(
     """
 
     def init(params, key):
-        return finetuner.init(model, jax.tree.map(jnp.copy, params), key)
+        return finetuner.init(model, jax.tree.map(jnp.copy, params), model.stats(), key)
 
     given = pretrained, jax.random.key(seed)
     state = described(init, *given)

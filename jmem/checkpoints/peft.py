@@ -2,7 +2,7 @@
 
     found = jmem.checkpoints.load_adapter("my-lora", checkpoint.config)
     lora = Lora(**found.settings)         # rank, alpha, maps, rslora, dora, dropout
-    state = lora.init(model, params, key, found.adapters)
+    state = lora.init(model, params, {}, key, found.adapters)
     jmem.checkpoints.save_adapter(state["lora"], config, "out", alpha=lora.alpha)
 
 Format   adapter_config.json, and adapter_model.safetensors with two tensors for each

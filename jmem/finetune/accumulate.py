@@ -10,45 +10,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmem.data.batch import Batch
+from jmem.models.contract import Batch
 
 
-def accumulated(
-    gradients: Callable[[Batch, Any], tuple[jax.Array, Any]], batch: Batch, parts: int
-) -> tuple[jax.Array, Any]:
-    """(loss, gradients) of the whole batch from those of its `parts`.
+def accumulate[Found, Stats](
+    gradients: Callable[[Any, Any, Stats], tuple[Found, Stats]],
+    batch: Batch,
+    parts: int,
+    stats: Stats,
+) -> tuple[Found, Stats]:
+    """What `gradients` finds for the whole batch, from its `parts`, and statistics.
 
-    `gradients(part, number)` gives means over the part's weights; they are summed by
-    each part's share of all weights, so that the result is the mean over the batch.
-    Sums are float32. One part is the batch itself, and nothing is added.
+    `gradients(part, number, stats)` gives a tree of means over the part's weight (loss,
+    gradients), which are summed by each part's share of the whole weight, so that the
+    result is the mean over the batch. Sums are float32. Statistics go from part to
+    part. One part is the batch itself, and nothing is added.
 
     Raises:
-      ValueError: the batch's sequences cannot be divided into so many parts.
+      ValueError: the batch cannot be divided into so many parts.
     """
     if parts == 1:
-        return gradients(batch, 0)
-    sequences = batch.tokens.shape[0]
-    if sequences % parts:
-        raise ValueError(
-            f"accumulate={parts} does not divide a batch of {sequences} sequences; "
-            "choose a divisor of it."
-        )
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    total = jnp.maximum(jnp.sum(batch.weights.astype(jnp.float32)), 1.0)
+        return gradients(batch, 0, stats)
+    split = batch.split(parts)
+    total = jnp.maximum(batch.weight(), 1.0)
 
-    def add(sums, numbered):
+    def add(state, numbered):
+        sums, stats = state
         number, part = numbered
-        share = jnp.sum(part.weights.astype(jnp.float32)) / total
-        found = gradients(part, number)
-        return jax.tree.map(
-            lambda s, g: s + share * g.astype(jnp.float32), sums, found
-        ), None
+        share = part.weight() / total
+        found, stats = gradients(part, number, stats)
+        sums = jax.tree.map(lambda s, g: s + share * g.astype(jnp.float32), sums, found)
+        return (sums, stats), None
 
     first = jax.tree.map(lambda x: x[0], split)
-    like = jax.eval_shape(gradients, first, jnp.int32(0))
+    like, _ = jax.eval_shape(gradients, first, jnp.int32(0), stats)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
     numbers = jnp.arange(parts, dtype=jnp.int32)
-    return jax.lax.scan(add, zeros, (numbers, split))[0]
+    return jax.lax.scan(add, (zeros, stats), (numbers, split))[0]
 
 
 def check_parts(name: str, parts: int) -> None:

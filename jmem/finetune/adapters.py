@@ -16,14 +16,15 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
+from jmem.finetune.descent import needs_key
 from jmem.finetune.fused import nested, tuples
 from jmem.finetune.layerwise import put_row
 from jmem.finetune.walk import Update, salt_of
+from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.offload import fetch
 from jmem.program import by_key
-from jmem.train.loss import token_positions
 
 
 def attach(tree: dict, adapters: dict) -> dict:
@@ -53,7 +54,9 @@ def fuses(model, update: str, max_grad_norm: float, parts: int) -> bool:
     """Whether adapters move inside the backward pass, which keeps block inputs only."""
     if update != "auto":
         return update == "fused"
-    return model.remat == "block" and not max_grad_norm and parts == 1
+    if needs_key(model) or max_grad_norm or parts > 1:
+        return False
+    return getattr(model, "remat", None) == "block"
 
 
 def adapter_step(

@@ -9,18 +9,19 @@ See      experiments/lisa.py, tests/finetune/
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jmem.finetune.accumulate import accumulated, check_parts
+from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW, gradient_step
+from jmem.finetune.descent import loss_step, needs_key
 from jmem.finetune.patterns import join, split
 from jmem.finetune.streamed import init_on_host, streamed_step
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
-from jmem.train.loss import next_token_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,55 +45,61 @@ class Full:
                 f"Full: moments={self.moments!r} must be 'device' or 'host'."
             )
 
-    def init(self, model, params, key):
+    def init(self, model, params, stats, key):
         """State that takes over `params` (donated by the training step).
 
         Raises:
-          ValueError: a pattern of `train`, or of `adamw.rates`, matches nothing.
+          ValueError: a pattern of `train`, or of `adamw.rates`, matches nothing; the
+            rate is to decay over blocks, and the model has none.
         """
-        del model, key
         refuse_packed("Full", params)
         trained, _ = self._split(params)
         self.adamw.factors(trained)  # refuses a pattern that means nothing
+        if self.adamw.layer_decay < 1 and "blocks" not in params:
+            raise ValueError(
+                f"Full: adamw.layer_decay={self.adamw.layer_decay} is over stacked "
+                f"blocks, and the model's parameters are {sorted(params)}. Set it to "
+                "1, or give rates by pattern (adamw.rates)."
+            )
         if self.moments == "host":
             optimizer = init_on_host(self.adamw, trained)
         else:
             optimizer = self.adamw.direction().init(trained)
-        return {"params": params, "optimizer": optimizer, "step": jnp.int32(0)}
+        state = {
+            "params": params,
+            "stats": stats,
+            "optimizer": optimizer,
+            "step": jnp.int32(0),
+        }
+        if needs_key(model):
+            state["key"] = jax.random.key_data(key)
+        return state
 
     def _split(self, params):
         return split(params, self.train, f"Full: train={self.train}")
 
     def step(self, model, state, batch):
         """One update from one batch: (state, metrics)."""
-        layers = depth(state["params"]["blocks"])
-        trained, frozen = self._split(state["params"])
-
-        def gradients(part, number):
-            del number
-            return jax.value_and_grad(
-                lambda trained: next_token_loss(model, join(trained, frozen), part)
-            )(trained)
-
-        loss, grads = accumulated(gradients, batch, self.accumulate)
+        params = state["params"]
+        trained, frozen = self._split(params)
         update = streamed_step if self.moments == "host" else gradient_step
-        trained, optimizer, metrics = update(
-            self.adamw,
-            loss,
-            grads,
+        layers = depth(params["blocks"]) if "blocks" in params else 0
+        trained, new, metrics = loss_step(
+            model,
+            state,
+            batch,
             trained,
-            state["optimizer"],
-            state["step"],
-            layers,
+            lambda trained, _: join(trained, frozen),
+            functools.partial(update, self.adamw, layers=layers),
+            parts=self.accumulate,
         )
-        params, step = join(trained, frozen), state["step"] + 1
-        return {"params": params, "optimizer": optimizer, "step": step}, metrics
+        return state | new | {"params": join(trained, frozen)}, metrics
 
     def merged(self, state):
-        """The parameters, trained or not."""
-        return state["params"]
+        """The parameters, trained or not, and the statistics."""
+        return state["params"], state["stats"]
 
     def labels(self, state):
         """The state's parts in the user's words."""
-        del state
-        return {"weights": "params", "optimizer": "optimizer"}
+        stats = {"statistics": "stats"} if jax.tree.leaves(state["stats"]) else {}
+        return {"weights": "params", "optimizer": "optimizer"} | stats

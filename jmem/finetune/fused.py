@@ -27,11 +27,11 @@ from jmem.finetune.patterns import join, split
 from jmem.finetune.rules import Factored
 from jmem.finetune.tables import Tables
 from jmem.finetune.walk import Rule, Walk, flat, square_of
+from jmem.models.next_token import token_positions
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.program import by_key
-from jmem.train.loss import token_positions
 
 TILES = 4
 """Parts that a block's weight is updated in."""
@@ -72,7 +72,7 @@ def fused_step(
     `blocks` and `outside` are trees as the trained parameters, each leaf a tuple of
     arrays; those of the blocks are [S, ...]. Counts are the numbers of this update.
     `rates` is a tree as the trained parameters (`AdamW.leaf_rates`). `step` counts from
-    0 and must be traced (see Fence). The loss is `jmem.train.loss.next_token_loss`.
+    0 and must be traced (see Fence). The loss is a decoder's (`Decoder.loss`).
     """
     ops = model.ops if ops is None else ops
     chosen, rest = split(params, train, "fused_step: train")

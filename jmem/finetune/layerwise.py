@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmem.finetune.patterns import join, split
+from jmem.models.next_token import mean_head_loss, token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
-from jmem.train.loss import mean_head_loss, token_positions
 
 
 def put_row(stacked: Any, layer: jax.Array, value: Any) -> Any:
@@ -42,7 +42,7 @@ def slot_gradients(
     gradients of `params` without "blocks", gradients of the blocks with leaves
     [S, ...] in the order of `active`), each in its parameter's dtype. With patterns
     `train` (`jmem.finetune.patterns`), what they don't mean is None in both. The loss
-    is `jmem.train.loss.next_token_loss`.
+    is `jmem.models.next_token.next_token_loss`.
     """
     ops = model.ops if ops is None else ops
     chosen, rest = split(params, train, "slot_gradients: train")

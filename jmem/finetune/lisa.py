@@ -27,7 +27,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
-from jmem.finetune.accumulate import accumulated, check_parts
+from jmem.finetune.accumulate import accumulate, check_parts
 from jmem.finetune.adamw import (
     AdamW,
     PackedMoments,
@@ -36,6 +36,7 @@ from jmem.finetune.adamw import (
     with_master,
     with_moments,
 )
+from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
 from jmem.finetune.orders import Order, active_in
@@ -346,14 +347,15 @@ class Lisa:
             return not self.adamw.max_grad_norm and self.accumulate == 1
         return self.update == "fused"
 
-    def init(self, model, params, key):
+    def init(self, model, params, stats, key):
         """State that takes over `params` (donated by the training step).
 
         Raises:
           ValueError: more blocks are to be active than there are, or can be drawn; a
             pattern of `train`, or of `adamw.rates`, matches nothing; nothing inside
-            the blocks is trained.
+            the blocks is trained; the model has statistics.
         """
+        refuse_stats("Lisa", model, stats)
         refuse_packed("Lisa", params)
         layers = model.config.layers
         _check_draw(layers, self.active_layers, self.weights)
@@ -446,12 +448,13 @@ class Lisa:
         if self.fuses:
             return self._fused(model, state, batch, active)
 
-        def gradients(part, number):
+        def gradients(part, number, stats):
             del number
-            loss, *grads = slot_gradients(model, params, part, active, train=self.train)
-            return loss, tuple(grads)
+            found = slot_gradients(model, params, part, active, train=self.train)
+            return found, stats
 
-        loss, (outside_grads, grads) = accumulated(gradients, batch, self.accumulate)
+        found, _ = accumulate(gradients, batch, self.accumulate, {})
+        loss, outside_grads, grads = found
         (outside_grads, grads), norm = self.adamw.clip((outside_grads, grads))
         trained, frozen = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
@@ -527,8 +530,8 @@ class Lisa:
         return state, metrics
 
     def merged(self, state):
-        """The parameters, trained or not."""
-        return state["params"]
+        """The parameters, trained or not; there are no statistics."""
+        return state["params"], {}
 
     def labels(self, state):
         """The state's parts in the user's words."""

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.finetune.adamw import AdamW
+from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
 from jmem.finetune.patterns import split
 from jmem.finetune.rules import Factored, Sgd
@@ -82,13 +83,14 @@ class Lomo:
             Sgd(**kept) if self.variant == "lomo" else Factored(relative=True, **kept)
         )
 
-    def init(self, model, params, key):
+    def init(self, model, params, stats, key):
         """State that takes over `params` (donated by the training step).
 
         Raises:
-          ValueError: a pattern of `train` matches nothing.
+          ValueError: a pattern of `train` matches nothing; the model has statistics.
         """
-        del model, key
+        del key
+        refuse_stats("Lomo", model, stats)
         refuse_packed("Lomo", params)
         trained, _ = split(params, self.train, f"Lomo: train={self.train}")
         moments = {
@@ -126,8 +128,8 @@ class Lomo:
         return state, {"loss": moved.loss, "lr": rate, "grad_norm": norm}
 
     def merged(self, state):
-        """The parameters, trained or not."""
-        return state["params"]
+        """The parameters, trained or not; there are no statistics."""
+        return state["params"], {}
 
     def labels(self, state):
         """The state's parts in the user's words."""

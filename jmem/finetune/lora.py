@@ -25,6 +25,7 @@ See      experiments/lisa.py, jmem/checkpoints/peft.py, tests/finetune/test_lora
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
@@ -33,17 +34,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jmem.finetune.accumulate import accumulated, check_parts
+from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW, gradient_step, moments_of, with_moments
 from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, moved
+from jmem.finetune.descent import draw_part, loss_step, needs_key, refuse_stats
 from jmem.finetune.walk import Update
+from jmem.models.next_token import mean_head_loss
 from jmem.nn import quantised
 from jmem.nn.linear import along_last
 from jmem.nn.maps import MAPS, check_maps, choose_maps, find_maps, insert, number_map
 from jmem.nn.stack import depth
 from jmem.offload import fetch
 from jmem.program import by_key
-from jmem.train.loss import mean_head_loss, next_token_loss
 
 Base = Literal["given", "nf4", "nf4-double"]
 _PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
@@ -318,7 +320,7 @@ class Lora:
             pair["magnitude"] = jnp.sqrt(quantised.squares(leaf))
         return pair
 
-    def init(self, model, params, key, adapters: dict | None = None):
+    def init(self, model, params, stats, key, adapters: dict | None = None):
         """State that takes over `params` (frozen, packed for `base`) and adds adapters.
 
         They are fresh, or `adapters` trained before (jmem.checkpoints.load_adapter), in
@@ -326,10 +328,11 @@ class Lora:
 
         Raises:
           ValueError: `adapters` are not of this rank, these maps and these blocks, a
-            pattern of `adamw.rates` matches none of them, or a map's rows are not whole
-            blocks of `base`.
+            pattern of `adamw.rates` matches none of them, a map's rows are not whole
+            blocks of `base`, or update="fused" meets a model with statistics.
         """
-        del model
+        if self.update == "fused":
+            refuse_stats("Lora", model, stats)
         if self.base != "given":
             params = quantised.pack(params, _PACKED[self.base])
         blocks = params["blocks"]
@@ -340,13 +343,14 @@ class Lora:
         self.adamw.factors(lora, "blocks/")  # refuses a pattern that means nothing
         state = {
             "params": params,
+            "stats": stats,
             "lora": lora,
             "optimizer": self.adamw.direction().init(lora),
             "step": jnp.int32(0),
         }
         if self.dora:
             state["squares"] = base_squares(blocks, lora)
-        if self.dropout:
+        if self.dropout or needs_key(model):
             # A stream beside those of the maps.
             state["key"] = jax.random.key_data(jax.random.fold_in(key, len(MAPS)))
         return state
@@ -381,37 +385,28 @@ class Lora:
             """The frozen blocks, with keys for the dropout of one part."""
             if not self.dropout:
                 return base
-            key = jax.random.wrap_key_data(state["key"])
-            key = jax.random.fold_in(key, state["step"])
-            key = jax.random.fold_in(key, number)
-            return attach(base, dropout_keys(state["lora"], key))
+            return attach(base, dropout_keys(state["lora"], draw_part(state, number)))
 
         if self.fuses(model):
             frozen = params | {"blocks": drawn(0)}
             return self._fused(model, state, batch, frozen, ops)
 
-        def gradients(part, number):
-            blocks = drawn(number)
-
-            def loss(lora):
-                adapted = params | {"blocks": attach(blocks, lora)}
-                return next_token_loss(model, adapted, part, ops)
-
-            return jax.value_and_grad(loss)(state["lora"])
-
-        loss, grads = accumulated(gradients, batch, self.accumulate)
-        lora, optimizer, metrics = gradient_step(
-            self.adamw,
-            loss,
-            grads,
+        lora, new, metrics = loss_step(
+            model,
+            state,
+            batch,
             state["lora"],
-            state["optimizer"],
-            state["step"],
-            depth(params["blocks"]),
-            "blocks/",
+            lambda lora, number: params | {"blocks": attach(drawn(number), lora)},
+            functools.partial(
+                gradient_step,
+                self.adamw,
+                layers=depth(params["blocks"]),
+                above="blocks/",
+            ),
+            parts=self.accumulate,
+            ops=ops,
         )
-        step = state["step"] + 1
-        return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
+        return state | new | {"lora": lora}, metrics
 
     def _fused(self, model, state, batch, params, ops):
         """`step` whose adapters move inside the backward pass."""
@@ -470,7 +465,7 @@ class Lora:
         """The base with every product added to its kernel (float32, then cast).
 
         With `dora` its columns then have the trained lengths. A packed base is
-        dequantised for it, all of it, to the dtype of the norms.
+        dequantised for it, all of it, to the dtype of the norms. With the statistics.
         """
 
         def merge(tree, lora):
@@ -489,9 +484,10 @@ class Lora:
             lora = attach(lora, self._norms(state))
         dtype = quantised.unpacked_dtype(params["blocks"])
         blocks = quantised.unpacked(params["blocks"], dtype)
-        return params | {"blocks": merge(blocks, lora)}
+        return params | {"blocks": merge(blocks, lora)}, state["stats"]
 
     def labels(self, state):
         """The state's parts in the user's words."""
         weights = ("params", "squares") if "squares" in state else "params"
-        return {"weights": weights, "lora": "lora", "optimizer": "optimizer"}
+        stats = {"statistics": "stats"} if jax.tree.leaves(state["stats"]) else {}
+        return {"weights": weights, "lora": "lora", "optimizer": "optimizer"} | stats

@@ -29,10 +29,12 @@ from jaxtyping import Array, Bool, Float
 from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, moved
+from jmem.finetune.descent import refuse_stats
 from jmem.finetune.lora import scale_of
 from jmem.finetune.mixture import Router, imbalance
 from jmem.finetune.mixture_ops import HIDDEN, MixtureFeed, MixtureLinear, by_mixture
 from jmem.finetune.walk import Update
+from jmem.models.next_token import head_loss, token_positions
 from jmem.nn import quantised
 from jmem.nn.maps import (
     MAPS,
@@ -47,7 +49,6 @@ from jmem.nn.ops import Ops
 from jmem.nn.stack import depth, run_stack
 from jmem.program import by_key
 from jmem.program import key as path_of
-from jmem.train.loss import head_loss, token_positions
 
 Balance = Literal["global", "per_layer"]
 
@@ -328,13 +329,15 @@ class MixLora:
 
     # State ----------------------------------------------------------------------------
 
-    def init(self, model, params, key):
+    def init(self, model, params, stats, key):
         """State that takes over `params` (frozen) and adds adapters of all mixtures.
 
         Raises:
           ValueError: a mixture adapts no map of these blocks' MLPs; a pattern of
-            `adamw.rates` matches no adapter; the model is divided over a mesh.
+            `adamw.rates` matches no adapter; the model is divided over a mesh, or has
+            statistics.
         """
+        refuse_stats("MixLora", model, stats)
         if getattr(model, "layout", None) is not None:
             raise ValueError(
                 f"MixLora: the model has layout={model.layout}, and mixtures are not "

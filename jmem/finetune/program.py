@@ -1,34 +1,65 @@
 """A training step, or its forward half, as a `Program`: what is measured runs."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jmem.data.batch import Batch
+import jmem.data.batch
+from jmem.models.contract import Batch
 from jmem.offload import described
 from jmem.program import Program
 from jmem.sharding import layout_of
-from jmem.train.loss import next_token_loss
+
+Batches = Batch | Callable[[jax.Array], Batch]
+"""A batch of arrays, or what makes one from a random key."""
 
 
-def _batch(model, key: jax.Array, batch_size: int, seq_len: int) -> Batch:
-    """Random tokens, every one of them a target."""
-    shape = (batch_size, seq_len + 1)
-    tokens = jax.random.randint(key, shape, 0, model.config.vocab_size, jnp.int32)
-    weights = jnp.ones((batch_size, seq_len), jnp.float32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], weights)
+def random_tokens(
+    model: Any, batch_size: int, seq_len: int
+) -> Callable[[jax.Array], jmem.data.batch.Batch]:
+    """What makes a decoder's batch of random tokens, every one of them a target."""
+
+    def make(key):
+        shape = (batch_size, seq_len + 1)
+        tokens = jax.random.randint(key, shape, 0, model.config.vocab_size, jnp.int32)
+        weights = jnp.ones((batch_size, seq_len), jnp.float32)
+        return jmem.data.batch.Batch(tokens[:, :-1], tokens[:, 1:], weights)
+
+    return make
+
+
+def _batches(
+    who: str,
+    model: Any,
+    batch: Batches | None,
+    batch_size: int | None,
+    seq_len: int | None,
+) -> Callable[[jax.Array], Batch]:
+    """What makes the batch that is asked for, in either form."""
+    if batch is not None and batch_size is None and seq_len is None:
+        return batch if callable(batch) else lambda key: batch
+    if batch is None and batch_size is not None and seq_len is not None:
+        return random_tokens(model, batch_size, seq_len)
+    raise TypeError(
+        f"{who}: batch={type(batch).__name__}, batch_size={batch_size}, seq_len="
+        f"{seq_len}. Give a batch (arrays, or key -> batch), or, for a decoder's "
+        "random tokens, both of the others."
+    )
 
 
 def _program(model, fn, make, *, returns_state: bool, **fields) -> Program:
-    """A program of (state, batch), divided as the model is."""
+    """A program of (what is divided as the model is ..., batch)."""
     args = described(make, jax.random.key(0))
     if (layout := layout_of(model)) is None:
         return Program(fn, args, make=make, **fields)
 
     def shardings(mesh=None):
-        state, batch = args
-        return layout.shardings(state, mesh), layout.batch_shardings(batch, mesh)
+        *state, batch = args
+        held = (layout.shardings(own, mesh) for own in state)
+        return *held, layout.batch_shardings(batch, mesh)
 
     def make_placed(key):
         return jax.jit(make, out_shardings=shardings(layout.mesh()))(key)
@@ -48,37 +79,55 @@ def _program(model, fn, make, *, returns_state: bool, **fields) -> Program:
     )
 
 
-def loss_program(model, *, batch_size: int, seq_len: int) -> Program:
-    """The loss of [batch_size, seq_len] tokens, as evaluation computes it.
+def loss_program(
+    model: Any,
+    *,
+    batch: Batches | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+) -> Program:
+    """The loss of a batch, as evaluation computes it, with the statistics a model has.
 
-    `make(key)` gives random parameters and tokens for a live run.
+    As `step_program`, of which it is the forward half.
     """
+    batches = _batches("loss_program", model, batch, batch_size, seq_len)
 
     def make(key):
-        return model.init(key), _batch(model, key, batch_size, seq_len)
+        return model.init(key), model.stats(), batches(key)
 
-    def forward(params, batch):
-        return next_token_loss(model, params, batch)
+    def forward(params, stats, batch):
+        return model.loss(params, stats, batch, None)[0]
 
-    labels = {"weights": (0, ""), "batch": (1, "")}
+    labels = {"weights": (0, ""), "batch": (2, "")}
+    if jax.tree.leaves(jax.eval_shape(model.stats)):
+        labels["statistics"] = (1, "")
     return _program(model, forward, make, returns_state=False, labels=labels)
 
 
-def step_program(finetuner, model, *, batch_size: int, seq_len: int) -> Program:
-    """One donated training step on [batch_size, seq_len] tokens; nothing is allocated.
+def step_program(
+    finetuner: Any,
+    model: Any,
+    *,
+    batch: Batches | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+) -> Program:
+    """One donated training step on a batch; nothing is allocated.
 
-    `make(key)` gives random parameters and tokens for a live run. A model with a layout
-    gives a program over its mesh, whose state is divided and updated in place.
+    The batch is one of arrays, or what makes one from a key. For a decoder,
+    `batch_size` sequences of `seq_len` random tokens are given by their sizes.
+    `make(key)` gives random parameters and the batch for a live run. A model with a
+    layout gives a program over its mesh, whose state is divided and updated in place.
 
     Raises:
       LayoutError: the mesh does not divide the state, or the batch.
+      TypeError: neither a batch nor both sizes are given.
     """
-
-    def init(key):
-        return finetuner.init(model, model.init(key), key)
+    batches = _batches("step_program", model, batch, batch_size, seq_len)
 
     def make(key):
-        return init(key), _batch(model, key, batch_size, seq_len)
+        state = finetuner.init(model, model.init(key), model.stats(), key)
+        return state, batches(key)
 
     def step(state, batch):
         return finetuner.step(model, state, batch)

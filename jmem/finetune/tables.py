@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jmem.finetune.patterns import join
 from jmem.finetune.rules import Factored
 from jmem.finetune.walk import Walk, flat, square_of
+from jmem.models.next_token import mean_weights
 from jmem.nn.ops import Ops
 from jmem.offload import fetch_row, is_on_host, store_row
 from jmem.program import key
-from jmem.train.loss import mean_weights
 
 TABLE = 2**22
 """Elements of the embedding or the head that are updated at a time, at most about."""

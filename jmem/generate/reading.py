@@ -22,9 +22,9 @@ from jmem.generate.checks import (
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.prefill import read_prompts
 from jmem.kvcache.shorten import Shorten, padded
+from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
-from jmem.train.loss import token_positions
 
 
 def padded_right(

@@ -22,7 +22,7 @@ WORTH = 0.01
 LEAST = 2**20
 """Bytes below which it is not."""
 CHUNK = 256
-"""Tokens whose logits a chunked loss holds at a time, as `jmem.train.loss` does."""
+"""Tokens whose logits a chunked loss holds at a time (`jmem.models.next_token`)."""
 STATE = {kinds.PARAMETERS, kinds.OPTIMIZER, kinds.KV_CACHE, kinds.STATE}
 
 
@@ -206,7 +206,7 @@ def _logits(evidence: Evidence) -> tuple[int, str]:
     return evidence.saving(remaining), (
         f"logits of {max(tokens.values()):,} tokens exist at once"
         f"{_where(list(tokens))}; a loss over chunks of {CHUNK} tokens "
-        "(jmem.train.loss.head_loss) never makes them all."
+        "(jmem.models.next_token.head_loss) never makes them all."
     )
 
 

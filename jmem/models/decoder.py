@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jmem.models.contract import Aux
+from jmem.models.next_token import next_token_loss
 from jmem.nn import quantised
 from jmem.nn.attention import Attention, Implementation, causal, choose
 from jmem.nn.chunk import by_chunks
@@ -457,3 +459,24 @@ class Decoder:
         else:
             leaf = params["head"]
         return ops.linear("head", leaf, x)
+
+    # To whoever trains it (`jmem.models.contract.Model`) ------------------------------
+
+    @property
+    def needs_key(self) -> bool:
+        """Training computes what evaluation does; dropout is of adapters (`Lora`)."""
+        return False
+
+    def stats(self) -> dict:
+        """None are kept."""
+        return {}
+
+    def loss(
+        self, params: dict, stats: dict, batch, key=None, ops: Ops | None = None
+    ) -> tuple[Float[Array, ""], Aux]:
+        """Masked next-token cross-entropy (`jmem.models.next_token`), nats a token.
+
+        `batch` is a `jmem.data.batch.Batch`; `ops` defaults to the decoder's own.
+        """
+        del key
+        return next_token_loss(self, params, batch, ops), Aux(stats, {})

@@ -5,22 +5,25 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from jmem.data.batch import Batch
+from jmem.models.contract import Batch
 
 
 @runtime_checkable
-class Finetuner[Model, Params, State](Protocol):
+class Finetuner[Model, Params, Stats, State](Protocol):
     """What a fine-tuning method is, to the training loop and to the experiments.
 
     A frozen dataclass of the method's settings with four pure functions. `State` is
     a pytree of arrays that holds everything an update reads and writes: weights,
-    moments, random keys, and `state["step"]`, an int32 scalar that counts the updates
-    done. Every random draw is a `fold_in` of that count, so that a resumed run
-    repeats the uninterrupted one bit for bit.
+    statistics, moments, random keys, and `state["step"]`, an int32 scalar that counts
+    the updates done. Every random draw is a `fold_in` of that count, so that a resumed
+    run repeats the uninterrupted one bit for bit.
     """
 
-    def init(self, model: Model, params: Params, key: jax.Array) -> State:
-        """The state before the first update, made from a model's parameters."""
+    def init(self, model: Model, params: Params, stats: Stats, key: jax.Array) -> State:
+        """The state before the first update, made from a model's parameters.
+
+        `stats` are the model's statistics (`jmem.models.contract.Model`), {} for most.
+        """
         ...
 
     def step(
@@ -35,8 +38,11 @@ class Finetuner[Model, Params, State](Protocol):
         """
         ...
 
-    def merged(self, state: State) -> Params:
-        """Parameters of the plain model, with every adapter folded in."""
+    def merged(self, state: State) -> tuple[Params, Stats]:
+        """Parameters of the plain model, with every adapter folded in, and statistics.
+
+        What its `loss` evaluates.
+        """
         ...
 
     def labels(self, state: State) -> Mapping[str, Any]:

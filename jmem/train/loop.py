@@ -30,14 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmem.data.batch import Batch
+from jmem.models.contract import Batch
 from jmem.program import by_key
 from jmem.sharding import layout_of
 from jmem.train import progress as progresses
 from jmem.train.checkpoint import Checkpoints, abstract, difference
 from jmem.train.finetuner import Finetuner
 from jmem.train.folder import prepare, require_free
-from jmem.train.loss import next_token_loss
 from jmem.train.metrics import NAME, MetricsFile, read
 
 WARM_STEPS = 2
@@ -75,7 +74,7 @@ class Data(Protocol):
 
 
 def train[State](
-    finetuner: Finetuner[Any, Any, State],
+    finetuner: Finetuner[Any, Any, Any, State],
     model: Any,
     state: State,
     data: Data,
@@ -111,8 +110,8 @@ def train[State](
       held_out: batches never trained on. Their mean loss, by their weights, is written
         before the first update, every `evaluate_every` and after the last.
       evaluate_first: False where the loss before the first update is known already.
-      evaluate: (state, batch) -> mean loss; by default the next-token loss of
-        `finetuner.merged(state)`.
+      evaluate: (state, batch) -> mean loss; by default the model's own, of
+        `finetuner.merged(state)`, with stored statistics and without noise.
       evaluate_every: updates between evaluations; 0 for none in between.
       checkpoint_every: updates between checkpoints; 0 for none in between. The last
         state is always written, and so is the one at Ctrl-C.
@@ -123,7 +122,7 @@ def train[State](
       resume: continue from the latest intact checkpoint in `folder`, and drop the rows
         after it. Where there is no checkpoint yet, start from `state`.
       trace_steps: steps to trace with the XLA profiler, after the first two.
-      progress: tell loss, tokens a second and time left on standard output.
+      progress: tell loss, rate (tokens a second) and time left on standard output.
 
     Raises:
       TrainingError: an argument is out of range, `folder` already holds a run, `step`
@@ -177,7 +176,9 @@ def train[State](
         )
         compiling = time.perf_counter() - began
 
-        lines = progresses.choose(folder.name, steps, start=start, silent=not progress)
+        lines = progresses.choose(
+            folder.name, steps, start=start, unit=first.unit, silent=not progress
+        )
         stack.callback(lines.close)
         plan = _plan(step)
         (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
@@ -209,7 +210,7 @@ def train[State](
             trace.before(done - 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=done - 1):
                 state, metrics = step(state, place(batch))
-            log.step(done, metrics, batch.tokens.size)
+            log.step(done, metrics, batch)
 
             asked = stop.is_set()
             saving = asked or done == steps or _due(done, checkpoint_every)
@@ -319,13 +320,13 @@ def _compile_evaluation(finetuner, model, state, held_out, evaluate, place) -> C
         return lambda state: math.nan
 
     def held_out_loss(state, batch):
-        return next_token_loss(model, finetuner.merged(state), batch)
+        return model.loss(*finetuner.merged(state), batch, None)[0]
 
     for number, batch in enumerate(held_out):
         _check_batch(batch, held_out[0], number, "held_out")
     jitted = jax.jit(evaluate or held_out_loss)
     compiled = jitted.lower(state, place(held_out[0])).compile()
-    weights = np.array([np.sum(batch.weights, dtype=np.float64) for batch in held_out])
+    weights = np.array([batch.weight() for batch in held_out], np.float64)
 
     def mean(state) -> float:
         losses = jax.device_get([compiled(state, place(batch)) for batch in held_out])
@@ -373,30 +374,31 @@ class _Log:
         checkpoints: Checkpoints,
     ):
         self._file, self._lines, self._checkpoints = file, lines, checkpoints
-        self._waiting: tuple[int, Mapping[str, jax.Array], int] | None = None
+        self._waiting: tuple[int, Mapping[str, jax.Array], Batch] | None = None
         self._recent = collections.deque(maxlen=RATE_STEPS)
         self._mark = time.perf_counter()
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array], tokens: int) -> None:
+    def step(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch) -> None:
         """Take this step's metrics, and write those of the step before it."""
         self.flush()
-        self._waiting = (step, metrics, tokens)
+        self._waiting = (step, metrics, batch)
 
     def flush(self) -> None:
         """Wait for the step taken last, and write its row."""
         if self._waiting is None:
             return
-        (step, metrics, tokens), self._waiting = self._waiting, None
+        (step, metrics, batch), self._waiting = self._waiting, None
         values = {name: v.tolist() for name, v in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._check(step, values)
         named = {name: values.pop(name) for name in _FIRST if name in values}
-        times = {"seconds": seconds, "tokens_per_second": tokens / seconds}
+        count = batch.count()
+        times = {"seconds": seconds, f"{batch.unit}_per_second": count / seconds}
         self._file.write({"step": step, **named, **values, **times})
-        self._recent.append((tokens, seconds))
-        recent_tokens, recent_seconds = map(sum, zip(*self._recent))
-        self._lines.update(step, named["loss"], recent_tokens / recent_seconds)
+        self._recent.append((count, seconds))
+        recent_count, recent_seconds = map(sum, zip(*self._recent))
+        self._lines.update(step, named["loss"], recent_count / recent_seconds)
 
     def held_out(self, step: int, loss: float) -> None:
         self._check(step, {"held_out_loss": loss})

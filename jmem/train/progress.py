@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 class Progress(Protocol):
     """Told after every step, and once at the end."""
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None: ...
+    def update(self, step: int, loss: float, rate: float) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -22,15 +22,19 @@ def choose(
     steps: int,
     *,
     start: int = 0,
+    unit: str,
     silent: bool = False,
     stream: Any = None,
 ) -> Progress:
-    """`Bar` when `stream` (standard output by default) is a terminal, else `Lines`."""
+    """`Bar` when `stream` (standard output by default) is a terminal, else `Lines`.
+
+    `unit` is the word for what a rate counts a second of.
+    """
     if silent:
         return Silent()
     stream = sys.stdout if stream is None else stream
     kind = Bar if stream.isatty() else Lines
-    return kind(name, steps, start=start, stream=stream)
+    return kind(name, steps, start=start, unit=unit, stream=stream)
 
 
 def clock(seconds: float) -> str:
@@ -65,22 +69,24 @@ class Lines:
         steps: int,
         *,
         start: int = 0,
+        unit: str,
         stream: Any,
         every: float = 10.0,
         now: Callable[[], float] = time.monotonic,
     ):
         self.name, self.steps, self.stream, self.every = name, steps, stream, every
+        self._unit = unit
         self._rate = _Rate(steps, start, now)
         self._next = now()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, rate: float) -> None:
         now = self._rate.now()
         if now < self._next and step < self.steps:
             return
         self._next = now + self.every
         self.note(
             f"step {step}/{self.steps}  loss {loss:.4f}  "
-            f"{tokens_per_second:,.0f} tokens/s  {clock(self._rate.left(step))} left"
+            f"{rate:,.0f} {self._unit}/s  {clock(self._rate.left(step))} left"
         )
 
     def note(self, text: str) -> None:
@@ -93,7 +99,9 @@ class Lines:
 class Bar:
     """A rich progress bar with loss, rate and time left."""
 
-    def __init__(self, name: str, steps: int, *, start: int = 0, stream: Any):
+    def __init__(
+        self, name: str, steps: int, *, start: int = 0, unit: str, stream: Any
+    ):
         from rich import console, progress
 
         self.name = name
@@ -103,7 +111,7 @@ class Bar:
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TextColumn(
-                "loss {task.fields[loss]}  {task.fields[rate]} tokens/s  "
+                f"loss {{task.fields[loss]}}  {{task.fields[rate]}} {unit}/s  "
                 "{task.fields[left]} left"
             ),
             console=console.Console(file=stream),
@@ -113,12 +121,12 @@ class Bar:
         )
         self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, loss: float, rate: float) -> None:
         self._bar.update(
             self._task,
             completed=step,
             loss=f"{loss:.4f}",
-            rate=f"{tokens_per_second:,.0f}",
+            rate=f"{rate:,.0f}",
             left=clock(self._rate.left(step)),
         )
 
@@ -132,7 +140,7 @@ class Bar:
 class Silent:
     """Says nothing."""
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None: ...
+    def update(self, step: int, loss: float, rate: float) -> None: ...
 
     def note(self, text: str) -> None: ...
 

@@ -21,8 +21,8 @@ from jmem.kvcache.policy import Policy
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import token_positions
 from jmem.nn.stack import run_stack
-from jmem.train.loss import token_positions
 
 MODEL = Decoder(dataclasses.replace(TINY, layers=2))
 LENGTHS = np.array([40, 23], np.int32)

@@ -80,7 +80,9 @@ def test_the_official_schemes_compute_the_same(tiny, tiny_params, random_batch, 
     found = []
     for kind in (MixLora, scheme):
         own = kind(mixtures=(mixture,), update="separate", dropout=0.0)
-        state = own.init(tiny, jax.tree.map(jnp.copy, tiny_params), jax.random.key(0))
+        state = own.init(
+            tiny, jax.tree.map(jnp.copy, tiny_params), {}, jax.random.key(0)
+        )
         state["adapters"] = jax.tree.map(noisy, state["adapters"])
         step = jax.jit(functools.partial(own.step, tiny))
         found.append(step(state, batch)[1])

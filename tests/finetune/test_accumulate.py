@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.finetune.accumulate import accumulated
+from jmem.finetune.accumulate import accumulate
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
@@ -33,7 +33,7 @@ def test_parts_of_unequal_weight_make_the_whole(name, tiny, tiny_params, random_
     """Random weights: the parts' means must be weighed, not averaged."""
     method, batch = METHODS[name], random_batch(tiny, batch_size=4)
     batch = batch._replace(weights=batch.weights.at[0, 2:].set(0))
-    state = method.init(tiny, tiny_params, jax.random.key(0))
+    state = method.init(tiny, tiny_params, {}, jax.random.key(0))
 
     def step(parts):
         split = dataclasses.replace(method, accumulate=parts)
@@ -51,12 +51,12 @@ def test_a_part_without_targets_adds_nothing(tiny, random_batch):
     batch = random_batch(tiny, batch_size=2)
     batch = batch._replace(weights=batch.weights.at[1].set(0))
 
-    def gradients(part, number):
+    def gradients(part, number, stats):
         del number
         mean = jnp.sum(part.weights) / jnp.maximum(jnp.sum(part.weights), 1.0)
-        return mean, {"w": part.targets.astype(jnp.float32).mean() * mean}
+        return (mean, {"w": part.targets.astype(jnp.float32).mean() * mean}), stats
 
-    loss, grads = accumulated(gradients, batch, 2)
+    (loss, grads), _ = accumulate(gradients, batch, 2, {})
     assert loss == 1.0
     assert grads["w"] == batch.targets[0].astype(jnp.float32).mean()
 
@@ -65,7 +65,7 @@ def test_dropout_differs_between_parts(tiny, tiny_params, random_batch):
     one = random_batch(tiny, batch_size=1)
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), one)
     lora = Lora(rank=2, dropout=0.5, adamw=PLAIN)
-    state = lora.init(tiny, tiny_params, jax.random.key(0))
+    state = lora.init(tiny, tiny_params, {}, jax.random.key(0))
     state["lora"] = jax.tree.map(lambda x: x + 0.1, state["lora"])
 
     def loss(batch, parts):
@@ -90,7 +90,7 @@ def test_activations_are_those_of_one_part():
 
 def test_refuses_parts_that_do_not_divide(tiny, tiny_params, random_batch):
     full = Full(accumulate=3)
-    state = full.init(tiny, tiny_params, jax.random.key(0))
+    state = full.init(tiny, tiny_params, {}, jax.random.key(0))
     with pytest.raises(ValueError, match="accumulate=3 does not divide a batch of 2"):
         full.step(tiny, state, random_batch(tiny))
 

@@ -103,7 +103,7 @@ DORA = Lora(rank=2, alpha=3.0, dora=True, adamw=AdamW(learning_rate=1e-2))
 
 
 def trained(lora, model, params, batch, steps=3):
-    state = lora.init(model, jax.tree.map(jnp.copy, params), jax.random.key(1))
+    state = lora.init(model, jax.tree.map(jnp.copy, params), {}, jax.random.key(1))
     step = jax.jit(lora.step, static_argnums=0)
     for _ in range(steps):
         state, _ = step(model, state, batch)
@@ -136,7 +136,7 @@ class TestState:
         adapted = w + 1.5 * a @ b
         norm = np.linalg.norm(adapted, axis=1, keepdims=True)
         expected = adapted / norm * leaf["magnitude"][:, None]
-        merged = DORA.merged(state)["blocks"]["mlp"]["up"]["kernel"]
+        merged = DORA.merged(state)[0]["blocks"]["mlp"]["up"]["kernel"]
         np.testing.assert_allclose(merged, expected, rtol=1e-4, atol=1e-6)
         start = np.linalg.norm(w, axis=1)
         assert np.abs(leaf["magnitude"] - start).min(axis=1).max() > 0
@@ -176,7 +176,7 @@ class TestState:
         plain = Lora(rank=2).adapters(tiny_params["blocks"], jax.random.key(0))
         message = r"k/magnitude with shape None, .*dora=True and .* need \(5, 16\)"
         with pytest.raises(ValueError, match=message):
-            DORA.init(None, tiny_params, jax.random.key(0), plain)
+            DORA.init(None, tiny_params, {}, jax.random.key(0), plain)
 
     def test_one_layer_is_at_work_and_no_float32_copy_of_it(self):
         """The norms alone, compiled for an H200: a kernel of 8 MiB, eight layers."""

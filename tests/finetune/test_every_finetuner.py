@@ -22,9 +22,9 @@ from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import next_token_loss
 from jmem.nn import quantised
 from jmem.targets import resolve
-from jmem.train.loss import next_token_loss
 
 ADAMW = AdamW(learning_rate=3e-3)
 FINETUNERS = {
@@ -75,7 +75,7 @@ def jitted(finetuner, model):
     @jax.jit
     def init(params):
         params = jax.tree.map(jnp.copy, params)
-        return finetuner.init(model, params, jax.random.key(1))
+        return finetuner.init(model, params, {}, jax.random.key(1))
 
     def step(state, batch):
         return finetuner.step(model, state, batch)
@@ -98,7 +98,9 @@ class TestEveryFinetuner:
         if kind := kinds.get(getattr(finetuner, "base", "")):
             blocks = quantised.pack(tiny_params, kind)["blocks"]
             tiny_params |= {"blocks": quantised.unpacked(blocks, jnp.float32)}
-        chex.assert_trees_all_equal(finetuner.merged(state), tiny_params)
+        params, stats = finetuner.merged(state)
+        chex.assert_trees_all_equal(params, tiny_params)
+        assert stats == {}
         assert state["step"] == 0
 
     def test_learns_a_batch_by_heart_in_one_program(self, start, tiny, random_batch):
@@ -119,7 +121,7 @@ class TestEveryFinetuner:
             state, _ = step(state, random_batch(tiny, seed))
         batch = random_batch(tiny, 9)
         merged = jax.jit(lambda p: next_token_loss(tiny, p, batch))(
-            finetuner.merged(state)
+            finetuner.merged(state)[0]
         )
         np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
 

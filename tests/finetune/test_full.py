@@ -37,7 +37,7 @@ def moved(before: dict, after: dict) -> set[str]:
 
 
 def one_step(finetuner, model, params, batch):
-    state = finetuner.init(model, params, jax.random.key(0))
+    state = finetuner.init(model, params, {}, jax.random.key(0))
     return jax.jit(lambda state: finetuner.step(model, state, batch))(state)
 
 
@@ -48,7 +48,7 @@ class TestTrain:
         full = Full(train=("*norm", "blocks/attention/v"), adamw=ADAMW)
         state, _ = one_step(full, tiny, tiny_params, random_batch(tiny))
         expected = {p for p in by_key(tiny_params) if "norm" in p or "/v/" in p}
-        assert moved(tiny_params, full.merged(state)) == expected
+        assert moved(tiny_params, full.merged(state)[0]) == expected
 
     def test_lisa_moves_what_the_patterns_mean(self, tiny_config, random_batch):
         model = Decoder(dataclasses.replace(tiny_config, tied=True))
@@ -109,7 +109,7 @@ class TestLastBlocks:
         self, tiny, tiny_params, random_batch
     ):
         last = Lisa(active_layers=2, weights=(0, 0, 0, 1, 1), period=10**6, adamw=ADAMW)
-        state = last.init(tiny, tiny_params, jax.random.key(0))
+        state = last.init(tiny, tiny_params, {}, jax.random.key(0))
         step = jax.jit(lambda state, batch: last.step(tiny, state, batch))
         for seed in range(3):
             state, metrics = step(state, random_batch(tiny, seed))
@@ -162,7 +162,7 @@ class TestRates:
         assert changed.tolist() == [False, False, False, False, True]
 
         lora = Lora(rank=2, maps=("q", "v"), adamw=AdamW(rates=rates))
-        before = lora.init(tiny, tiny_params, jax.random.key(0))["lora"]
+        before = lora.init(tiny, tiny_params, {}, jax.random.key(0))["lora"]
         state, _ = one_step(lora, tiny, tiny_params, random_batch(tiny))
         # B starts at zero, so the first update has no gradient for A.
         assert moved(before, state["lora"]) == {
@@ -205,11 +205,11 @@ class TestMixed:
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tiny_params)
         adamw = AdamW(learning_rate=1e-6)
         lora = Lora(rank=2, alpha=1, adapter_dtype="float32", adamw=adamw)
-        before = lora.init(model, params, jax.random.key(0))
+        before = lora.init(model, params, {}, jax.random.key(0))
         before["lora"] = jax.tree.map(lambda x: x + 0.1, before["lora"])
         state, _ = jax.jit(lambda s: lora.step(model, s, random_batch(model)))(before)
         for old, new in zip(*map(jax.tree.leaves, (before["lora"], state["lora"]))):
             assert new.dtype == jnp.float32
             assert 0 < jnp.abs(new - old).max() < 2e-6
-        merged = jax.tree.leaves(lora.merged(state))
+        merged = jax.tree.leaves(lora.merged(state)[0])
         assert {leaf.dtype for leaf in merged} == {jnp.dtype(jnp.bfloat16)}

@@ -61,7 +61,7 @@ def both(model, count=7, **settings):
     found = []
     for update in ("separate", "fused"):
         lisa = Lisa(update=update, **{"adamw": ADAMW, "period": 3} | settings)
-        state = lisa.init(model, model.init(jax.random.key(0)), jax.random.key(1))
+        state = lisa.init(model, model.init(jax.random.key(0)), {}, jax.random.key(1))
         step: Any = jax.jit(lisa.step, static_argnums=0)
         told = []
         for batch in batches(count):
@@ -127,7 +127,7 @@ def test_moments_of_few_bits_learn_as_well(dtype):
     for kind in ("float32", dtype):
         adamw = AdamW(learning_rate=1e-2, max_grad_norm=0, moment_dtype=kind)
         lisa = Lisa(adamw=adamw, active_layers=2, moments="persist")
-        state = lisa.init(model, model.init(jax.random.key(0)), jax.random.key(1))
+        state = lisa.init(model, model.init(jax.random.key(0)), {}, jax.random.key(1))
         held = jax.tree.leaves((state["outside"], state["blocks"]))
         size = sum(x.nbytes for x in held)
         step = jax.jit(lisa.step, static_argnums=0, donate_argnums=1)
@@ -146,8 +146,9 @@ def test_moments_of_few_bits_learn_as_well(dtype):
 def test_eight_bits_need_a_fused_step():
     adamw = AdamW(moment_dtype="float8")
     model = Decoder(CONFIG)
+    params, key = model.init(jax.random.key(0)), jax.random.key(1)
     with pytest.raises(ValueError, match="needs a fused step"):
-        Lisa(adamw=adamw).init(model, model.init(jax.random.key(0)), jax.random.key(1))
+        Lisa(adamw=adamw).init(model, params, {}, key)
 
 
 def test_auto_fuses_where_nothing_needs_all_gradients():

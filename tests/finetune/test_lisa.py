@@ -24,7 +24,7 @@ from jmem.finetune.layerwise import slot_gradients
 from jmem.finetune.lisa import Lisa, transform
 from jmem.finetune.orders import draw
 from jmem.models.decoder import Decoder, DecoderConfig
-from jmem.train.loss import next_token_loss
+from jmem.models.next_token import next_token_loss
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 NO_CLIP = AdamW(learning_rate=1e-2, max_grad_norm=0)
@@ -32,7 +32,7 @@ NO_CLIP = AdamW(learning_rate=1e-2, max_grad_norm=0)
 
 def run(finetuner, model, params, batches, key=0):
     """State and metrics after one jitted step a batch."""
-    state = jax.jit(lambda p: finetuner.init(model, p, jax.random.key(key)))(params)
+    state = jax.jit(lambda p: finetuner.init(model, p, {}, jax.random.key(key)))(params)
     step = jax.jit(lambda state, batch: finetuner.step(model, state, batch))
     metrics = []
     for batch in batches:
@@ -95,7 +95,7 @@ def test_trajectory_of_the_official_code(moments):
         max_grad_norm=0,
     )
     lisa = Lisa(active_layers=c["gamma"], period=c["K"], moments=moments, adamw=adamw)
-    state = lisa.init(model, golden_tree(golden, "init_"), jax.random.key(0))
+    state = lisa.init(model, golden_tree(golden, "init_"), {}, jax.random.key(0))
     step = jax.jit(lambda s, batch, active: lisa.step(model, s, batch, active))
     losses = []
     for i in range(c["steps"]):
@@ -331,13 +331,13 @@ def test_refuses_more_active_layers_than_the_model_has(tiny):
     with pytest.raises(
         ValueError, match=r"active_layers=6 exceeds the model's 5 blocks"
     ):
-        Lisa(active_layers=6).init(tiny, tiny.abstract(), jax.random.key(0))
+        Lisa(active_layers=6).init(tiny, tiny.abstract(), {}, jax.random.key(0))
 
 
 def test_refuses_weights_of_another_depth(tiny):
     lisa = Lisa(active_layers=1, weights=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"weights has 2 entries for 5 blocks"):
-        lisa.init(tiny, tiny.abstract(), jax.random.key(0))
+        lisa.init(tiny, tiny.abstract(), {}, jax.random.key(0))
 
 
 @pytest.mark.parametrize("active", [[1, 1], [3, 1], [-1, 2], [0, 5], [1]])
@@ -345,7 +345,7 @@ def test_refuses_forced_blocks_that_are_no_draw(
     tiny, tiny_params, random_batch, active
 ):
     lisa = Lisa(active_layers=2)
-    state = lisa.init(tiny, tiny_params, jax.random.key(0))
+    state = lisa.init(tiny, tiny_params, {}, jax.random.key(0))
     with pytest.raises(ValueError, match=r"Lisa.step: active"):
         lisa.step(tiny, state, random_batch(tiny), jnp.asarray(active, jnp.int32))
 
@@ -365,7 +365,9 @@ class TestMaster:
         batch, moved = random_batch(model), {}
         for master in (False, True):
             lisa = Lisa(active_layers=2, period=20, adamw=adamw, master=master)
-            state = lisa.init(model, jax.tree.map(jnp.copy, before), jax.random.key(1))
+            state = lisa.init(
+                model, jax.tree.map(jnp.copy, before), {}, jax.random.key(1)
+            )
             step = jax.jit(functools.partial(lisa.step, model), donate_argnums=0)
             for _ in range(12):
                 state, metrics = step(state, batch)

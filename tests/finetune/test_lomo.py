@@ -14,8 +14,8 @@ from jmem.finetune import tables
 from jmem.finetune.lomo import Lomo, Variant
 from jmem.finetune.rules import Factored
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import next_token_loss
 from jmem.program import by_key
-from jmem.train.loss import next_token_loss
 
 VARIANTS = {
     "llama": {},
@@ -82,7 +82,7 @@ def test_is_the_update_of_whole_gradients(variant, model, random_batch, monkeypa
     params = jax.tree.map(jnp.asarray, random_params(config, scale=0.2))
     batches = [random_batch(model, seed) for seed in range(3)]
     expected, losses = by_hand(lomo, model, params, batches)
-    state = lomo.init(model, params, jax.random.key(0))
+    state = lomo.init(model, params, {}, jax.random.key(0))
     step: Any = jax.jit(lambda state, batch: lomo.step(model, state, batch))
     found = []
     for batch in batches:
@@ -95,7 +95,7 @@ def test_is_the_update_of_whole_gradients(variant, model, random_batch, monkeypa
 
 def test_a_part_is_trained_alone(tiny, tiny_params, random_batch):
     lomo = Lomo(train=("head", "final_norm"))
-    state = lomo.init(tiny, tiny_params, jax.random.key(0))
+    state = lomo.init(tiny, tiny_params, {}, jax.random.key(0))
     state, _ = jax.jit(lambda s, b: lomo.step(tiny, s, b))(state, random_batch(tiny))
     for name in ("blocks", "embed"):
         chex.assert_trees_all_equal(state["params"][name], tiny_params[name])
@@ -108,7 +108,7 @@ def test_state_is_a_float_a_row_and_a_column(tiny):
             leaf.size
             for leaf in jax.tree.leaves(
                 jax.eval_shape(
-                    lambda p, v=variant: Lomo(variant=v).init(tiny, p, None),
+                    lambda p, v=variant: Lomo(variant=v).init(tiny, p, {}, None),
                     tiny.abstract(),
                 )["moments"]
             )

@@ -24,8 +24,8 @@ from jmem.finetune.lora import (
 )
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import next_token_loss
 from jmem.targets import resolve
-from jmem.train.loss import next_token_loss
 
 
 def test_low_rank_has_the_gradients_of_its_formula():
@@ -82,7 +82,7 @@ class TestTrainedBefore:
         lora = Lora(rank=2, maps=("q", "up"))
         given = lora.adapters(tiny_params["blocks"], jax.random.key(7))
         half = jax.tree.map(lambda x: np.asarray(x, np.float16), given)
-        state = lora.init(None, tiny_params, jax.random.key(0), half)
+        state = lora.init(None, tiny_params, {}, jax.random.key(0), half)
         expected = jax.tree.map(lambda x: x.astype(np.float32), half)
         chex.assert_trees_all_equal_shapes_and_dtypes(state["lora"], given)
         chex.assert_trees_all_equal(state["lora"], expected)
@@ -101,7 +101,7 @@ class TestTrainedBefore:
         given = other.adapters(tiny_params["blocks"], jax.random.key(0))
         lora = Lora(rank=2, maps=("q",))
         with pytest.raises(ValueError, match=message):
-            lora.init(None, tiny_params, jax.random.key(0), given)
+            lora.init(None, tiny_params, {}, jax.random.key(0), given)
 
 
 class TestDropout:
@@ -147,7 +147,7 @@ class TestDropout:
 
         def losses(seed):
             key = jax.random.key(seed)
-            state, found = lora.init(tiny, tiny_params, key, adapters), []
+            state, found = lora.init(tiny, tiny_params, {}, key, adapters), []
             for _ in range(3):
                 state, metrics = step(state)
                 found.append(float(metrics["loss"]))
@@ -164,7 +164,7 @@ class TestDropout:
         assert float(plain) not in losses(0)
 
     def test_without_dropout_the_state_has_no_key(self, tiny_params):
-        assert "key" not in Lora().init(None, tiny_params, jax.random.key(0))
+        assert "key" not in Lora().init(None, tiny_params, {}, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_refuses(options, message):
 def test_a_base_whose_rows_are_no_whole_blocks_is_refused(tiny_params):
     message = r"'attention/k' has rows of 32 values, .* NF4 blocks of 64.*in 16 bits"
     with pytest.raises(ValueError, match=message):
-        Lora(base="nf4").init(None, tiny_params, jax.random.key(0))
+        Lora(base="nf4").init(None, tiny_params, {}, jax.random.key(0))
 
 
 class TestPlainMLP:
@@ -226,7 +226,7 @@ class TestFused:
         for update in ("fused", "separate"):
             lora = Lora(rank=2, dropout=0.2, dora=True, adamw=self.ADAMW, update=update)
             params = jax.tree.map(jnp.copy, tiny_params)
-            state = lora.init(tiny, params, jax.random.key(1))
+            state = lora.init(tiny, params, {}, jax.random.key(1))
             step = jax.jit(functools.partial(lora.step, tiny), donate_argnums=0)
             for seed in range(3):
                 state, metrics = step(state, random_batch(tiny, seed))

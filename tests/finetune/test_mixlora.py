@@ -19,8 +19,8 @@ from jmem.finetune.lora import Lora
 from jmem.finetune.mixlora import MixLora, Mixture
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import next_token_loss
 from jmem.sharding import Layout
-from jmem.train.loss import next_token_loss
 
 ADAMW = AdamW(learning_rate=3e-3, eps=1e-3, weight_decay=0.01, max_grad_norm=0.0)
 """An eps at which Adam does not blow up what rounding makes of vanishing gradients."""
@@ -39,7 +39,7 @@ def started(finetuner, model, params, key=1):
     """A new state, from a copy of the parameters."""
 
     params = jax.tree.map(jnp.copy, params)
-    return finetuner.init(model, params, jax.random.key(key))
+    return finetuner.init(model, params, {}, jax.random.key(key))
 
 
 @functools.cache
@@ -74,7 +74,7 @@ class TestOneMixture:
         self, tiny, tiny_params, random_batch
     ):
         finetuner, batch = alone(SMALL), random_batch(tiny)
-        state = finetuner.init(tiny, tiny_params, jax.random.key(1))
+        state = finetuner.init(tiny, tiny_params, {}, jax.random.key(1))
         loss = finetuner.loss(tiny, state, batch)
         base = next_token_loss(tiny, tiny_params, batch)
         np.testing.assert_allclose(loss, base, rtol=1e-6)
@@ -97,7 +97,7 @@ class TestOneMixture:
         lora = Lora(rank=2, alpha=4.0, adamw=ADAMW)
         ours, theirs = (
             started(mine, tiny, tiny_params),
-            lora.init(tiny, tiny_params, jax.random.key(0)),
+            lora.init(tiny, tiny_params, {}, jax.random.key(0)),
         )
         shared = jax.tree.map(
             lambda leaf: leaf[:, 0],
@@ -312,7 +312,7 @@ class TestRefusals:
     def test_a_mesh(self, tiny, tiny_params):
         divided = dataclasses.replace(tiny, layout=Layout(fsdp=2))
         with pytest.raises(ValueError, match=r"not divided over a mesh"):
-            alone(SMALL).init(divided, tiny_params, jax.random.key(0))
+            alone(SMALL).init(divided, tiny_params, {}, jax.random.key(0))
 
     def test_merging(self, tiny, tiny_params):
         finetuner = alone(SMALL)

@@ -28,7 +28,7 @@ UPDATES = {
 
 def start(lisa, model):
     params = jax.tree.map(jnp.asarray, random_params(TINY, scale=0.1))
-    return jax.jit(lambda p: lisa.init(model, p, jax.random.key(1)))(params)
+    return jax.jit(lambda p: lisa.init(model, p, {}, jax.random.key(1)))(params)
 
 
 def lisas(update: str) -> tuple[Lisa, Lisa]:

@@ -24,7 +24,7 @@ def trained(lisa, model, random_batch, steps=5):
     params = jax.tree.map(
         jnp.asarray, random_params(model.config, model.stored_dtype, scale=0.2)
     )
-    state = jax.jit(lambda p: lisa.init(model, p, jax.random.key(1)))(params)
+    state = jax.jit(lambda p: lisa.init(model, p, {}, jax.random.key(1)))(params)
     step: Any = jax.jit(lambda s, b: lisa.step(model, s, b), donate_argnums=0)
     told = []
     for seed in range(steps):

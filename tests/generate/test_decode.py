@@ -24,8 +24,8 @@ from jmem.kvcache.gemfilter import GemFilter
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import token_positions
 from jmem.nn.stack import run_stack
-from jmem.train.loss import token_positions
 
 PROMPTS = [[5, 9, 1, 30], [7], [2, 2, 40, 11, 8, 3, 19]]
 

@@ -25,11 +25,11 @@ from jmem.kvcache.members import POLICIES
 from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.prefill import read_prompts
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import token_positions
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
 from jmem.targets import resolve
-from jmem.train.loss import token_positions
 
 MODEL = Decoder(dataclasses.replace(TINY, layers=4))
 LENGTHS = (50, 37, 3)

@@ -29,10 +29,10 @@ from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.turn import check_turn
 from jmem.kvcache.windowkv import WindowKV
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import token_positions
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
 from jmem.targets import resolve
-from jmem.train.loss import token_positions
 
 MODEL = Decoder(dataclasses.replace(TINY, layers=4, max_positions=512))
 NAMES = tuple(POLICIES)

@@ -30,8 +30,8 @@ from jmem.finetune.lora import Lora, lora_linear
 from jmem.generate.decode import generate
 from jmem.models import zoo
 from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.models.next_token import token_positions
 from jmem.nn.stack import run_stack
-from jmem.train.loss import token_positions
 
 VOCAB, LAYERS, WIDTH, INNER, HEADS, POSITIONS = 48, 3, 32, 72, 4, 24
 

@@ -20,11 +20,11 @@ from jmem.generate.programs import decode_program
 from jmem.kvcache.full import Full
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder
+from jmem.models.next_token import token_positions
 from jmem.nn.rope import LinearScaling, Llama3Scaling, YarnScaling
 from jmem.nn.stack import depth, run_stack
 from jmem.offload import fetch_row
 from jmem.targets import resolve
-from jmem.train.loss import token_positions
 
 
 def forward(model, params, tokens, ops=None, carry=None):

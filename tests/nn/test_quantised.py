@@ -200,7 +200,7 @@ def packed_params():
 class TestTraining:
     def test_lora_learns_over_a_packed_base(self, packed_params, tiny, random_batch):
         lora = Lora(rank=2, maps=("q", "down"), adamw=AdamW(learning_rate=1e-2))
-        state = lora.init(tiny, packed_params, jax.random.key(1))
+        state = lora.init(tiny, packed_params, {}, jax.random.key(1))
         step = jax.jit(lora.step, static_argnums=0)
         losses, batch = [], random_batch(tiny)
         for _ in range(10):
@@ -209,7 +209,7 @@ class TestTraining:
         assert losses[-1] < losses[0] - 0.1
         chex.assert_trees_all_equal(state["params"], packed_params)
 
-        merged = lora.merged(state)["blocks"]
+        merged = lora.merged(state)[0]["blocks"]
         for part, name in (("attention", "q"), ("mlp", "down"), ("mlp", "up")):
             leaf = packed_params["blocks"][part][name]
             rows = np.asarray(leaf["packed"])

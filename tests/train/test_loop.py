@@ -68,7 +68,9 @@ class TestRun:
 
     def test_loss_is_that_of_a_plain_loop(self, tmp_path):
         finetuner, model, data = tiny.Tiny(), tiny.Bigram(), tiny.Walk()
-        state = finetuner.init(model, model.init(jax.random.key(1)), jax.random.key(2))
+        state = finetuner.init(
+            model, model.init(jax.random.key(1)), {}, jax.random.key(2)
+        )
         step = jax.jit(lambda s, b: finetuner.step(model, s, b))
         losses = []
         for n in range(12):
@@ -101,7 +103,9 @@ class TestRun:
             lambda self, *a: compilations.append(self) or lower(self, *a),
         )
         finetuner, model = tiny.Tiny(), tiny.Bigram()
-        state = finetuner.init(model, model.init(jax.random.key(1)), jax.random.key(2))
+        state = finetuner.init(
+            model, model.init(jax.random.key(1)), {}, jax.random.key(2)
+        )
         loop.train(
             finetuner,
             model,
@@ -336,7 +340,9 @@ class TestMetrics:
 class TestProgress:
     def test_lines_come_first_last_and_in_between_by_time(self):
         stream, clock = io.StringIO(), iter(range(0, 1000, 4))
-        lines = progress.Lines("lora", 10, stream=stream, now=lambda: next(clock))
+        lines = progress.Lines(
+            "lora", 10, unit="tokens", stream=stream, now=lambda: next(clock)
+        )
         for step in range(1, 11):
             lines.update(step, 2.0 / step, 1234.5)
         text = stream.getvalue().splitlines()
@@ -347,7 +353,7 @@ class TestProgress:
     def test_bar_shows_loss_rate_and_time_left(self):
         stream = io.StringIO()
         stream.isatty = lambda: True
-        bar = progress.choose("lora", 10, stream=stream)
+        bar = progress.choose("lora", 10, unit="tokens", stream=stream)
         bar.update(5, 1.25, 1234.5)
         bar.note("held-out loss 1.0")
         bar.close()
@@ -356,7 +362,8 @@ class TestProgress:
         assert "loss 1.2500  1,234 tokens/s" in stream.getvalue()
 
     def test_output_that_is_not_a_terminal_gets_lines(self):
-        assert isinstance(progress.choose("x", 3, stream=io.StringIO()), progress.Lines)
+        lines = progress.choose("x", 3, unit="tokens", stream=io.StringIO())
+        assert isinstance(lines, progress.Lines)
 
 
 def test_importing_the_loop_leaves_orbax_alone():

@@ -43,10 +43,11 @@ class Tiny:
     lr: float = 1e-2
     period: int = 7
 
-    def init(self, model, params, key):
+    def init(self, model, params, stats, key):
         return {
             "step": jnp.int32(0),
             "params": params,
+            "stats": stats,
             "optimizer": optax.adamw(self.lr).init(params),
             "key": key,  # typed: saved as its words
             "slots": jnp.zeros(
@@ -78,7 +79,7 @@ class Tiny:
         return {**state, **new, "step": state["step"] + 1}, metrics
 
     def merged(self, state):
-        return state["params"]
+        return state["params"], state["stats"]
 
     def labels(self, state):
         return {"weights": "params", "optimizer": "optimizer"}
@@ -107,7 +108,7 @@ class Walk:
 def run(folder, *, finetuner=None, data=None, **settings):
     """Train `Tiny` in `folder`; settings go to `loop.train`."""
     model, finetuner = Bigram(), finetuner or Tiny()
-    state = finetuner.init(model, model.init(jax.random.key(1)), jax.random.key(2))
+    state = finetuner.init(model, model.init(jax.random.key(1)), {}, jax.random.key(2))
     settings = {"steps": 12, "progress": False} | settings
     return loop.train(
         finetuner,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_decoder import random_params
 
+from jmem.models import next_token as loss_module
 from jmem.models.decoder import Decoder
+from jmem.models.next_token import next_token_loss, token_positions
 from jmem.nn.stack import run_stack
-from jmem.train import loss as loss_module
-from jmem.train.loss import next_token_loss, token_positions
 
 
 def plain_loss(model, params, batch):
