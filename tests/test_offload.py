@@ -21,7 +21,7 @@ from jmem.models.decoder import Decoder
 from jmem.models.next_token import next_token_loss
 from jmem.program import HOST, Program, ProgramError, check_host_bytes
 from jmem.train.checkpoint import Checkpoints, abstract
-from jmem.train.loop import _compile_step
+from jmem.train.step import compile_step
 
 LAYERS = 4
 
@@ -159,7 +159,7 @@ class TestMomentsOnTheHost:
         params = jax.tree.map(jnp.asarray, random_params(TINY, scale=0.1))
         state = jax.jit(lambda p: method.init(model, p, {}, None))(params)
         batch = random_batch(model)
-        step = _compile_step(method, model, state, batch)
+        step = compile_step(method, model, state, batch)
         state, _ = step(step(state, batch)[0], batch)
         moments = jax.tree.leaves(state["optimizer"])
         assert {offload.is_on_host(x) for x in moments if x.ndim > 1} == {True}

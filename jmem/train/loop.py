@@ -14,49 +14,39 @@ step late: the device never waits for a row to be written.
     folder/trace/            XLA profiler trace of some steps, for xprof or Perfetto
 """
 
-import collections
 import contextlib
 import json
-import math
 import os
 import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jmem.models.contract import Batch
-from jmem.program import by_key
-from jmem.sharding import layout_of
 from jmem.train import progress as progresses
-from jmem.train.checkpoint import Checkpoints, abstract, difference
+from jmem.train.checkpoint import Checkpoints, abstract
+from jmem.train.errors import DivergedError, Interrupted, TrainingError
+from jmem.train.evaluation import Best, compile_evaluation
 from jmem.train.finetuner import Finetuner
 from jmem.train.folder import prepare, require_free
-from jmem.train.metrics import NAME, MetricsFile, read
+from jmem.train.log import Log, Trace
+from jmem.train.metrics import MetricsFile
+from jmem.train.step import (
+    check_batch,
+    choose_placement,
+    compile_step,
+    describe_plan,
+)
 
-WARM_STEPS = 2
-"""Steps that run before a trace begins."""
-RATE_STEPS = 20
-"""Steps that the printed rate is the mean of; a row has its own step's."""
+__all__ = ["Data", "DivergedError", "Interrupted", "TrainingError", "train"]
+
 SPARE_BYTES = 64 * 2**20
 """Room asked for beside the checkpoints: metrics and trace."""
-
-
-class TrainingError(ValueError):
-    """A run that cannot start, or cannot go on."""
-
-
-class DivergedError(TrainingError):
-    """The loss or the gradient's norm is no longer a finite number."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C (or SIGTERM) during training: all updates done are in a checkpoint."""
 
 
 @runtime_checkable
@@ -161,7 +151,7 @@ def train[State](
                 f"train: steps={steps} and {folder} is already at update {start}. "
                 "Ask for more steps, or start in a new folder."
             )
-        best = _Best(folder, start)
+        best = Best(folder, start)
         if start == steps or best.exhausted(patience):
             return state
         _check_room(
@@ -169,9 +159,9 @@ def train[State](
         )
         began = time.perf_counter()
         first = data.batch(start)
-        place = _placement(model, state)
-        step = _compile_step(finetuner, model, state, place(first))
-        held_out_loss = _compile_evaluation(
+        place = choose_placement(model, state)
+        step = compile_step(finetuner, model, state, place(first))
+        held_out_loss = compile_evaluation(
             finetuner, model, state, held_out, evaluate, place
         )
         compiling = time.perf_counter() - began
@@ -180,7 +170,7 @@ def train[State](
             folder.name, steps, start=start, unit=first.unit, silent=not progress
         )
         stack.callback(lines.close)
-        plan = _plan(step)
+        plan = describe_plan(step)
         (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
         lines.note(
             f"compiled in {compiling:.1f} s; XLA plans {plan['bytes'] / 2**30:.2f} GiB "
@@ -188,8 +178,8 @@ def train[State](
         )
         file = MetricsFile(folder, step=start)
         stack.callback(file.close)
-        log = _Log(file, lines, checkpoints)
-        trace = _Trace(folder / "trace", start, steps, trace_steps)
+        log = Log(file, lines, checkpoints)
+        trace = Trace(folder / "trace", start, steps, trace_steps)
         stack.callback(trace.stop)
         stop = stack.enter_context(_stop_between_steps(lines))
 
@@ -206,7 +196,7 @@ def train[State](
         log.restart_clock()
         for done in range(start + 1, steps + 1):  # updates done when this one is
             batch = data.batch(done - 1)
-            _check_batch(batch, first, done - 1)
+            check_batch(batch, first, done - 1)
             trace.before(done - 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=done - 1):
                 state, metrics = step(state, place(batch))
@@ -247,204 +237,6 @@ def _on_device(leaf: Any) -> jax.Array:
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _placement(model, state) -> Callable[[Batch], Batch]:
-    """What puts a batch where `state` is: onto its mesh, if the model has a layout."""
-    if (layout := layout_of(model)) is None:
-        return lambda batch: batch
-    wanted = dict(layout.described.shape)
-    meshes = {
-        name: getattr(leaf.sharding, "mesh", None)
-        for name, leaf in by_key(state).items()
-    }
-    for name, mesh in meshes.items():
-        if mesh is None or dict(mesh.shape) != wanted:
-            raise TrainingError(
-                f"train: the model has {layout}, and leaf {name!r} of the state is on "
-                f"{'no mesh' if mesh is None else dict(mesh.shape)}.\n"
-                "Place it: jax.device_put(state, layout.shardings(state, "
-                "layout.mesh()))."
-            )
-    mesh = meshes["step"]
-    return lambda batch: jax.device_put(batch, layout.batch_shardings(batch, mesh))
-
-
-def _compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
-    """`finetuner.step` for this model, state donated: an executable, not a jit.
-
-    Lowered for the arrays themselves: of a description JAX (0.12) forgets host memory.
-    """
-
-    def train_step(state, batch):
-        return finetuner.step(model, state, batch)
-
-    placed: dict[str, Any] = {}
-    if layout_of(model) is not None:  # else XLA chooses, perhaps another placement
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        placed = {"out_shardings": (shardings, None)}
-    jitted = jax.jit(train_step, donate_argnums=0, keep_unused=True, **placed)
-    lowered = jitted.lower(state, batch)
-    following, metrics = lowered.out_info
-    if changed := difference(state, following):
-        name, before, after = changed
-        raise TrainingError(
-            f"{type(finetuner).__name__}.step: leaf {name!r} of the state is {before} "
-            f"and comes back {after}.\n"
-            "A step returns the state's own shapes and dtypes, so that it can be "
-            "donated."
-        )
-    if "loss" not in metrics:
-        raise TrainingError(
-            f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
-        )
-    return lowered.compile()
-
-
-def _plan(step: jax.stages.Compiled) -> dict[str, Any]:
-    """Bytes of XLA's buffer assignment for the step that runs."""
-    analysis: Any = step.memory_analysis()
-    return {
-        "bytes": analysis.total_allocation_bytes,
-        "argument_bytes": analysis.argument_size_in_bytes,
-        "temp_bytes": analysis.temp_size_in_bytes,
-        "host_bytes": analysis.host_argument_size_in_bytes
-        + analysis.host_temp_size_in_bytes,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def _compile_evaluation(finetuner, model, state, held_out, evaluate, place) -> Callable:
-    """State -> mean loss over `held_out`, each batch counted by its weights."""
-    if not held_out:
-        return lambda state: math.nan
-
-    def held_out_loss(state, batch):
-        return model.loss(*finetuner.merged(state), batch, None)[0]
-
-    for number, batch in enumerate(held_out):
-        _check_batch(batch, held_out[0], number, "held_out")
-    jitted = jax.jit(evaluate or held_out_loss)
-    compiled = jitted.lower(state, place(held_out[0])).compile()
-    weights = np.array([batch.weight() for batch in held_out], np.float64)
-
-    def mean(state) -> float:
-        losses = jax.device_get([compiled(state, place(batch)) for batch in held_out])
-        return float(np.dot(weights, np.array(losses, np.float64)) / weights.sum())
-
-    return mean
-
-
-class _Best:
-    """The least held-out loss so far, and how long ago it was."""
-
-    def __init__(self, folder: pathlib.Path, start: int):
-        self.step, self._loss, self._since = 0, math.inf, 0
-        for row in read(folder) if (folder / NAME).exists() else []:
-            if "held_out_loss" in row and row["step"] <= start:
-                self.improves(row["step"], row["held_out_loss"])
-        self._folder = folder / "best"
-        if self._folder.exists():  # a better one of updates that are done again
-            for step in (kept := Checkpoints(self._folder)).steps():
-                if step != self.step:
-                    kept.remove(step)
-
-    def save(self, state: Any, *, data: str) -> None:
-        """Keeps the state of the best step, and no other."""
-        Checkpoints(self._folder, keep=1).save(self.step, state, data=data)
-
-    def improves(self, step: int, loss: float) -> bool:
-        """Takes an evaluation; whether it is the best."""
-        self._since += 1
-        if loss < self._loss:
-            self.step, self._loss, self._since = step, loss, 0
-        return self._since == 0
-
-    def exhausted(self, patience: int) -> bool:
-        return 0 < patience <= self._since
-
-
-class _Log:
-    """Rows and progress, one step behind the device."""
-
-    def __init__(
-        self,
-        file: MetricsFile,
-        lines: progresses.Progress,
-        checkpoints: Checkpoints,
-    ):
-        self._file, self._lines, self._checkpoints = file, lines, checkpoints
-        self._waiting: tuple[int, Mapping[str, jax.Array], Batch] | None = None
-        self._recent = collections.deque(maxlen=RATE_STEPS)
-        self._mark = time.perf_counter()
-
-    def step(self, step: int, metrics: Mapping[str, jax.Array], batch: Batch) -> None:
-        """Take this step's metrics, and write those of the step before it."""
-        self.flush()
-        self._waiting = (step, metrics, batch)
-
-    def flush(self) -> None:
-        """Wait for the step taken last, and write its row."""
-        if self._waiting is None:
-            return
-        (step, metrics, batch), self._waiting = self._waiting, None
-        values = {name: v.tolist() for name, v in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        self._check(step, values)
-        named = {name: values.pop(name) for name in _FIRST if name in values}
-        count = batch.count()
-        times = {"seconds": seconds, f"{batch.unit}_per_second": count / seconds}
-        self._file.write({"step": step, **named, **values, **times})
-        self._recent.append((count, seconds))
-        recent_count, recent_seconds = map(sum, zip(*self._recent))
-        self._lines.update(step, named["loss"], recent_count / recent_seconds)
-
-    def held_out(self, step: int, loss: float) -> None:
-        self._check(step, {"held_out_loss": loss})
-        self._file.write({"step": step, "held_out_loss": loss})
-        self._lines.note(f"step {step}  held-out loss {loss:.4f}")
-
-    def restart_clock(self) -> None:
-        """The next step's seconds count from now: evaluations are not its time."""
-        self._mark = time.perf_counter()
-
-    def _check(self, step: int, values: Mapping[str, Any]) -> None:
-        for name in ("loss", "grad_norm", "held_out_loss"):
-            if not math.isfinite(values.get(name, 0.0)):
-                kept = self._checkpoints.steps()
-                raise DivergedError(
-                    f"update {step}: {name}={values[name]} is not finite.\n"
-                    "Lower the learning rate, clip the gradient, or look at the data "
-                    f"of batch {max(step - 1, 0)}. "
-                    + (f"The checkpoint of step {kept[-1]} is kept." if kept else "")
-                )
-
-
-_FIRST = ("loss", "lr", "grad_norm", "active")
-"""Order of the columns every method may report; others follow."""
-
-
-class _Trace:
-    """A profiler trace of `steps` steps, after the first two where there are more."""
-
-    def __init__(self, folder: pathlib.Path, start: int, stop: int, steps: int):
-        first = max(min(start + WARM_STEPS, stop - steps), start)
-        self._folder, self._steps = folder, range(first, min(first + steps, stop))
-        self._running = False
-
-    def before(self, step: int) -> None:
-        if self._steps and step == self._steps.start:
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-            self._running = True
-
-    def ends(self, done: int) -> bool:
-        return self._running and done == self._steps.stop
-
-    def stop(self) -> None:
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
@@ -501,13 +293,3 @@ def _check_room(
         more * each + SPARE_BYTES,
         f"{more} more checkpoints of {each / 2**30:.2f} GiB beside metrics",
     )
-
-
-def _check_batch(batch: Batch, first: Batch, number: int, what: str = "data") -> None:
-    if changed := difference(first, batch):
-        name, before, after = changed
-        raise TrainingError(
-            f"{what}: {name} of batch {number} is {after}, and the first one's is "
-            f"{before}.\nA step is compiled for one shape: pad or pack every batch to "
-            "it."
-        )

@@ -9,7 +9,7 @@ batch is images. `loop.train`, `Full` and `jmem.measure` take it as it is.
 import dataclasses
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -76,16 +76,12 @@ class ConvNet:
     def loss(self, params, stats, batch, key, ops=None):
         del ops
         variables = {"params": params, "batch_stats": stats}
-        if key is None:
-            logits = Layers().apply(variables, batch.pixels, False)
-        else:
-            logits, new = Layers().apply(
-                variables,
-                *(batch.pixels, True),
-                rngs={"dropout": key},
-                mutable=["batch_stats"],
-            )
-            stats = new["batch_stats"]
+        train, rngs = key is not None, {} if key is None else {"dropout": key}
+        logits: Any
+        logits, new = Layers().apply(
+            variables, batch.pixels, train, rngs=rngs, mutable=["batch_stats"]
+        )
+        stats = new["batch_stats"] if train else stats
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.classes)
         right = jnp.argmax(logits, axis=-1) == batch.classes
         share = batch.weights / jnp.maximum(jnp.sum(batch.weights), 1.0)

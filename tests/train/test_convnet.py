@@ -156,6 +156,7 @@ def test_a_step_is_measured_with_labels():
 def test_an_evaluation_is_a_program_too():
     program = loss_program(MODEL, batch=lambda key: convnet.Bars().batch(0))
     assert program.labels.keys() == {"weights", "statistics", "batch"}
+    assert program.make is not None
     loss = jax.jit(program.fn)(*program.make(jax.random.key(0)))
     params, stats = MODEL.init(jax.random.key(0)), MODEL.stats()
     expected = MODEL.loss(params, stats, convnet.Bars().batch(0), None)[0]
