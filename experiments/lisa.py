@@ -294,7 +294,7 @@ def compare(
             keep=1,
             resume=run.resume,
         )
-        loss = jax.jit(lambda s, batch: model.loss(*own.merged(s), batch)[0])
+        loss = jax.jit(lambda s, b: next_token_loss(model, own.merged(s)[0], b))
         return {
             "choose": mean(loss, state, choosing),
             "loss": mean(loss, state, judging),

@@ -13,9 +13,6 @@ from jmem.offload import described
 from jmem.program import Program
 from jmem.sharding import layout_of
 
-Batches = Batch | Callable[[jax.Array], Batch]
-"""A batch of arrays, or what makes one from a random key."""
-
 
 def random_tokens(
     model: Any, batch_size: int, seq_len: int
@@ -34,7 +31,7 @@ def random_tokens(
 def _batches(
     who: str,
     model: Any,
-    batch: Batches | None,
+    batch: Any,
     batch_size: int | None,
     seq_len: int | None,
 ) -> Callable[[jax.Array], Batch]:
@@ -82,7 +79,7 @@ def _program(model, fn, make, *, returns_state: bool, **fields) -> Program:
 def loss_program(
     model: Any,
     *,
-    batch: Batches | None = None,
+    batch: Any = None,
     batch_size: int | None = None,
     seq_len: int | None = None,
 ) -> Program:
@@ -108,7 +105,7 @@ def step_program(
     finetuner: Any,
     model: Any,
     *,
-    batch: Batches | None = None,
+    batch: Any = None,
     batch_size: int | None = None,
     seq_len: int | None = None,
 ) -> Program:
