@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jmem.data.batch
 from jmem.models.contract import Batch
 from jmem.offload import described
-from jmem.program import Program
+from jmem.program import Label, Program
 from jmem.sharding import layout_of
 
 
@@ -37,7 +37,8 @@ def _batches(
 ) -> Callable[[jax.Array], Batch]:
     """What makes the batch that is asked for, in either form."""
     if batch is not None and batch_size is None and seq_len is None:
-        return batch if callable(batch) else lambda key: batch
+        make: Any = batch if callable(batch) else lambda key: batch
+        return make
     if batch is None and batch_size is not None and seq_len is not None:
         return random_tokens(model, batch_size, seq_len)
     raise TypeError(
@@ -95,9 +96,9 @@ def loss_program(
     def forward(params, stats, batch):
         return model.loss(params, stats, batch, None)[0]
 
-    labels = {"weights": (0, ""), "batch": (2, "")}
+    labels: dict[str, Any] = {"weights": (0, ""), "batch": (2, "")}
     if jax.tree.leaves(jax.eval_shape(model.stats)):
-        labels["statistics"] = (1, "")
+        labels["statistics"] = Label((1, ""), kind="state")
     return _program(model, forward, make, returns_state=False, labels=labels)
 
 
@@ -130,8 +131,10 @@ def step_program(
         return finetuner.step(model, state, batch)
 
     program = _program(model, step, make, returns_state=True, donate=(0,))
-    labels = {
+    labels: dict[str, Any] = {
         name: [(0, prefix) for prefix in ([where] if isinstance(where, str) else where)]
         for name, where in finetuner.labels(program.args[0]).items()
     }
+    if "statistics" in labels:
+        labels["statistics"] = Label(labels["statistics"], kind="state")
     return dataclasses.replace(program, labels=labels | {"batch": (1, "")})

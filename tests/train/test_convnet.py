@@ -150,6 +150,7 @@ def test_a_step_is_measured_with_labels():
     assert report.by_label["statistics"] == size(state["stats"])
     assert report.by_label["optimizer"] == size(state["optimizer"])
     assert report.by_label["batch"] == size(batch)
+    assert report.by_kind["state"] == size(state["stats"])
     assert sum(report.by_kind.values()) == report.device_bytes
 
 
