@@ -30,6 +30,16 @@ NONE = "None"
 """How nothing is written, where a field may be nothing."""
 
 
+SCALARS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    pathlib.Path: "a string with a path",
+}
+"""Types of single values, and how a message names them."""
+
+
 class ConfigError(ValueError):
     """A preset, a flag or a saved run that does not fit the experiment's config."""
 
@@ -90,10 +100,9 @@ def _check_value(where: str, hint: Any) -> None:
     hint = _optional(hint) or hint
     if typing.get_origin(hint) is tuple:
         for item in typing.get_args(hint):
-            _check_value(where, Ellipsis if item is Ellipsis else _resolved(item))
-        return
-    scalars = (bool, int, float, str, pathlib.Path, Ellipsis)
-    if hint not in scalars and typing.get_origin(hint) is not Literal:
+            if item is not Ellipsis:
+                _check_value(where, _resolved(item))
+    elif hint not in SCALARS and typing.get_origin(hint) is not Literal:
         raise TypeError(
             f"{where}: {hint} is no type of a config's field; use bool, int, float, "
             "str, Literal, pathlib.Path, a tuple of these, any of them | None, or a "
@@ -214,14 +223,7 @@ def _name(hint: Any) -> str:
         if items[-1] is Ellipsis:
             return f"an array, each {_name(_resolved(items[0]))}"
         return f"an array of {len(items)} entries"
-    names = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        pathlib.Path: "a string with a path",
-    }
-    return names.get(hint, str(hint))
+    return SCALARS.get(hint, str(hint))
 
 
 def locate(text: str) -> dict[Keys, int]:

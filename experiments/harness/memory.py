@@ -16,7 +16,7 @@ from typing import Any
 
 import jmem
 from experiments.harness import plots
-from experiments.harness.report import Column, gib, seconds
+from experiments.harness.report import Column, gib, gib_number, seconds
 from experiments.harness.run import Run
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
@@ -78,8 +78,31 @@ def report(
     """
     measure(run, programs, bounds=bounds)
     if kinds:
-        run.memory_table()
+        tabulate_kinds(run)
     run.table(title, columns, rows(run.memory))
     if note:
         run.note(note)
     run.plot("memory", lambda: plots.memory(run.memory, title=picture))
+
+
+def tabulate_kinds(run: Run) -> None:
+    """Every recorded program by kind of memory, in GiB; a column sums to its peak.
+
+    Kinds below half a percent of every program's peak share the row "other".
+    """
+    reports = list(run.memory.values())
+    totals = [own.device_bytes for own in reports]
+    kinds = dict.fromkeys(kind for own in reports for kind in own.by_kind)
+    rows = {kind: [own.by_kind.get(kind, 0) for own in reports] for kind in kinds}
+    rows = {
+        kind: row
+        for kind, row in rows.items()
+        if any(size * 200 > total for size, total in zip(row, totals))
+    }
+    other = [total - sum(sizes) for total, *sizes in zip(totals, *rows.values())]
+    rows |= {"other": other} if any(other) else {}
+    run.table(
+        f"Memory at the peak on {reports[0].target}, GiB",
+        ["kind", *(Column(name, gib_number) for name in run.memory)],
+        [(kind, *row) for kind, row in (rows | {"total": totals}).items()],
+    )

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from experiments.harness.report import GiB
 
 if TYPE_CHECKING:
@@ -22,6 +24,18 @@ LOST, KEPT = "#FBE8D3", "#00487A"
 """From none to all in a heat map: light to dark, so also in grey."""
 
 
+def curve(index: int, **more: Any) -> dict[str, Any]:
+    """How the curve of a method is drawn; alike in all pictures that name it so."""
+    return {
+        "color": CURVES[index % len(CURVES)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "linewidth": 1.9,
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 6,
+        "markeredgecolor": "white",
+    } | more
+
+
 def losses(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = ""
 ) -> "Figure":
@@ -33,31 +47,21 @@ def losses(
     figure, axes = _figure(8.0, 4.6)
     ends = []
     for index, (method, own) in enumerate(rows.items()):
-        colour, dash = CURVES[index % len(CURVES)], DASHES[index % len(DASHES)]
-        bold = {"color": colour, "linestyle": dash, "linewidth": 1.9}
+        bold = curve(index, marker="o")
         trained = [(r["step"], r["loss"]) for r in own if "loss" in r]
         held = [(r["step"], r["held_out_loss"]) for r in own if "held_out_loss" in r]
         if trained:
             steps, values = zip(*trained)
             smooth = running_mean(values, max(len(values) // 8, 1))
-            faint = {"color": colour, "alpha": 0.35, "linewidth": 1.0}
-            axes.plot(steps, smooth, **(faint if held else bold))
-            ends.append((smooth[-1], method, colour))
+            faint = {"color": bold["color"], "alpha": 0.35, "linewidth": 1.0}
+            axes.plot(steps, smooth, **(faint if held else bold | {"marker": ""}))
+            ends.append((smooth[-1], method, bold["color"]))
         if held:
-            dots = {"marker": "o", "markersize": 6, "markeredgecolor": "white"}
-            axes.plot(*zip(*held), **bold, **dots)
-            ends[-1:] = [(held[-1][1], method, colour)]
+            axes.plot(*zip(*held), **bold)
+            ends[-1:] = [(held[-1][1], method, bold["color"])]
     _name_ends(axes, ends)
-    axes.set_xlabel("updates")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_title(title, loc="left")
-    axes.text(
-        *(1.0, 1.02, "dots: held out   faint: training, running mean"),
-        transform=axes.transAxes,
-        ha="right",
-        fontsize=8,
-        color=INK,
-    )
+    _label(axes, "updates", "loss, nats a token", title)
+    _above(axes, "dots: held out   faint: training, running mean")
     return figure
 
 
@@ -67,11 +71,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     >>> running_mean([1.0, 3.0, 5.0], 2)
     [1.0, 2.0, 4.0]
     """
-    means = []
-    for end in range(1, len(values) + 1):
-        recent = values[max(end - window, 0) : end]
-        means.append(sum(recent) / len(recent))
-    return means
+    recent = (values[max(end - window, 0) : end] for end in range(1, len(values) + 1))
+    return [sum(own) / len(own) for own in recent]
 
 
 def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
@@ -106,80 +107,55 @@ def memory(
 
     `reports` are `jmem.MemoryReport`s of one target, by program.
     """
-    from matplotlib.patches import Patch
-
     from jmem.memory.plot import COLOURS
 
-    names = list(reports)
+    names, own = list(reports), list(reports.values())
     figure, axes = _figure(8.0, 1.9 + 0.55 * len(names))
-    peak = max(report.device_bytes for report in reports.values())
-    kinds = [
-        kind
-        for kind in COLOURS
-        if max(r.by_kind.get(kind, 0) for r in reports.values()) * 200 > peak
-    ]
-    for place, name in enumerate(names):
-        report, left = reports[name], 0.0
-        parts = {kind: report.by_kind.get(kind, 0) for kind in kinds}
-        parts["other"] = report.device_bytes - sum(parts.values())
-        for kind, size in parts.items():
-            axes.barh(
-                *(place, size / GiB),
-                left=left,
-                height=0.62,
-                color=COLOURS.get(kind, REST),
-                edgecolor="white",
-                linewidth=0.8,
-            )
-            left += size / GiB
+    sizes = [report.device_bytes / GiB for report in own]
+    parts = {kind: [r.by_kind.get(kind, 0) / GiB for r in own] for kind in COLOURS}
+    parts = {kind: row for kind, row in parts.items() if max(row) * 200 > max(sizes)}
+    shown = [sum(column) for column in zip(*parts.values())] or [0.0] * len(own)
+    parts["other"] = [size - known for size, known in zip(sizes, shown)]
+    left = [0.0] * len(own)
+    for kind, row in parts.items():
+        axes.barh(
+            *(range(len(names)), row),
+            left=left,
+            height=0.62,
+            color=COLOURS.get(kind, REST),
+            edgecolor="white",
+            linewidth=0.8,
+            label=kind,
+        )
+        left = [start + size for start, size in zip(left, row)]
+    for place, report in enumerate(own):
         fits = "" if report.fits(reserve) else "  does not fit"
         axes.text(
-            left + peak / GiB * 0.01,
+            sizes[place] + max(sizes) * 0.01,
             place,
-            f"{left:.2f} GiB{fits}",
+            f"{sizes[place]:.2f} GiB{fits}",
             va="center",
             fontweight="bold",
             color=WARNING if fits else INK,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
-    first = reports[names[0]]
-    usable = first.usable_bytes / GiB
-    right = peak / GiB * 1.28
+    usable, right = own[0].usable_bytes / GiB, max(sizes) * 1.28
+    words = f"{own[0].target}: {usable:.1f} GiB usable"
     if usable < right:
         axes.axvline(usable, color=INK, linestyle="--", linewidth=1.2)
-        axes.text(
-            *(usable, -0.62, f" {first.target}: {usable:.1f} GiB usable"),
-            ha="left" if usable < right * 0.6 else "right",
-            va="bottom",
-            fontsize=8.5,
-            color=INK,
-        )
+        side = "left" if usable < right * 0.6 else "right"
+        style = {"ha": side, "va": "bottom", "fontsize": 8.5, "color": INK}
+        axes.text(usable, -0.62, f" {words}", **style)
     else:
-        words = f"{first.target}: {usable:.1f} GiB usable, beyond the right edge"
-        axes.text(
-            *(1.0, 1.02, words),
-            transform=axes.transAxes,
-            ha="right",
-            fontsize=8.5,
-            color=INK,
-        )
+        _above(axes, f"{words}, beyond the right edge")
     axes.set_xlim(0, right)
     axes.set_ylim(len(names) - 0.45, -0.7)
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(
-        "GiB at the peak, a device" if first.devices > 1 else "GiB at the peak"
-    )
-    axes.set_title(title, loc="left", pad=14)
-    shown = {kind: COLOURS[kind] for kind in kinds} | {"other": REST}
-    figure.legend(
-        handles=[Patch(color=colour, label=kind) for kind, colour in shown.items()],
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        fontsize=8.5,
-    )
+    a_device = ", a device" if own[0].devices > 1 else ""
+    _label(axes, f"GiB at the peak{a_device}", "", title, pad=14)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
     return figure
 
 
@@ -221,22 +197,12 @@ def quality(
     for axes, panel in zip(all_axes, panels, strict=True):
         ends, count = [], len(panel.curves)
         for index, (name, points) in enumerate(panel.curves.items()):
-            colour, dash = CURVES[index % len(CURVES)], DASHES[index % len(DASHES)]
+            style = curve(index, elinewidth=0.9)
             apart = 1.012 ** (index - (count - 1) / 2)
             x = [share * apart for share, *_ in points]
             y, low, high = zip(*((v, v - low, high - v) for _, v, low, high in points))
-            axes.errorbar(
-                *(x, y),
-                yerr=(low, high),
-                color=colour,
-                linestyle=dash,
-                linewidth=1.9,
-                elinewidth=0.9,
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=6,
-                markeredgecolor="white",
-            )
-            ends.append((y[-1], name, colour))
+            axes.errorbar(x, y, yerr=(low, high), **style)
+            ends.append((y[-1], name, style["color"]))
         axes.axhline(panel.reference, color=INK, linewidth=1.2)
         axes.annotate(
             "full cache",
@@ -255,9 +221,8 @@ def quality(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.margins(x=0.06, y=0.1)
         _name_ends(axes, ends)
-        axes.set_xlabel("bytes of the cache, as a share of the full one's")
-        axes.set_ylabel(panel.label)
-        axes.set_title(panel.title, loc="left")
+        words = "bytes of the cache, as a share of the full one's"
+        _label(axes, words, panel.label, panel.title)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
@@ -284,31 +249,51 @@ def against_bytes(
             and abs(means[other] - mean) < 0.1 * tallest
             for other in points
         )
+        style = curve(index, linestyle="none", markersize=8, elinewidth=1.2)
         spread = [[mean - min(values)], [max(values) - mean]]
-        colour = CURVES[index % len(CURVES)]
-        axes.errorbar(
-            *([size / GiB], [mean]),
-            yerr=spread,
-            color=colour,
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=8,
-            markeredgecolor="white",
-            elinewidth=1.2,
-            linestyle="none",
-        )
+        axes.errorbar([size / GiB], [mean], yerr=spread, **style)
         axes.annotate(
             name,
             xy=(size / GiB, mean),
             xytext=(-7 if blocked else 7, 5),
             textcoords="offset points",
             horizontalalignment="right" if blocked else "left",
-            color=colour,
+            color=style["color"],
             fontsize=9.5,
         )
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("device memory of a step, GiB")
-    axes.set_ylabel(label)
-    axes.set_title(title, loc="left")
+    _label(axes, "device memory of a step, GiB", label, title)
+    return figure
+
+
+def by_layer(
+    curves: Mapping[str, Sequence[float]],
+    layer: int,
+    *,
+    x_label: str,
+    label: str,
+    title: str = "",
+) -> "Figure":
+    """A share for every layer, a curve each; a line at the `layer` that is used."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, axes = _figure(8.0, 4.2)
+    axes.axvline(layer, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
+    axes.annotate(
+        f" layer {layer} is used",
+        (layer, 0.02),
+        color=INK,
+        fontsize=9,
+        xycoords=("data", "axes fraction"),
+    )
+    for index, (name, values) in enumerate(curves.items()):
+        style = curve(index, markersize=5)
+        axes.plot(range(len(values)), values, label=name, **style)
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, x_label, label, title)
+    axes.legend(frameon=False, loc="upper left")
     return figure
 
 
@@ -327,7 +312,6 @@ def cells(
     Each cell says its numbers; one that counts nothing is hatched.
     """
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Rectangle
 
     colours = LinearSegmentedColormap.from_list("kept", [LOST, "#63A5CB", KEPT])
     across = min(across, len(panels))
@@ -336,45 +320,45 @@ def cells(
     figure, grid = _figure(
         max(across * width, 6.0), 0.6 + down * height, rows=down, columns=across
     )
-    for place, axes in enumerate(grid):
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for place, (axes, (name, values)) in enumerate(zip(grid, panels.items())):
+        hits, of = np.moveaxis(np.array(values), -1, 0)
+        shares = np.ma.array(hits / np.maximum(of, 1), mask=of == 0)
+        axes.patch.set(hatch="////", edgecolor=REST, linewidth=0)  # behind the empty
+        white = {"edgecolors": "white", "linewidth": 1.6}
+        axes.pcolormesh(shares, cmap=colours, vmin=0, vmax=1, **white)
+        for (y, x), count in np.ndenumerate(of):
+            axes.text(
+                *(x + 0.5, y + 0.5, f"{hits[y, x]}/{count}" if count else ""),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if shares[y, x] > 0.55 else INK,
+            )
+        axes.set_title(f"{name}  {hits.sum()}/{of.sum()}", loc="left", fontsize=10.5)
+        axes.invert_yaxis()
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
-        if place >= len(panels):
-            axes.set_axis_off()
-    for axes, (name, values) in zip(grid, panels.items()):
-        for y, row in enumerate(values):
-            for x, (hits, of) in enumerate(row):
-                share = hits / of if of else 0.0
-                axes.add_patch(
-                    Rectangle(
-                        *((x - 0.5, y - 0.5), 1, 1),
-                        facecolor=colours(share) if of else "white",
-                        edgecolor="white" if of else REST,
-                        linewidth=1.6,
-                        hatch=None if of else "////",
-                    )
-                )
-                axes.text(
-                    *(x, y, f"{hits}/{of}" if of else ""),
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if share > 0.55 else INK,
-                )
-        hits, of = (sum(cell[i] for row in values for cell in row) for i in (0, 1))
-        axes.set_title(f"{name}  {hits}/{of}", loc="left", fontsize=10.5)
-        axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
         axes.tick_params(length=0, labelsize=9)
-    for place, axes in enumerate(grid[: len(panels)]):
-        if place % across == 0:
-            axes.set_ylabel(row_label)
-        if place + across >= len(panels):
-            axes.set_xlabel(column_label)
+        axes.set_ylabel(row_label if place % across == 0 else "")
+        axes.set_xlabel(column_label if place + across >= len(panels) else "")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def _label(axes: Any, x: str, y: str, title: str, pad: float = 6.0) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, loc="left", pad=pad)
+
+
+def _above(axes: Any, words: str) -> None:
+    """A remark above the right end of the picture."""
+    at = {"transform": axes.transAxes, "ha": "right"}
+    axes.text(1.0, 1.02, words, fontsize=8.5, color=INK, **at)
 
 
 def _figure(

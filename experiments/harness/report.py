@@ -58,7 +58,6 @@ percent = _shown("{:.1f} %", 100)
 """A fraction as percent."""
 rate = _shown("{:,.0f}/s")
 """Tokens, or anything else, a second."""
-steps_per_second = _shown("{:.2f} steps/s")
 milliseconds = _shown("{:.2f} ms", 1e3)
 """A duration in seconds as milliseconds."""
 score = _shown("{:.2f}")

@@ -23,15 +23,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from experiments.harness import config as configs
-from experiments.harness.report import (
-    Column,
-    GiB,
-    Report,
-    Table,
-    gib,
-    gib_number,
-    seconds,
-)
+from experiments.harness.report import Column, GiB, Report, Table, gib, seconds
 from jmem.targets import Target
 from jmem.train.folder import prepare
 
@@ -178,36 +170,6 @@ class Run(contextlib.AbstractContextManager):
             f"[bold]{name}[/]  {gib(report.device_bytes)}{host}  {fits} {report.target}"
             f"  [dim]compiled in {seconds(report.compile_seconds)}[/]",
             highlight=False,
-        )
-
-    def memory_table(self, title: str = "") -> None:
-        """Every recorded program by kind of memory, in GiB; a column sums to its peak.
-
-        Kinds below half a percent of every program's peak share the row "other".
-        """
-        if not self.memory:
-            return
-        reports = self.memory
-        kinds = [
-            kind
-            for kind in {k: None for r in reports.values() for k in r.by_kind}
-            if any(
-                r.by_kind.get(kind, 0) * 200 > r.device_bytes for r in reports.values()
-            )
-        ]
-        kept = {
-            name: [r.by_kind.get(k, 0) for k in kinds] for name, r in reports.items()
-        }
-        left = {name: r.device_bytes - sum(kept[name]) for name, r in reports.items()}
-        target = next(iter(reports.values())).target
-        self.table(
-            title or f"Memory at the peak on {target}, GiB",
-            ["kind", *(Column(name, gib_number) for name in reports)],
-            [
-                *([kind, *row] for kind, row in zip(kinds, zip(*kept.values()))),
-                *([["other", *left.values()]] if any(left.values()) else []),
-                ["total", *(r.device_bytes for r in reports.values())],
-            ],
         )
 
     def plot(self, name: str, make: Callable[[], Any]) -> None:

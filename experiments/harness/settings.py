@@ -17,6 +17,7 @@ states one of their fields again gives it another default.
 """
 
 import dataclasses
+import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -63,15 +64,10 @@ class Weights:
         """The checkpoint, in the dtype that `model` stores; its weights stay on disk.
 
         Raises:
-          ValueError: it cannot be read, or holds no tokenizer.
+          CheckpointError: it cannot be read, or holds no tokenizer.
         """
         checkpoint = jmem.checkpoints.load(self.model, model.stored_dtype)
-        if checkpoint.tokenizer is None:
-            raise ValueError(
-                f"{_owner(self)}: {checkpoint.path} holds no tokenizer; put the "
-                "model's tokenizer.json beside its config.json."
-            )
-        return checkpoint, checkpoint.tokenizer
+        return checkpoint, checkpoint.require_tokenizer()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,8 +179,11 @@ def need(
     ValueError: Compiled: chunk=4096; need >= 1 and < 4,096.
     """
     bounds = [
-        f"{sign} {bound:,}"
-        for sign, bound in ((">=", least), (">", above), ("<=", most), ("<", below))
+        (sign, bound, holds)
+        for sign, bound, holds in (
+            *((">=", least, operator.ge), (">", above, operator.gt)),
+            *(("<=", most, operator.le), ("<", below, operator.lt)),
+        )
         if bound is not None
     ]
     for name in names:
@@ -193,18 +192,12 @@ def need(
             continue
         many = isinstance(value, tuple)
         entries = value if many else (value,)
-        within = all(
-            (least is None or entry >= least)
-            and (above is None or entry > above)
-            and (most is None or entry <= most)
-            and (below is None or entry < below)
-            for entry in entries
-        )
+        within = all(holds(e, bound) for e in entries for _, bound, holds in bounds)
         twice = once and len(set(entries)) < len(entries)
         if within and not twice and (entries or not some):
             continue
-        rules = [" and ".join(bounds)] if bounds else []
-        rules = [f"each {rule}" for rule in rules] if many else rules
+        rules = [" and ".join(f"{sign} {bound:,}" for sign, bound, _ in bounds)]
+        rules = [f"each {rule}" if many else rule for rule in rules if rule]
         rules = ["one or more"] * some + rules + ["none twice"] * once
         reason = f"; {why}" if why else ""
         raise ValueError(

@@ -14,11 +14,12 @@ import gc
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from experiments.harness.report import Column, loss
 from experiments.harness.run import Run, device, write_atomically
 from jmem.train.loop import DivergedError
 
@@ -49,26 +50,28 @@ class Outcome:
     """All that the trials told, one a seed."""
     places: frozenset[str]
     """Devices that it was trained on, at any rate, and the versions of JAX."""
+    first: str
+    """Name of the trial of the first seed."""
 
     @property
     def mean(self) -> float:
         return sum(self.losses) / len(self.losses)
 
 
-def at_rate(own: Any, factor: float) -> Any:
+def scale_rate(own: Any, factor: float) -> Any:
     """A dataclass whose learning rate, its own or its `adamw`'s, is `factor` times."""
     if hasattr(own, "learning_rate"):
         return dataclasses.replace(own, learning_rate=own.learning_rate * factor)
-    return dataclasses.replace(own, adamw=at_rate(own.adamw, factor))
+    return dataclasses.replace(own, adamw=scale_rate(own.adamw, factor))
 
 
-def trained_on(outcomes: Iterable[Outcome]) -> str:
+def say_where(outcomes: Iterable[Outcome]) -> str:
     """A sentence: where the trials were trained."""
     places = frozenset().union(*(own.places for own in outcomes))
     return f"Trained on {' and '.join(sorted(places))}."
 
 
-def sweep[Method: str](
+def search[Method: str](
     run: Run,
     methods: Iterable[Method],
     factors: tuple[float, ...],
@@ -121,8 +124,51 @@ def sweep[Method: str](
             tuple(one["loss"] for one in found),
             tuple(found),
             frozenset(map(_place, (*tried.values(), *found))),
+            Trial(method, best, seeds[0]).name,
         )
     return outcomes
+
+
+def tabulate[Method: str](
+    run: Run,
+    title: str,
+    outcomes: Mapping[Method, Outcome],
+    columns: Sequence[str | Column],
+    cells: Callable[[Method, Outcome], Sequence[Any]],
+    *,
+    name: str = "loss",
+    before: float | None = None,
+) -> None:
+    """A table of every method's losses at its best rate, over the seeds.
+
+    Args:
+      run: where it goes.
+      title: of the table.
+      outcomes: of `search`.
+      columns: what else is told, before the losses.
+      cells: its values in a method's row.
+      name: of the mean loss.
+      before: loss of what all started from; a last loss tells the gain on it.
+    """
+    gain = () if before is None else (Column("gain", loss),)
+
+    def line(method: Method, own: Outcome) -> tuple[Any, ...]:
+        return (
+            *(method, *cells(method, own)),
+            *(own.mean, min(own.losses), max(own.losses)),
+            *(() if before is None else (before - own.mean,)),
+            *(len(own.losses), "at the edge" if own.edge else ""),
+        )
+
+    run.table(
+        title,
+        [
+            *("method", *columns),
+            *(Column(column, loss) for column in (name, "least", "most")),
+            *(*gain, "seeds", "of the rates"),
+        ],
+        [line(*pair) for pair in outcomes.items()],
+    )
 
 
 def _place(done: dict[str, Any]) -> str:

@@ -93,6 +93,19 @@ class Checkpoint:
     tensors: Mapping[str, tuple[LazyTensor, ...]] = dataclasses.field(repr=False)
     """The stored tensors of each parameter ("blocks/mlp/up/kernel"), layer by layer."""
 
+    def require_tokenizer(self) -> "Tokenizer":
+        """The tokenizer, for those who cannot do without.
+
+        Raises:
+          CheckpointError: the checkpoint carries none.
+        """
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.path} holds no tokenizer; put the model's tokenizer.json "
+                "beside its config.json."
+            )
+        return self.tokenizer
+
     def params(self, *, packed: bool | Literal["NF4", "NF4_DOUBLE"] = False) -> dict:
         """The decoder's parameters as JAX arrays, blocks stacked [L, ...].
 

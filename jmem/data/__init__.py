@@ -7,6 +7,11 @@
     loader = jmem.data.Loader(jmem.data.pack(sequences, seq_len=512), batch_size=8)
     loader.batch(step)                                          # any step, no state
 
+All of that at once, held-out text apart, from a file or without one:
+
+    source = jmem.data.TextSource(data="train.jsonl", chat="messages")
+    loader, held_out = source.batches(checkpoint, batch_size=8, ...)
+
 Text without a file: `training, held_out = jmem.data.python_reference()`, and four tasks
 with prompts: `jmem.data.python_tasks()`. Rows of several loaders in each batch, for as
 many adapters or one model: `jmem.data.Joint((loader, other))`. Evaluation:
@@ -18,11 +23,12 @@ from jmem.data.batch import Batch
 from jmem.data.builtin import Corpus, python_reference
 from jmem.data.chat import ChatTemplate, read_chats, read_template
 from jmem.data.document import DataError, Document
-from jmem.data.loader import Joint, Loader, in_order
+from jmem.data.loader import Joint, Loader, balance, in_order
+from jmem.data.source import TextSource
 from jmem.data.tasks import python_tasks
 from jmem.data.text import read
 from jmem.data.tokens import tokenise
-from jmem.data.windows import pack, pad
+from jmem.data.windows import pack, pad, trainable
 
 __all__ = [
     "Batch",
@@ -32,6 +38,8 @@ __all__ = [
     "Document",
     "Joint",
     "Loader",
+    "TextSource",
+    "balance",
     "in_order",
     "pack",
     "pad",
@@ -41,4 +49,5 @@ __all__ = [
     "read_chats",
     "read_template",
     "tokenise",
+    "trainable",
 ]

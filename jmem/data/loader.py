@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import SupportsIndex
 
 import numpy as np
@@ -152,6 +152,25 @@ class Joint:
         """Batch number `step`, NumPy arrays [B, T]: of J loaders, B / J rows each."""
         batches = [loader.batch(step) for loader in self.loaders]
         return Batch(*map(np.concatenate, zip(*batches)))
+
+
+def balance(rows: Mapping[str, Batch], batch_size: int, seed: int = 0) -> Joint:
+    """Batches with as many rows of each task; `rows` are those of each, by its name.
+
+    Raises:
+      DataError: `batch_size` is no multiple of the tasks.
+    """
+    each, left = divmod(batch_size, len(rows))
+    if left or not each:
+        raise DataError(
+            f"balance: batch_size={batch_size} is not a multiple of the {len(rows)} "
+            f"tasks {', '.join(rows)}, which get as many rows each."
+        )
+    loaders = [
+        Loader(own, each, 1000 * seed + number)
+        for number, own in enumerate(rows.values())
+    ]
+    return Joint(tuple(loaders))
 
 
 @functools.lru_cache(maxsize=16)

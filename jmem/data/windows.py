@@ -49,6 +49,16 @@ def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
     )
 
 
+def trainable(sequences: Sequence[np.ndarray], seq_len: int) -> list[np.ndarray]:
+    """Those that have something to learn in a row of `seq_len` targets, as `pad` cuts.
+
+    Of a prompt and its completion, those whose completion begins early enough.
+    """
+    return [
+        own for own in sequences if not np.ma.getmaskarray(own)[1 : seq_len + 1].all()
+    ]
+
+
 def pad(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
     """One sequence a row: [N, seq_len], cut after `seq_len + 1` tokens or padded.
 

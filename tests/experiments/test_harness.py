@@ -17,15 +17,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation
 
 from experiments import __main__ as listing
-from experiments.harness import cli, config, plots, report
+from experiments.harness import cli, config, memory, plots, report
 from experiments.harness.config import ConfigError
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Compiled, Here, Weights, need
-from experiments.harness.sweep import sweep, trained_on
+from experiments.harness.sweep import say_where, search
 from jmem.sharding import Layout
 from jmem.targets import resolve
 from jmem.train.folder import FolderError
@@ -571,9 +570,9 @@ class TestRun:
                 ["method", report.Column("loss", report.loss), "steps"],
                 [["full", 2.34567, 1600], ["lora [r8]", None, 16]],
             )
-            for name, memory in memories().items():
-                run.record(memory, name)
-            run.memory_table()
+            for name, own in memories().items():
+                run.record(own, name)
+            memory.tabulate_kinds(run)
             run.plot("memory", lambda: plots.memory(run.memory))
         shown = capsys.readouterr().out
         for words in ("lora [r8]", "2.3457", "1,600", "24.00 GiB", "does not fit"):
@@ -661,7 +660,7 @@ class TestSweep:
             return {"choose": 2 / trial.factor, "loss": 1.0 + trial.seed}
 
         run = Run("toy", Config(), runs=tmp_path)
-        return run, sweep(run, ["one"], factors, (0, 1), train)
+        return run, search(run, ["one"], factors, (0, 1), train)
 
     def test_a_rate_that_diverges_is_not_chosen(self, tmp_path):
         run, found = self.sweep(tmp_path, lambda trial: trial.factor == 3)
@@ -688,8 +687,8 @@ class TestSweep:
         for factor, more in ((1, places), (3, {})):
             folder = run.folder_of(f"one-x{factor}-seed0")
             (folder / "done.json").write_text(json.dumps(done | more))
-        found = sweep(run, ["one"], (1.0, 3.0), (0,), lambda *trial: {})
-        assert trained_on(found.values()) == (
+        found = search(run, ["one"], (1.0, 3.0), (0,), lambda *trial: {})
+        assert say_where(found.values()) == (
             "Trained on NVIDIA H200 with JAX 0.11.2 and a device that was not noted."
         )
 
@@ -769,6 +768,18 @@ class TestPictures:
         assert first.get_yticklabels()[-1].get_text().endswith("%")
         assert not second.get_yticklabels()[-1].get_text().endswith("%")
 
+    def test_a_curve_for_each_share_and_the_layer_that_is_used(self):
+        curves = {"12.5 % kept": [0.1, 0.6, 1.0], "50 % kept": [0.5, 1.0, 1.0]}
+        figure = plots.by_layer(curves, 2, x_label="layer", label="recall", title="x")
+        assert self.texts(figure) == [" layer 2 is used"]
+        [axes] = figure.axes
+        drawn = [np.asarray(line.get_ydata()).tolist() for line in axes.lines]
+        assert drawn[1:] == list(curves.values())
+        styles = {(line.get_color(), line.get_marker()) for line in axes.lines[1:]}
+        assert len(styles) == 2
+        words = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert words == list(curves)
+
     def test_cells_say_their_numbers_and_a_panel_its_sum(self):
         panels = {
             "full": [[(4, 4), (3, 4)], [(2, 4), (0, 0)]],
@@ -780,10 +791,12 @@ class TestPictures:
         assert full.get_title(loc="left") == "full  9/12"
         words = [text.get_text() for text in snapkv.texts]
         assert words == ["4/4", "0/3", "1/2", ""]
-        colours = [to_rgb(patch.get_facecolor()) for patch in snapkv.patches]
-        assert sum(colours[0]) < sum(colours[2]) < sum(colours[1])  # all kept is dark
-        assert colours[3] == (1, 1, 1)
-        assert snapkv.patches[3].get_hatch()
+        [mesh] = snapkv.collections
+        colours = np.asarray(mesh.get_facecolor())
+        light = colours[:, :3].sum(axis=1)
+        assert light[0] < light[2] < light[1]  # all kept is dark
+        assert colours[3, 3] == 0  # nothing drawn above the hatches
+        assert snapkv.patch.get_hatch()
         assert [tick.get_text() for tick in full.get_yticklabels()] == ["0 %", "100 %"]
 
     def test_a_last_row_of_panels_may_be_short(self):

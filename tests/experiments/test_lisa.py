@@ -21,6 +21,7 @@ from experiments import lisa
 from experiments.harness import cli
 from experiments.harness import config as configs
 from experiments.harness.run import Run, device
+from jmem.data.source import keep_back
 from jmem.data.text import read
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
@@ -131,7 +132,7 @@ def test_documents_kept_back_are_whole_and_not_trained_on(config, checkpoint):
             read(config.data, column="body", unit="paragraph"), opened.tokenizer
         )
     )
-    training, held_out = lisa.keep_back(config, sequences)
+    training, held_out = keep_back(sequences, config.held_out_tokens, "a")
     assert len(training) + len(held_out) == len(sequences)
     assert sum(map(len, held_out)) > config.held_out_tokens
     assert sum(map(len, held_out[1:])) <= config.held_out_tokens
@@ -190,9 +191,9 @@ def test_a_completion_ends_where_generation_stops(config, known, ids, columns, e
     words = {word: i for i, word in enumerate(sorted(known, reverse=True))}
     words = {word: int(word == "</s>") for word in words}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    opened = types.SimpleNamespace(tokenizer=tokenizer, eos_ids=ids)
+    opened = types.SimpleNamespace(require_tokenizer=lambda: tokenizer, eos_ids=ids)
     config = dataclasses.replace(config, **columns)
-    assert lisa.end_token(config, opened) == end
+    assert config.end_token(opened) == end
 
 
 def test_a_saved_checkpoint_keeps_its_template_and_its_end(
@@ -288,7 +289,7 @@ def test_a_preset_says_what_is_trained_how_fast_and_in_what(tmp_path):
     saved = tmp_path / "saved.toml"
     saved.write_text(configs.write(config))
     assert configs.read(saved, lisa.Config()) == config
-    model = lisa.build_here(config, TINY)
+    model = lisa.build_here(config)
     assert (model.dtype, model.stored_dtype) == ("bfloat16", "float32")
 
 
