@@ -777,8 +777,9 @@ class TestPictures:
         assert drawn[1:] == list(curves.values())
         styles = {(line.get_color(), line.get_marker()) for line in axes.lines[1:]}
         assert len(styles) == 2
-        words = [text.get_text() for text in axes.get_legend().get_texts()]
-        assert words == list(curves)
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()] == list(curves)
 
     def test_cells_say_their_numbers_and_a_panel_its_sum(self):
         panels = {
