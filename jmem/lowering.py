@@ -22,7 +22,7 @@ class ProgramError(RuntimeError):
 
 @contextlib.contextmanager
 def _configured(**values: Any) -> Iterator[None]:
-    """JAX's settings as given, inside."""
+    """Sets JAX's settings inside a `with` block, and puts them back after it."""
     before = {name: getattr(jax.config, name) for name in values}
     try:
         for name, value in values.items():

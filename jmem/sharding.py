@@ -34,10 +34,10 @@ from jmem.program import HOST, key
 FSDP, TENSOR = "fsdp", "tensor"
 """Names of the mesh's axes."""
 ALL = (TENSOR, FSDP)
-"""Gathering over the minor one leaves a contiguous part for each of the major's."""
+"""Both axes: gathering over the last leaves contiguous parts along the first."""
 
 GATHERED = "gathered"
-"""What a checkpoint policy knows gathered parameters by."""
+"""The name of gathered parameters in `jax.checkpoint` policies."""
 
 _COLUMNS, _ROWS = "(q|k|v|gate|up)", "(o|down)"
 
@@ -65,7 +65,7 @@ RULES = (
     Rule(f"{_COLUMNS}/packed", -2, -2),
     Rule(f"{_ROWS}/packed", -2, -2, kept=False),
 )
-"""The first that a path holds counts; what none holds is copied to all devices.
+"""The first rule that an array's path meets counts; without one it is copied to all.
 
 Moments follow their weights, as their paths hold the weights' own, and so do LISA's
 slots [S, ...]. Kernels [in, out] are divided along `in` wherever tensor parallelism
@@ -75,7 +75,7 @@ so that what it gathers is contiguous (11 GiB of temporaries, LLaMA-2-70B on 8 G
 
 
 class LayoutError(ValueError):
-    """A mesh that does not divide what it is to divide."""
+    """A mesh whose sizes do not divide an array, a batch or the heads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Layout:
 
     @functools.cached_property
     def described(self) -> AbstractMesh:
-        """The mesh without devices, as programs are described with."""
+        """The mesh without devices, for the descriptions of a program's arguments."""
         sizes, auto = (self.fsdp, self.tensor), (AxisType.Auto,) * 2
         return AbstractMesh(sizes, (FSDP, TENSOR), axis_types=auto)
 
@@ -211,27 +211,27 @@ class Layout:
     # Inside a program -----------------------------------------------------------------
 
     def batch(self, x: jax.Array) -> jax.Array:
-        """[B, ...] divided by sequences."""
+        """`x` [B, ...] with its sequences divided over devices."""
         self.check_batch(x.shape[0])
         return self._onto(x, PartitionSpec(FSDP))
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """[B, T, M] looked up in a table divided along M: whole rows, by sequences."""
+        """`x` [B, T, M], looked up in a table divided along M, divided by sequences."""
         x = self.divided(x, -1)
         if self.tensor > 1:  # one axis at a time, or XLA 0.12 gathers all of it
             x = self._onto(x, PartitionSpec(FSDP, None, TENSOR))
         return self.batch(x)
 
     def heads(self, x: jax.Array) -> jax.Array:
-        """[B, T, H, D] divided by sequences and heads."""
+        """`x` [B, T, H, D] with its sequences and heads divided over devices."""
         return self._onto(x, PartitionSpec(FSDP, None, TENSOR))
 
     def token_parts(self, tokens: int) -> int:
-        """Devices that so many tokens are divided over: all, or those of `fsdp`."""
+        """How many devices divide so many tokens: all, or those of `fsdp`."""
         return self.fsdp if tokens % self.devices else self.devices
 
     def tokens(self, x: jax.Array) -> jax.Array:
-        """[N, ...], of B sequences in a row, divided by tokens."""
+        """`x` [N, ...], the tokens of B sequences end to end, divided over devices."""
         all_divide = self.token_parts(x.shape[0]) == self.devices
         return self._onto(x, PartitionSpec((FSDP, TENSOR) if all_divide else FSDP))
 
@@ -244,7 +244,7 @@ class Layout:
         return self._onto(x, _spec(x.ndim, {axis: ALL}))
 
     def at_rest(self, path: str, x: jax.Array) -> jax.Array:
-        """A part of the array at `path`, or a gradient of one, divided as it is."""
+        """`x`, a part or gradient of the array at `path`, divided as that is stored."""
         rule = rule_of(path)
         return self.whole(x) if rule is None else self._onto(x, _at_rest(rule, x.ndim))
 
@@ -306,7 +306,7 @@ _moved.defvjp(_moved_forward, _moved_backward)
 
 @functools.cache
 def rule_of(path: str) -> Rule | None:
-    """The rule of the array at a key path."""
+    """The rule for the array at a key path; None: it is copied to all devices."""
     words = (rule for rule in RULES if re.search(f"(^|/){rule.path}(/|$)", path))
     return next(words, None)
 
@@ -318,7 +318,7 @@ def _at_rest(rule: Rule, ndim: int) -> PartitionSpec:
 
 
 def _spec(ndim: int, names: Mapping[int, str | tuple[str, ...]]) -> PartitionSpec:
-    """By axis, counted from the last."""
+    """A PartitionSpec from mesh axes by array axis, counted from the last (-1)."""
     return PartitionSpec(*(names.get(axis - ndim) for axis in range(ndim)))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 GiB = 2**30
 DRIVER_BYTES = 2 * GiB
-"""Kept from an allocator unless measured: CUDA context, library handles, the driver."""
+"""Bytes no allocator gets unless measured: CUDA context, library handles, driver."""
 GPUS_PER_HOST = 8
 _MAX_DEVICES = 4096
 

@@ -82,7 +82,7 @@ class Checkpoint:
     path: Path
     config: DecoderConfig
     dtype: np.dtype
-    """Of the parameters that `params` returns."""
+    """Dtype of the parameters that `params` returns."""
     tokenizer: "Tokenizer | None" = dataclasses.field(repr=False)
     """None if the checkpoint carries none."""
     eos_ids: tuple[int, ...]
@@ -304,7 +304,7 @@ def _matched(
     tensors: Mapping[str, LazyTensor],
     naming: layout.Naming,
 ) -> dict[str, tuple[LazyTensor, ...]]:
-    """The tensors of each parameter, of the expected model if one is."""
+    """The tensors of each parameter; refuses another model than the expected one."""
     if expect is not None:
         layout.match(expect, tensors, naming, "the expected model")
         for field in dataclasses.fields(expect):

@@ -36,7 +36,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def read_weights(folder: Path, way_out: str) -> dict[str, LazyTensor]:
-    """The tensors by name; no values are read. `way_out` is from a pickle to them.
+    """The tensors by name; no values are read.
+
+    `way_out` tells a user whose folder holds a pickle how to get such a file.
 
     Raises:
       CheckpointError: the file is absent or damaged, or there is only a pickle.
@@ -61,7 +63,7 @@ def base_of(raw: Mapping[str, Any], where: str) -> str | None:
 
 
 def shortest(number: float) -> int | float:
-    """As the programs that read it have it: most alphas are integers."""
+    """The number as an int if it is whole, as other programs write most alphas."""
     return int(number) if float(number).is_integer() else float(number)
 
 

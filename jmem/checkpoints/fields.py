@@ -14,7 +14,7 @@ _SIZE_LIMIT = 2**31 - 1
 def size(
     raw: Mapping[str, Any], field: str, where: str, default: int | None = None
 ) -> int:
-    """A positive integer; `default` if absent or null.
+    """The field as a positive integer; `default` if absent or null.
 
     Raises:
       CheckpointError: absent without a default, or anything else.
@@ -33,7 +33,7 @@ def number(
     *,
     or_zero: bool = False,
 ) -> float:
-    """A positive number that float32 can hold, or zero; `default` if absent or null.
+    """The field as a positive float32 number, or zero; `default` if absent or null.
 
     Raises:
       CheckpointError: absent without a default, or anything else.
@@ -49,7 +49,7 @@ def number(
 def probability(
     raw: Mapping[str, Any], field: str, where: str, default: float | None = None
 ) -> float:
-    """At least 0 and below 1; `default` if absent or null.
+    """The field as a number from 0 to below 1; `default` if absent or null.
 
     Raises:
       CheckpointError: absent without a default, or anything else.
@@ -65,7 +65,7 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def flag(raw: Mapping[str, Any], field: str, where: str) -> bool:
-    """True or false; false if absent or null.
+    """The field as true or false; false if absent or null.
 
     Raises:
       CheckpointError: anything else.
@@ -79,7 +79,7 @@ def flag(raw: Mapping[str, Any], field: str, where: str) -> bool:
 def neutral(
     raw: Mapping[str, Any], table: Mapping[str, tuple], where: str, prefix: str = ""
 ) -> None:
-    """Passes if every field of `table` is absent or holds one of its values.
+    """Refuses a field of `table` that is there and holds none of its harmless values.
 
     Raises:
       CheckpointError: a field holds anything else.
@@ -93,7 +93,7 @@ def neutral(
 def nothing_more(
     raw: Mapping[str, Any], understood: Container[str], where: str, supported: str
 ) -> None:
-    """Passes if every field that is not understood holds nothing.
+    """Refuses fields unknown here, unless they are empty (null, false, [] ...).
 
     Raises:
       CheckpointError: one holds something.
@@ -104,7 +104,7 @@ def nothing_more(
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field that holds this says as much as one that is absent."""
+    """Whether a field with this value says no more than an absent field."""
     # Not `not value`: layers_to_transform=0 is a layer.
     return value is None or value is False or value in ([], {}, "")
 

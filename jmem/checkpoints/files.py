@@ -1,4 +1,4 @@
-"""Bytes from outside and bytes to disk: bounded reads, strict JSON, atomic writes.
+"""Reading files that come from outside, and writing: bounded, strict and atomic.
 
 A checkpoint comes from somebody else. Every reader here checks a length against the
 file before it allocates, and reads with `read`, not `mmap`: a file that is truncated
@@ -33,7 +33,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     """Row-major, as in torch: a linear map is [out, in]."""
     dtype: np.dtype
-    """Of what `read` returns."""
+    """Dtype of what `read` returns."""
     read: Callable[[], np.ndarray]
     origin: str = ""
     """The file it lies in, for error messages."""

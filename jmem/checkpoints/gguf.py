@@ -83,7 +83,7 @@ def read_file(path: Path) -> Gguf:
 
 
 class _Header:
-    """A cursor that never leaves the file and never reads more than it was told."""
+    """Reads a file's header value by value, never beyond the file or a limit."""
 
     def __init__(self, path: Path, file: BufferedReader, size: int):
         self.path, self.file, self.position = path, file, 0
@@ -183,7 +183,7 @@ def _infos(header: _Header, count: int):
 
 
 def _place(path, infos, header_end: int, size: int, alignment: int):
-    """Lazy tensors, once their types are known and their extents fill the file."""
+    """Lazy tensors, after checks that types are known and extents fill the file."""
 
     def aligned(position: int) -> int:
         return -(-position // alignment) * alignment

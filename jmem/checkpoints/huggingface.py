@@ -345,7 +345,7 @@ def _opt_fields(config: DecoderConfig) -> dict[str, Any]:
 def _window(
     raw: Mapping[str, Any], kind: str, max_positions: int, where: str
 ) -> int | None:
-    """Positions that one attends; None if they are all within `max_positions`."""
+    """The sliding window in positions; None if it covers all `max_positions`."""
     layer_types = raw.get("layer_types") or ["full_attention"]
     if not isinstance(layer_types, list) or any(
         layer != "full_attention" for layer in layer_types

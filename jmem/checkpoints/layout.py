@@ -41,7 +41,7 @@ _NOT_PARAMETERS = re.compile(
 
 
 def _bare(name: str) -> str:
-    """The name in a file of the model without its head."""
+    """The tensor's name in a file of the model without its language-model head."""
     return re.sub(r"^(model|transformer)\.", "", name)
 
 
@@ -172,7 +172,7 @@ def _is_map(leaf: Leaf) -> bool:
 
 
 def _check_kind(config: DecoderConfig, kind: str) -> None:
-    """Refuses a type that no kernel can be packed to, or not these."""
+    """Refuses a type that no kernel, or none of this model, can be packed to."""
     check_packer("params", "packed", kind)
     for leaf in filter(_is_map, leaves(config)):
         name = leaf.path.removeprefix("blocks/").removesuffix("/kernel")
@@ -182,7 +182,7 @@ def _check_kind(config: DecoderConfig, kind: str) -> None:
 def _quantised(
     kernels: Iterable[np.ndarray], shape: tuple[int, ...], kind: str
 ) -> dict[str, jax.Array]:
-    """As `_packed`, of kernels [in, out]; one at a time is on the device."""
+    """The leaf "packed" and its flag, of kernels [in, out] quantised one by one."""
     layers, inputs, outputs = shape
     rows = (_quantise(kind, kernel) for kernel in kernels)
     packed = layers, outputs, KINDS[kind].row_bytes(inputs)
@@ -198,7 +198,7 @@ def _quantise(kind: str, kernel: jax.Array) -> jax.Array:
 
 
 def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
-    """The leaf "packed" and its flags "kind/...", by name."""
+    """The leaf "packed" and its flags "kind/...", of tensors kept as their bytes."""
     outputs, inputs = members[0].shape
     kinds = [tensor.kind for tensor in members]
     width = max(KINDS[kind].row_bytes(inputs) for kind in kinds)
@@ -286,7 +286,7 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
 def _joined(
     name: str, parts: list[tuple[Leaf, jax.Array | np.ndarray, int]]
 ) -> LazyTensor:
-    """The stored tensor of the leaves that share it, side by side."""
+    """The stored tensor that holds one leaf, or several leaves side by side."""
     leaf = parts[0][0]
     dtypes = {np.dtype(value.dtype) for _, value, _ in parts}
     if len(dtypes) > 1:

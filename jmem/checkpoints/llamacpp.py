@@ -37,7 +37,8 @@ _NEUTRAL: Mapping[str, tuple] = {
     "residual_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
 }
-"""Keys under the architecture's name that change the result unless absent or so."""
+"""Keys (below the architecture's name) that change the result unless they are absent
+or hold one of these values."""
 
 
 def parse_config(source: Gguf) -> DecoderConfig:
@@ -138,7 +139,7 @@ def parse_eos(source: Gguf, vocab_size: int) -> tuple[int, ...]:
 
 
 def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor]:
-    """The tensors with q and k in the decoder's rotary convention."""
+    """The file's tensors, rows of q and k in the decoder's order of channel pairs."""
     if source.metadata["general.architecture"] != "llama":
         return dict(source.tensors)
     heads = {"q": config.heads, "k": config.kv_heads}
@@ -159,7 +160,7 @@ def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor
 
 
 def _pairs_to_halves(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
-    """Rows (head, channel pair, member) to (head, member, channel pair)."""
+    """Reorders rows: (head, channel pair, member) to (head, member, pair)."""
     rows = read()
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

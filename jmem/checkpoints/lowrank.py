@@ -1,4 +1,4 @@
-"""The A's, B's and magnitudes of an adapter's file to the tree trained, and back.
+"""From the A's, B's and magnitudes of an adapter's file to our tree, and back.
 
 Experts lie side by side: where a layer has several adapters of a map, the first owns
 the first `rank` columns of A and rows of B, and so on. Such maps have no magnitudes.
@@ -96,7 +96,7 @@ def assemble(
 def _widest(
     stacks: Sequence[Stack], tensors: Mapping[str, LazyTensor]
 ) -> dict[str, np.dtype]:
-    """One for A's and B's, and one for magnitudes, which are stored in more digits."""
+    """The dtype of each leaf: one for A's and B's, one for magnitudes (more digits)."""
     found = {}
     for leaves in (("lora_a", "lora_b"), ("magnitude",)):
         alike = [stack for stack in stacks if stack.leaf in leaves]
@@ -108,14 +108,14 @@ def _widest(
 def stacked(
     stack: Stack, tensors: Mapping[str, LazyTensor], dtype: np.dtype
 ) -> Shaped[np.ndarray, "LE ..."]:
-    """The tensors of a stack, each transposed to our layout."""
+    """The tensors of a stack in one array [layers * experts, ...], in our layout."""
     return np.stack([tensors[name].read().T.astype(dtype) for name in stack.names])
 
 
 def _beside(
     value: Shaped[np.ndarray, "LE ..."], half: str, experts: int
 ) -> Shaped[np.ndarray, "L ..."]:
-    """The experts of each layer side by side along their rank."""
+    """Puts the experts of each layer side by side along their rank."""
     if experts == 1:
         return value
     each = [value[expert::experts] for expert in range(experts)]
@@ -131,8 +131,8 @@ def disassemble(
 ) -> tuple[int, dict[Module, int], list[LazyTensor]]:
     """The tree's rank, the rank of each adapted module, and the file's tensors.
 
-    They are copied to the host when read, those of a module of several maps at once.
-    `who` saves them, for error messages.
+    Tensors are copied to the host when read, those of a module of several maps at
+    once. `who` is the name of the function called, for error messages.
 
     Raises:
       CheckpointError: not a tree of adapters of one rank for such modules.
@@ -170,7 +170,7 @@ def _taken(
     who: str,
     dora: bool,
 ) -> dict[str, Any]:
-    """The parts of the map at `path`, which leave `given`; empty if it has none."""
+    """Takes A, B and magnitude of the map at `path` out of `given`, if it has any."""
     inputs, outputs = one.shape
     width = one.experts * (rank or 0)
     needed: dict[str, tuple[int, ...]] = {
@@ -197,7 +197,7 @@ def _taken(
 
 
 def _joined(one: Module, pairs: Sequence[dict[str, Any]], who: str) -> dict[str, Any]:
-    """The adapter of a module: that of its map, or of its maps, then on the host."""
+    """One adapter for a module: its map's, or its several maps' joined on the host."""
     if len(pairs) == 1:
         return pairs[0]
     if any("magnitude" in pair for pair in pairs) and not all(pairs):
@@ -244,5 +244,5 @@ def unstacked(
 
 
 def _row(stacked: jax.Array | np.ndarray, place: tuple) -> np.ndarray:
-    """One layer, or its expert, as torch has it; JAX keeps the stack it fetches."""
+    """A layer's or expert's matrix as torch stores it; JAX keeps the fetched stack."""
     return np.asarray(stacked)[place].T

@@ -50,11 +50,11 @@ from jmem.program import by_key
 
 _ROUTER = "mlp/router/kernel"
 _STRATEGIES = {"mixlora": "top_k", "mixlora-dynamic": "top_p"}
-"""Routers by the programs' names of them."""
+"""Our `router` for each `routing_strategy` that MoE-PEFT and mixlora write."""
 _TOP_K, _TOP_P, _BALANCE, _JITTER = 2, 0.8, 0.001, 0.0
-"""What both programs take where a field is absent."""
+"""The defaults of MoE-PEFT and mixlora where a field is absent."""
 _FAMILIES = ("llama", "phi")
-"""Whose modules the programs know; Mistral and Qwen2 are Llamas by name."""
+"""Architectures whose modules MoE-PEFT and mixlora know, Mistral and Qwen2 as Llama."""
 _CONVERT = (
     "convert it with torch, tensors = torch.load(path, weights_only=True) and "
     "safetensors.torch.save_file(tensors, 'adapter_model.safetensors')"
@@ -229,7 +229,7 @@ def _check_family(config: DecoderConfig, where: str) -> None:
 def _settings(
     raw: Mapping[str, Any], config: DecoderConfig, where: str
 ) -> dict[str, Any]:
-    """What `Mixture` says of its settings, but for maps; refuses all else by name."""
+    """`Mixture.settings` without maps; refuses by name what it cannot express."""
     if raw.get("peft_type") != "MIXLORA":
         raise unsupported(where, "peft_type", raw.get("peft_type"), "MIXLORA")
     strategy = raw.get("routing_strategy")
@@ -314,7 +314,7 @@ def _chosen(
 
 
 def _named(one: Module, experts: int) -> Module:
-    """The module, or its experts if it is of the MLP, under the programs' names."""
+    """The module by MoE-PEFT's and mixlora's tensor names, of its experts in an MLP."""
     names = [name.removeprefix("model.") for name in one.names]
     if not one.paths[0].startswith("mlp/"):
         return dataclasses.replace(one, prefix="mixlora.", names=tuple(names))

@@ -16,16 +16,16 @@ _PREFIX = "base_model.model."
 
 
 class Stack(NamedTuple):
-    """Tensors of one shape, in a file one by one, in our tree stacked."""
+    """Tensors of one shape that lie one by one in a file and stacked in our tree."""
 
     leaf: str
-    """Ours: "lora_a"."""
+    """Name of the leaf in our tree: "lora_a"."""
     shape: tuple[int, ...]
-    """Of each of them, as torch has it."""
+    """Shape of each tensor, as torch stores it."""
     names: tuple[str, ...]
-    """Layer by layer, and in a layer expert by expert."""
+    """Their names, layer by layer, and in a layer expert by expert."""
     because: str
-    """What, beside the base, asks for it and its shape: "r=4"."""
+    """The setting that, with the base, demands them, for error messages: "r=4"."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,16 +154,16 @@ class Leaf:
 
     path: str
     shape: tuple[int, ...]
-    """Of one layer, in the decoder's layout."""
+    """Shape of one layer's part, in the decoder's layout."""
     huggingface: str
     gguf: str = ""
-    """Empty where GGUF is not supported."""
+    """Its name in GGUF files; empty where GGUF is not supported."""
     transposed: bool = False
     """The stored tensor is [out, in]."""
     part: int | None = None
-    """Which of three that lie side by side in the stored tensor."""
+    """Which third of the stored tensor it is, where q, k and v lie side by side."""
     unread_rows: int = 0
-    """Rows of the stored tensor before the leaf's first."""
+    """How many rows of the stored tensor come before the leaf's first one."""
 
     @property
     def stacked(self) -> bool:
@@ -171,7 +171,7 @@ class Leaf:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of the stored tensor of one layer."""
+        """Shape of one layer's stored tensor."""
         shape = self.shape[::-1] if self.transposed else self.shape
         if self.part is not None:
             return (*shape[:-1], 3 * shape[-1])

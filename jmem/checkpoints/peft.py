@@ -204,7 +204,10 @@ def _check_kind(raw: Mapping[str, Any], known: Iterable[Module], where: str) -> 
 def _is_wide(
     raw: Mapping[str, Any], rank: int, alpha: float, rslora: bool, where: str
 ) -> bool:
-    """Whether c_attn has three times the rank at the same scale; no other patterns."""
+    """Whether c_attn has three times the rank at the same scale.
+
+    Refuses every other pattern of ranks or alphas.
+    """
     if all(fields.is_empty(raw.get(field)) for field in _PATTERNS):
         return False
     for field, wide in _patterns(rank, alpha, rslora).items():
@@ -220,7 +223,7 @@ def _patterns(rank: int, alpha: float, rslora: bool) -> dict[str, dict]:
 
 
 def _widened(alpha: float, rslora: bool) -> float:
-    """What scales three times the rank as `alpha` does the rank."""
+    """The alpha at which an adapter of three times the rank keeps its scale."""
     return float(alpha) * (math.sqrt(_PARTS) if rslora else _PARTS)
 
 

@@ -94,7 +94,7 @@ def files_beside(folder: Path) -> dict[str, str]:
 def files_of_gguf(
     metadata: Mapping[str, Any], max_positions: int, path: Path
 ) -> dict[str, str]:
-    """The same for GGUF metadata: their special tokens and chat template.
+    """Files like those, made of GGUF metadata: special tokens and chat template.
 
     Raises:
       CheckpointError: a chat template that is not a string.

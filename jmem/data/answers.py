@@ -20,7 +20,7 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 
 def f1(produced: str, answer: str) -> float:
-    """Of words in common, however ordered: harmonic mean of precision and recall.
+    """F1 of the words in common, in any order: harmonic mean of precision and recall.
 
     Case, ASCII punctuation, articles and the width of blanks do not count. Punctuation
     goes without leaving a blank: "well-known" is the word "wellknown".
@@ -58,7 +58,7 @@ def rouge_l(produced: str, answer: str) -> float:
 
 
 def edit_similarity(produced: str, answer: str) -> float:
-    r"""Of the first line of code produced: `difflib`'s ratio, in whole percent.
+    r"""`difflib`'s similarity of the first line of code produced, in whole percent.
 
     Lines with a backquote or a comment sign (# or //) anywhere are passed over.
 
@@ -128,12 +128,12 @@ def _words(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each; one of blanks only is an empty word, as in the package."""
+    """Each sentence's words; one of blanks only is an empty word, as in `rouge`."""
     return [piece.split() or [""] for piece in text.split(".") if piece]
 
 
 def _longest_common(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """Of the longest common subsequences, the one the package finds."""
+    """The longest common subsequence; of several, the one the package finds."""
     lengths = [[0] * (len(second) + 1)]
     for word in first:
         above, row = lengths[-1], [0]

@@ -26,9 +26,9 @@ from typing import NamedTuple
 from jmem.data.document import DataError, Document
 
 RUN = 12
-"""Words in a row that make two documents say the same thing."""
+"""Documents that share so many words in a row count as saying the same thing."""
 SHORTEST = 40
-"""Words below which what is left of a document is dropped."""
+"""A document of fewer words than this, after such cuts, is dropped."""
 
 # fmt: off
 HELD_OUT_TOPICS = (
@@ -102,7 +102,7 @@ def _module(name: str) -> Document:
 
 
 def parsed(name: str) -> ast.Module:
-    """The source of a module of the standard library, which is not imported.
+    """The syntax tree of a standard library module, which is not imported.
 
     Raises:
       DataError: this Python was installed without it.
@@ -116,7 +116,7 @@ def parsed(name: str) -> ast.Module:
 
 
 def documented(parent: ast.Module | ast.ClassDef) -> Iterator[tuple[Definition, str]]:
-    """Its public members that have a documentation string, with that string."""
+    """Public members that have a documentation string, each with that string."""
     for node in parent.body:
         if isinstance(node, Definition) and not node.name.startswith("_"):
             text = ast.get_docstring(node)
@@ -136,7 +136,7 @@ def _entries(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> str:
-    """How a caller writes it: no annotations, no `self`, a property without `()`."""
+    """A signature as a caller writes it: no annotations or `self`; properties bare."""
     decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
     if decorators & {"property", "functools.cached_property"}:
         return node.name
@@ -151,7 +151,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> 
 
 
 def _news(documents: Iterable[Document], seen: set[str]) -> Iterator[Document]:
-    """Each document without what is in `seen`, to which its own runs are added."""
+    """Each document without paragraphs that repeat earlier ones (`seen`, updated)."""
     for document in documents:
         text = _without(document["text"], seen)
         words = words_of(text)
@@ -181,7 +181,7 @@ def _without(text: str, seen: set[str]) -> str:
 
 
 def paragraphs_of(text: str) -> list[str]:
-    """What stands between blank lines."""
+    """The paragraphs of a text: what stands between blank lines."""
     return re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))
 
 

@@ -229,7 +229,7 @@ def _check(messages: Any, place: str) -> None:
 
 
 def _special_tokens(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Those that are set; one is written as a string, or as an object around it."""
+    """The special tokens that are set, each a string or an object that holds one."""
     found = {}
     for name in (f"{kind}_token" for kind in _KINDS_OF_TOKEN):
         value = raw.get(name)
@@ -262,7 +262,7 @@ def _compiled(source: str) -> "jinja2.Template":
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, indent: int | None = None) -> str:
-        """Not escaped for HTML, unlike Jinja's own."""
+        """`value` as JSON, not escaped for HTML as Jinja's own filter does."""
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = sandbox.ImmutableSandboxedEnvironment(

@@ -1,4 +1,4 @@
-"""One noun, `Document`, and the one error of this package, `DataError`."""
+"""What every reader returns, `Document`, and the error of this package, `DataError`."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -18,14 +18,14 @@ class Document(TypedDict):
     text: str
     """Not empty, and encodable as UTF-8."""
     source: str
-    """For messages and records: `train.jsonl:17`, `topic:del`."""
+    """Where it came from, for messages and records: `train.jsonl:17`, `topic:del`."""
     loss_spans: NotRequired[list[tuple[int, int]]]
     """Characters [start, end) of the text that the loss covers, in order and apart.
     Absent: all."""
 
 
 def answered(prompt: str, completion: str, source: str) -> Document:
-    """One text after the other, of which the loss covers the second only.
+    """A prompt and its completion as one document; the loss covers the latter only.
 
     >>> answered("2 + 2 =", " 4", "sums.csv:2")["loss_spans"]
     [(7, 9)]

@@ -181,9 +181,10 @@ INSTRUCTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("{input}", "{input}Next line:\n", "{input}# continue here\n"),
     ),
 }
-"""What may stand before a text and behind it, any with any. No sentence is one of
-`jmem.data.longbench`'s templates, which are there to judge by; the layout
-"Question: ... Answer:" is everybody's."""
+"""By data set: instructions before a text, and instructions behind it, in any pairs.
+
+No sentence is of `jmem.data.longbench`'s templates, which are there to judge by; the
+layout "Question: ... Answer:" is everybody's."""
 
 _SHARED = {
     "passages": ("hotpotqa", "2wikimqa", "musique"),
@@ -201,7 +202,7 @@ _CHATS = (
 
 
 class _Material:
-    """Real text, and what the data sets are made of in its words."""
+    """Random contexts and questions made of Python's documentation and source code."""
 
     def __init__(
         self, documents: Iterable[Document], modules: Iterable[str], seed: int
@@ -273,7 +274,7 @@ class _Material:
         return "\n".join(f"{self.one(names)}: {self.sentence()}" for _ in range(lines))
 
     def examples(self, one: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-        """Solved ones, and one whose solution is missing."""
+        """(context, input): solved examples, and one whose solution is missing."""
         many = [one() for _ in range(int(self.random.integers(3, 8)))]
         return "\n\n".join(map("".join, many)), one()[0]
 
@@ -316,7 +317,7 @@ class _Material:
         return self.slice(self.texts, 1500, 6000), self.question()
 
     def context(self) -> str:
-        """In any form that a question or a summary may be about."""
+        """A context in one of the forms that a question or a summary may be about."""
         forms = ("narrativeqa", "hotpotqa", "qmsum", "passage_count", "lcc")
         return self.fields(self.one(forms))[0]
 
@@ -358,9 +359,9 @@ def prompts(
 ) -> list[tuple[str, str]]:
     """(data set, prompt), `count` of each data set; the seed draws everything.
 
-    Around documents kept for training, or held out. Between `INSTRUCTIONS`, or in
-    `templates` by data set. One in three is a user's message in the chat of SmolLM2,
-    one in three in that of Llama 2.
+    Texts are the documents kept for training, or those held out. Instructions are
+    drawn from `INSTRUCTIONS`, or given by `templates` (data set: template). One prompt
+    in three is a user's message in the chat of SmolLM2, one in three in Llama 2's.
 
     Raises:
       DataError: no prompt asked for, a data set that is unknown, or a Python without

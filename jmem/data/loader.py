@@ -33,7 +33,7 @@ class Loader:
     batch_size: int
     """Rows a batch."""
     seed: int = 0
-    """Of the order of rows; the order of an epoch depends on it, N and nothing else."""
+    """Seed of the order of rows, which depends on it, the epoch, N and nothing else."""
 
     def __post_init__(self):
         shapes = [np.shape(leaf) for leaf in self.data]

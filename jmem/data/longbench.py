@@ -31,7 +31,7 @@ class Task:
     family: Family
     """Questions on one or several documents, summaries, and so on."""
     metric: Metric | Literal["classification"]
-    """A function of `jmem.data.answers`; that one also needs the classes."""
+    """A function of `jmem.data.answers`; "classification" also needs the classes."""
     new_tokens: int
     """Most tokens of an answer."""
     template: str
@@ -188,7 +188,7 @@ class Example:
     """A name in `TASKS`."""
     language: str
     all_classes: tuple[str, ...]
-    """Of a classification; otherwise none."""
+    """Names of the classes of a classification; empty otherwise."""
     id: str
     source: str
     """`path:line`."""

@@ -63,7 +63,7 @@ class NeedleCase:
     """The needle is `tokens[start:end]`."""
     length: int
     depth: float
-    """As asked for; `span` tells the sentence that was nearest."""
+    """The depth asked for; `span` tells the nearest place between two sentences."""
     seed: int
 
 
@@ -170,7 +170,7 @@ def hit(answer: str, produced: str) -> bool:
 
 
 def _number(known: set[str], random: np.random.Generator) -> str:
-    """One that stands nowhere in the haystack, not even within a longer one."""
+    """A number that the haystack does not hold, not even inside a longer number."""
     least = 10 ** (DIGITS - 1)
     drawn = map(str, random.permutation(9 * least) + least)
     number = next((number for number in drawn if number not in known), None)

@@ -42,15 +42,15 @@ class Rows(NamedTuple):
 
     tokens: Int32[np.ndarray, "B T"]
     answered: Bool[np.ndarray, "B T"]
-    """Tokens that are an answer; what pads one is not."""
+    """Whether a token belongs to an answer; padding of an answer does not."""
     kinds: Int32[np.ndarray, "B Q"]
-    """Of each question: its place in `KINDS`."""
+    """The kind of each question, as its index in `KINDS`."""
     places: Int32[np.ndarray, "B Q"]
     """Where the value that is asked for starts in the text; -1 for other kinds."""
 
     @property
     def batch(self) -> Batch:
-        """To train on: only answers count."""
+        """The rows as a batch to train on, in whose loss only answers count."""
         tokens, answered = self.tokens, self.answered[:, 1:].astype(np.float32)
         return Batch(tokens[:, :-1], tokens[:, 1:], answered)
 
@@ -67,11 +67,11 @@ class Recall:
     text: int = 240
     """Tokens before the first question."""
     records: int = 4
-    """In each text."""
+    """Records in each text."""
     value: int = 6
     """Tokens of a record's value."""
     keys: int = 16
-    """Tokens that may be a key, and so on."""
+    """How many different keys there are; likewise numbers of values and symbols."""
     values: int = 64
     symbols: int = 8
     most: int = 9
@@ -102,7 +102,7 @@ class Recall:
             )
 
     def _leads(self, rest: int) -> bool:
-        """Whether one symbol of `rest` in all is the commonest."""
+        """Whether one symbol is the commonest if a text has `rest` symbols."""
         leading = math.floor(self.lead * rest)
         others = max(rest, 0) - leading
         return 0 < leading <= rest and leading > -(-others // (self.symbols - 1))
@@ -114,7 +114,7 @@ class Recall:
 
     @property
     def _ranges(self) -> tuple[int, int, int, int]:
-        """First symbol, number, key and value."""
+        """The first ids of symbols, numbers, keys and values."""
         numbers = _SYMBOLS + self.symbols
         keys = numbers + self.most + 1
         return _SYMBOLS, numbers, keys, keys + self.keys
@@ -125,7 +125,7 @@ class Recall:
 
     @property
     def prompt(self) -> int:
-        """Tokens up to the first answer."""
+        """How many tokens of a row come before its first answer."""
         return self.text + 2
 
     def sample(

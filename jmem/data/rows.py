@@ -15,7 +15,7 @@ from typing import Any
 from jmem.data.document import DataError, missing_column
 
 Row = tuple[str, Any]
-"""(place, what stands there): a mapping, unless a line of JSON holds something else."""
+"""(place, the row there): a mapping, unless a line of JSON holds something else."""
 
 
 def json_lines(path: Path) -> Iterator[Row]:

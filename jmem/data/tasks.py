@@ -55,13 +55,13 @@ INSTRUCTIONS = {
 }
 """The first line of every prompt, by task."""
 DEFINITION_CHARACTERS = 160
-"""Of the longest definition; longer ones are left out."""
+"""Characters of the longest definition that is used."""
 SUMMARY_WORDS = range(3, 41)
-"""How many a summary may have; others are left out."""
+"""How many words a summary may have; others are left out."""
 PASSAGE_WORDS = range(60, 201)
-"""How many a passage may have."""
+"""How many words a passage may have."""
 ONE_IN = 8
-"""Functions of "module" of which one is held out."""
+"""One in so many functions of the task "module" is held out."""
 
 
 class _Member(NamedTuple):
@@ -145,12 +145,12 @@ def _module(member: _Member) -> Document:
 
 
 def _document(task: str, given: str, completion: str, source: str) -> Document:
-    """The completion on a line of its own, so that no token lies across its start."""
+    """A document whose completion has lines of its own: no token crosses its start."""
     return answered(f"{INSTRUCTIONS[task]}\n{given}\n", completion, source)
 
 
 def _is_drawn(member: _Member) -> bool:
-    """Whether "module" holds it out: by name, whatever else a module has."""
+    """Whether the task "module" holds a member out, which its name alone decides."""
     return zlib.crc32(member.source.encode()) % ONE_IN == 0
 
 
@@ -178,20 +178,20 @@ def _walk(
 
 
 def _definition(node: Definition) -> str:
-    """The line that opens it, without decorators: `def heappush(heap, item):`."""
+    """A definition's first line, without decorators: `def heappush(heap, item):`."""
     head = copy.copy(node)
     head.body, head.decorator_list = [], []
     return ast.unparse(head).strip()
 
 
 def _first_sentence(text: str) -> str:
-    """Of the first paragraph, on one line; all of it if no sentence ends there."""
+    """The first sentence of the first paragraph, or all of it, on one line."""
     line = " ".join(paragraphs_of(text)[0].split())
     return re.split(r"(?<=[.!?])(?<!e\.g\.|i\.e\.) (?=[\"'`*]*[A-Z])", line)[0]
 
 
 def _distinct(members: Iterable[_Member], seen: set[str]) -> Iterator[_Member]:
-    """Members of which nothing is in `seen`, to which they are added."""
+    """Members whose source, definition and summary are new (`seen` is updated)."""
     for member in members:
         summary = " ".join(words_of(member.summary))
         keys = {member.source, member.definition, summary}
@@ -223,7 +223,7 @@ _WORD = re.compile(r"""["“‘(*`']*[A-Za-z][A-Za-z'’-]*[.,;:!?)"”’*`']*"
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Not a title, a list, a grammar rule, a table or code."""
+    """Whether a paragraph is no title, list, grammar rule, table or code."""
     lines, words = textwrap.dedent(paragraph).splitlines(), paragraph.split()
     return (
         len(words) >= 8

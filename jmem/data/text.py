@@ -113,7 +113,7 @@ def _dataset(documents: list[Document]) -> "datasets.Dataset":
 def checked(
     caller: str, paths: Iterable[str | os.PathLike[str]], kinds: tuple[str, ...]
 ) -> list[Path]:
-    """The paths, after the checks that cost nothing."""
+    """The paths, each a file that exists, is not empty and is of one of the kinds."""
     files = [Path(path) for path in paths]
     if not files:
         raise DataError(
@@ -148,7 +148,7 @@ def _documents(path: Path, columns: tuple[str, ...], unit: str) -> Iterable[Docu
 
 
 def _document(row: Any, columns: tuple[str, ...], place: str) -> Document:
-    """The text of one column; of two, the first is read and the second trained on."""
+    """A document of one column, or of two: a prompt, and what is trained on."""
     *given, column = columns
     start = "".join(text_of(row, name, place, blank=True) for name in given)
     text = text_of(row, column, place)

@@ -121,7 +121,7 @@ def _place(row: Any, index: int) -> str:
 
 
 def _unlimited(tokenizer: "Tokenizer") -> "Tokenizer":
-    """The tokenizer, or a copy of one that truncates or pads: it is the caller's."""
+    """The tokenizer without truncation and padding: a copy, if it has them set."""
     if tokenizer.truncation is None and tokenizer.padding is None:
         return tokenizer
     tokenizer = type(tokenizer).from_str(tokenizer.to_str())

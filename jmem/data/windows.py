@@ -19,7 +19,7 @@ from jmem.data.document import DataError
 
 
 def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
-    """All sequences end to end, cut into rows: [N, seq_len], shuffled by nobody.
+    """All sequences end to end, in their order, cut into rows: [N, seq_len].
 
     Every token but the very first is the target of exactly one position: a row starts
     with the last token of the row before, and only the last row is padded. The first

@@ -20,7 +20,7 @@ from jmem.program import Program
 WORTH = 0.01
 """Share of the peak below which a saving is not mentioned."""
 LEAST = 2**20
-"""Bytes below which it is not."""
+"""Bytes below which a saving is not mentioned."""
 CHUNK = 256
 """Tokens whose logits a chunked loss holds at a time (`jmem.models.next_token`)."""
 STATE = {kinds.PARAMETERS, kinds.OPTIMIZER, kinds.KV_CACHE, kinds.STATE}
@@ -39,16 +39,16 @@ class Advice:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """A compiled program as the rules see it."""
+    """What the rules look at: a compiled program, its buffers, the card's memory."""
 
     program: Program
     parts: Breakdown
     compiler_bytes: int
-    """Device memory XLA was told of."""
+    """Bytes of device memory that XLA was told the card has."""
 
     @property
     def device_bytes(self) -> int:
-        """What the card must hold: the kinds sum to it."""
+        """Bytes that the card must hold: the sum over all kinds."""
         return sum(self.parts.by_kind.values())
 
     def saving(self, remaining: Callable[[Row], int]) -> int:
@@ -69,7 +69,7 @@ class Evidence:
         return (row for row in self.parts.lives if row.born is not None)
 
     def share(self, kind: str) -> float:
-        """Of the device bytes at the peak, what a kind takes."""
+        """The share of the device bytes at the peak that a kind takes, from 0 to 1."""
         return self.parts.by_kind.get(kind, 0) / max(self.device_bytes, 1)
 
     def leaves(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -92,7 +92,7 @@ def advise(evidence: Evidence) -> tuple[Advice, ...]:
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """Of a row's shape.
+    """The dimensions that a row's shape, a text, says.
 
     >>> dimensions("bf16[4,1024]"), dimensions("f32[]")
     ((4, 1024), ())
@@ -102,7 +102,7 @@ def dimensions(shape: str) -> tuple[int, ...]:
 
 
 def _not_donated(evidence: Evidence) -> tuple[int, str]:
-    """Results that could take over the memory of state of their shape."""
+    """(bytes saved, advice) for results that could reuse the memory of state."""
     program, rows = evidence.program, evidence.parts.rows
     names = program.argument_names()
     kept = {names[n]: n for n in range(len(program.args)) if n not in program.donate}
@@ -129,7 +129,7 @@ def _not_donated(evidence: Evidence) -> tuple[int, str]:
 
 
 def _rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
-    """A donated cache that a loop builds anew beside the old one."""
+    """(bytes saved, advice) for a donated cache that a loop builds a second time."""
     program = evidence.program
     names = {program.argument_names()[n] for n in program.donate}
     cache = [row for row in evidence.parts.lives if row.kind == kinds.KV_CACHE]
@@ -146,7 +146,10 @@ def _rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
 
 
 def _widened(evidence: Evidence) -> tuple[int, str]:
-    """16-bit values held as float32, but for sums of gradients, which need it."""
+    """(bytes saved, advice) for 16-bit values held as float32.
+
+    Sums of gradients are left out, since they need it.
+    """
     wide = [
         row
         for row in evidence.temporaries
@@ -163,7 +166,7 @@ def _widened(evidence: Evidence) -> tuple[int, str]:
 
 
 def _scores(evidence: Evidence) -> tuple[int, str]:
-    """Values with two sequence lengths: materialised attention scores."""
+    """(bytes saved, advice) for attention scores [.., T, S] that exist in memory."""
     lengths = {n for kind, _, s in evidence.leaves() if kind == kinds.BATCH for n in s}
     lengths = {n for n in lengths if n >= 128}
     scores = [
@@ -182,7 +185,7 @@ def _scores(evidence: Evidence) -> tuple[int, str]:
 
 
 def _logits(evidence: Evidence) -> tuple[int, str]:
-    """Values with the vocabulary as a dimension, for more tokens than a chunk."""
+    """(bytes saved, advice) for logits of more tokens than a chunk has."""
     vocabularies = {
         max(shape)
         for kind, path, shape in evidence.leaves()
@@ -214,7 +217,7 @@ _TABLE = re.compile(r"embed|wte|lm_head|head|vocab", re.IGNORECASE)
 
 
 def _saved(evidence: Evidence) -> tuple[int, str]:
-    """Activations kept for the backward pass, where they are most of the peak."""
+    """(bytes saved, advice) for saved activations that are most of the peak."""
     if evidence.share(kinds.SAVED) <= 0.5:
         return 0, ""
     saved = [row for row in evidence.parts.lives if row.kind == kinds.SAVED]
@@ -227,7 +230,7 @@ def _saved(evidence: Evidence) -> tuple[int, str]:
 
 
 def _fragmentation(evidence: Evidence) -> tuple[int, str]:
-    """Holes in the temporary block."""
+    """(bytes saved, advice) for holes in the block of temporaries."""
     if evidence.share(kinds.FRAGMENTATION) <= 0.05:
         return 0, ""
     return evidence.parts.by_kind[kinds.FRAGMENTATION], (
@@ -237,7 +240,7 @@ def _fragmentation(evidence: Evidence) -> tuple[int, str]:
 
 
 def _constants(evidence: Evidence) -> tuple[int, str]:
-    """Arrays compiled in."""
+    """(bytes saved, advice) for arrays that are compiled into the program."""
     return evidence.parts.constant_bytes, (
         "constants are compiled in; pass large arrays as arguments instead of closing "
         "over them, and programs share them."
@@ -245,7 +248,7 @@ def _constants(evidence: Evidence) -> tuple[int, str]:
 
 
 def _optimizer(evidence: Evidence) -> tuple[int, str]:
-    """Moments that take more than twice what the weights do."""
+    """(bytes saved, advice) for moments of more than twice the weights' bytes."""
     held = evidence.parts.by_kind
     if held.get(kinds.OPTIMIZER, 0) <= 2 * held.get(kinds.PARAMETERS, 0):
         return 0, ""
@@ -261,7 +264,7 @@ def _optimizer(evidence: Evidence) -> tuple[int, str]:
 
 
 def _arguments(evidence: Evidence) -> tuple[int, str]:
-    """Arguments that leave XLA nothing to work with."""
+    """(bytes saved, advice) for arguments that leave no memory to compute in."""
     fixed = sum(row.bytes for row in evidence.parts.lives if row.born is None)
     beyond = fixed - round(0.8 * evidence.compiler_bytes)
     return max(beyond, 0), (
@@ -272,7 +275,7 @@ def _arguments(evidence: Evidence) -> tuple[int, str]:
 
 
 def _workspace(evidence: Evidence) -> tuple[int, str]:
-    """Scratch of split matmuls, which another card's tiling may not need."""
+    """(bytes saved, advice) for scratch of matmuls that are split over k."""
     if evidence.share(kinds.WORKSPACE) <= 0.03:
         return 0, ""
     scratch = [row for row in evidence.temporaries if row.kind == kinds.WORKSPACE]

@@ -1,4 +1,4 @@
-"""What fills a program's memory: every buffer named, told by kind, and accounted for.
+"""What fills a program's memory: every buffer with its name, its kind and its bytes.
 
 `explain` reads XLA's own plan of the compiled program and checks itself against the
 sums XLA reports: a byte that does not add up is an error, not a rounding.
@@ -35,7 +35,7 @@ class Row:
     """One or more like buffers, as a report lists them."""
 
     bytes: int
-    """Of one of them."""
+    """Bytes of one of these buffers."""
     count: int
     kind: str
     shape: str
@@ -49,14 +49,14 @@ class Row:
     phase: str
     """"forward", "backward" or "recomputed"; "" for arguments and unknown."""
     born: int | None
-    """Instant of birth; None lives as long as the program."""
+    """The instant at which it is allocated; None: it lives as long as the program."""
     dies: int | None
     cast_from: str = ""
     """The 16-bit dtype that a float32 value was computed in; "" for others."""
 
     @property
     def total_bytes(self) -> int:
-        """Of all of them."""
+        """Bytes of all buffers of the row."""
         return self.bytes * self.count
 
 
@@ -66,7 +66,7 @@ class Instant:
 
     number: int
     of: int
-    """Instants in the whole program."""
+    """How many instants the whole program has."""
     phase: str
     scope: str
     op: str
@@ -79,7 +79,7 @@ class Breakdown:
 
     timeline: Timeline
     by_kind: dict[str, int]
-    """At the peak; sums to the device's bytes."""
+    """Bytes at the peak by kind; they sum to the device's bytes."""
     by_label: dict[str, int]
     host_by_label: dict[str, int]
     rows: tuple[Row, ...]
@@ -92,7 +92,7 @@ class Breakdown:
     calls: dict[str, int]
     """Custom calls by target."""
     sorts: int
-    """Sorts XLA does itself."""
+    """How many sorts XLA compiles itself, without a library."""
     constant_bytes: int
 
 
@@ -197,7 +197,7 @@ class _Account:
         self.timeline = self._timeline()
 
     def breakdown(self, fragmentation: int, constants: int) -> Breakdown:
-        """The account as a report wants it."""
+        """The `Breakdown` that a report is made of."""
         peak = self.timeline.peak
         alive = [life for life in self._lives if life.alive(peak - 1)]
         rows = [*self._fixed_rows, *(self._row(life, peak - 1) for life in alive)]
@@ -242,10 +242,10 @@ class _Account:
         return (found[0], found[-1]) if found else None
 
     def _holder(self, life: Life, event: int) -> hlo.Buffer:
-        """The value in a life's bytes at an event: what was computed there last.
+        """The value in a buffer's bytes at an event: the last one computed there.
 
-        A stack that a loop fills holds zeros when it is born; then what the loop will
-        write says more.
+        A stack that a loop fills row by row begins with zeros: there, the value that
+        the loop will write is returned, since it says more.
         """
         now = [h for h in life.holders if h[1] <= event < h[2]]
         latest = [*sorted(now, key=lambda h: -h[1]), *reversed(life.holders)]
@@ -353,7 +353,7 @@ class _Argument:
 
 
 def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argument]:
-    """The program's flattened arguments by the number of their parameter."""
+    """The program's flattened arguments by the number of their HLO parameter."""
     entry = [module.instructions[i] for i in module.computations[module.entry]]
     parameters = {i.parameter: i for i in entry if i.opcode == "parameter"}
     leaves = program.leaves()
@@ -404,7 +404,7 @@ def _worst(events: int, lives: list[Life]) -> int:
 
 
 def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Like rows counted together, by falling bytes."""
+    """One row for each group of like rows, with their count; the largest first."""
     groups: dict[Row, list[Row]] = {}
     for row in rows:
         like = dataclasses.replace(row, born=None, dies=None)
@@ -414,7 +414,7 @@ def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _collectives(module: hlo.Module) -> dict[str, dict[str, int]]:
-    """Collectives by opcode: how many, and the bytes they return, loops once."""
+    """Count and returned bytes of collectives by opcode; one in a loop counts once."""
     found: dict[str, dict[str, int]] = {}
     moving = {
         i.id: i.opcode.removesuffix("-start")

@@ -44,7 +44,7 @@ def key(
     options: Mapping[str, Any],
     bounds: bool,
 ) -> str:
-    """sha256 of what a report follows from; the same in every process.
+    """sha256 of everything that decides what a report says; equal in every process.
 
     `stablehlo` is the lowered program's text.
     """

@@ -35,7 +35,7 @@ class Difference:
     device: Change
     host: Change
     by_kind: tuple[Change, ...]
-    """What changed, by falling size of the change; sums to the device's."""
+    """The change of each kind, largest first; they sum to that of the device bytes."""
     by_scope: tuple[Change, ...]
     """As `by_kind`, of the buffers alive at each peak; fragmentation is in neither."""
 

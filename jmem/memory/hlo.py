@@ -103,7 +103,7 @@ _MESSAGES = {
 }
 
 HOST_COLOR = 5
-"""The memory space of host buffers; every other one is the device's."""
+"""The number ("color") of host memory in XLA's plan; all others are the device's."""
 ALLOC, FREE, SHARE = 0, 1, 2
 """Kinds of an event: a buffer is born, dies, or takes over the bytes of another."""
 
@@ -159,7 +159,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Of an array; sub-byte types are packed."""
+        """Bytes of an array of this shape; values of less than a byte are packed."""
         return (math.prod(self.dims) * _BITS.get(self.dtype, 0) + 7) // 8
 
     def __str__(self):
@@ -190,7 +190,7 @@ class Instruction:
     parameter: int
     tuple_index: int
     target: str
-    """Of a custom call."""
+    """The library function or kernel that a custom call names."""
     computation: int
     config: str
     """XLA's own notes as JSON, as a loop's known number of trips; may be empty."""
@@ -224,7 +224,7 @@ class Allocation:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A step of a trace."""
+    """A step of XLA's heap trace: a buffer is born, dies, or shares another's bytes."""
 
     kind: int
     buffer: int
@@ -242,7 +242,7 @@ class Module:
     computations: dict[int, tuple[int, ...]]
     """Instructions of each computation, in order."""
     names: dict[int, str]
-    """Of computations."""
+    """Name of each computation."""
     roots: dict[int, int]
     """Root instruction of each computation."""
     entry: int

@@ -64,7 +64,7 @@ _WORDS = {  # the first that has one of the label's words
 
 
 def of_label(label: str | None) -> str:
-    """The kind an argument's label stands for.
+    """The kind of memory that the words of an argument's label mean.
 
     >>> of_label("adam m"), of_label("kv cache"), of_label("weights"), of_label("codes")
     ('optimizer', 'kv cache', 'parameters', 'other arguments')

@@ -21,9 +21,8 @@ What no term explains is a term too; nothing is fitted.
 import dataclasses
 import gc
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ from jmem.lowering import never_cached
 from jmem.memory import kinds
 from jmem.memory.card import described, gpu
 from jmem.memory.measure import ATTACHED, dumped, measure
-from jmem.memory.report import MemoryReport, built, sized, stored
+from jmem.memory.report import MemoryReport, Saved, sized
 from jmem.program import HOST, Program
 
 ALIGNMENT = 256
@@ -52,17 +51,17 @@ TERMS = {
     LOADED: "what loading and the first run left in use, less the planned constants",
     UNEXPLAINED: "the rest, held only while the program ran",
 }
-"""The terms of peak - plan, and what each is."""
+"""The terms that make up peak - plan, and what each of them holds."""
 
 OTHER_PLAN = "another plan"
 """A term of plan - prediction: the GPU's plan was made twice, with other bytes."""
-SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class LiveReport:
+class LiveReport(Saved):
     """One run of a program on a GPU, its plan there, and its prediction without it."""
 
+    schema: ClassVar[int] = 1
     name: str
     device: str
     versions: dict[str, str]
@@ -82,7 +81,7 @@ class LiveReport:
     plan_terms: dict[str, int] = dataclasses.field(default_factory=dict)
     """By kind, what the GPU's plan holds more than the prediction."""
     fragmentation: int = 0
-    """Of the plan: bytes that the peak may not need."""
+    """Bytes of the plan that are holes: the peak may need less than the plan."""
 
     @property
     def own(self) -> bool:
@@ -91,7 +90,7 @@ class LiveReport:
 
     @property
     def named_bytes(self) -> int:
-        """Of peak - prediction, what is no fault of the prediction's buffers.
+        """Bytes of peak - prediction whose cause is known and is no wrong buffer.
 
         That is every term of the run but what is unexplained, and the workspaces and
         the fragmentation that the autotuner's choices brought into the plan.
@@ -160,19 +159,6 @@ class LiveReport:
         if self.interval:
             lines += _listed("planned - ahead of time", self.plan_terms)
         return "\n".join(lines)
-
-    def to_json(self, path: str | pathlib.Path | None = None) -> str:
-        """The report as JSON; written to `path` when one is given."""
-        return stored(self, SCHEMA, path)
-
-    @classmethod
-    def from_json(cls, text: str | pathlib.Path) -> "LiveReport":
-        """A report from `to_json`'s text, or from the path of a file of it.
-
-        Raises:
-          ValueError: not a report, or one of another version; the place is named.
-        """
-        return built(cls, text, SCHEMA)
 
 
 def apart(peak: int, interval: Sequence[int]) -> float:
@@ -266,7 +252,7 @@ def live(
 
 
 def plan_sums(planned: Any) -> dict[str, int]:
-    """XLA's plan of a compiled program, or of its `memory_analysis()`, by its names.
+    """XLA's planned bytes of a compiled program (or its `memory_analysis()`), by name.
 
     All 0 for a program out of JAX's persistent compilation cache, which keeps no plan.
     """
@@ -336,7 +322,7 @@ def _buffers(tree: Any) -> Iterator[tuple[jax.Array, int, int]]:
 
 
 def made(program: Program, key: int | None) -> list[Any]:
-    """The program's arguments but for static ones, in the memory it wants them in.
+    """Makes the program's arguments, without static ones, where it wants them placed.
 
     From its own `make`; zeros, one array at a time, where it or `key` is None.
     """

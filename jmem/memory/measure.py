@@ -184,7 +184,7 @@ def _measure(
 
 
 def dumped(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
-    """XLA's HloProto of the compiled program, plan included, and XLA's own sums."""
+    """Compiles: the HloProto with XLA's buffer plan, and XLA's own sums of it."""
     with tempfile.TemporaryDirectory(prefix="jmem-") as folder:
         dump = {
             "xla_dump_to": folder,
@@ -236,20 +236,25 @@ def stablehlo_hash(text: str) -> str:
     """sha256 of a lowered program, the same in every process.
 
     A Mosaic kernel's payload and its own hash are left out: they hold lines and paths.
+    So are the addresses by which JAX knows a custom partitioning in one process.
     """
-    lines = (
-        _PAYLOAD.sub('""', _KERNEL_HASH.sub("", line)) if "mosaic" in line else line
-        for line in text.splitlines()
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def stable(line: str) -> str:
+        if "mosaic" in line:
+            return _PAYLOAD.sub('""', _KERNEL_HASH.sub("", line))
+        return _ADDRESS.sub("", line) if "@CustomSPMDPartitioning" in line else line
+
+    lines = "\n".join(map(stable, text.splitlines()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
+_ADDRESS = re.compile(r'backend_config = "\d+"')
 _KERNEL_HASH = re.compile(r'kernel_hash = "(?:[^"\\]|\\.)*", ')
 _PAYLOAD = re.compile(r'"(?:[^"\\]|\\.){200,}"')
 
 
 def _flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, ...]:
-    """What a reader of the numbers should know."""
+    """Sentences on what a reader should know of the numbers (`MemoryReport.flags`)."""
     flags = []
     if card and any(call.startswith("__cudnn$conv") for call in parts.calls):
         flags.append(
@@ -271,7 +276,7 @@ def as_program(
     static: tuple[int, ...] = (),
     labels: Labels | None = None,
 ) -> Program:
-    """A program as it is, or a function, labelled by the names of its arguments."""
+    """The program itself, or one of a function, labelled by its arguments' names."""
     if isinstance(what, Program):
         if args or donate or static or labels:
             raise TypeError(
@@ -322,7 +327,7 @@ def _is_info_of(info: Any, value: Any) -> bool:
 
 
 def _jitted(fn: Any, args: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Positions a jitted function donates, and those it takes as static."""
+    """The positions that a jitted function donates, and those that are static."""
     infos = fn.trace(*args).args_info[0]
     missing = len(args) - len(infos)
     for static in itertools.combinations(range(len(args)), missing):

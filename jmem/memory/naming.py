@@ -31,20 +31,20 @@ class Origin:
     """Where a value comes from."""
 
     instruction: Instruction
-    """The one that computed it."""
+    """The instruction that computed the value."""
     op_name: str
     """JAX's scopes and primitive of the nearest instruction that has any."""
     frame: int
     argument: int | None
     """Number of the program's argument that the value is a copy, cast or slice of."""
     fill: bool
-    """The value is a constant, spread out."""
+    """Whether the value is one constant, broadcast to an array."""
     stack: Literal["", "filled", "read"]
     """The buffer is a stack a loop fills row by row; or a row read back from one."""
     updates: int | None
     """Number of the argument whose rows, in place or in a copy, the value replaces."""
     computation: int
-    """The loop body, branch or program the value is computed in, fusions left."""
+    """Id of the loop body, branch or program that computes the value, not a fusion."""
 
 
 class Origins:
@@ -132,7 +132,7 @@ class Origins:
         return trail
 
     def _before(self, at: Instruction, index: tuple) -> Value | None:
-        """The value that this one is, one step back; None where it is computed."""
+        """The value that this one merely passes on; None where it is computed."""
         if at.opcode == "get-tuple-element":
             return self._operand(at, 0, (at.tuple_index, *index))
         if at.opcode == "tuple" and index:
@@ -171,7 +171,7 @@ class Origins:
         return self._operand(loop, 0, index) if kept else written
 
     def _given(self, parameter: Instruction, index: tuple) -> Value | None:
-        """What a computation is called with; of a loop's state, what the loop holds."""
+        """The value passed for a computation's parameter, or held as loop state."""
         caller = self._callers.get(parameter.computation)
         if caller is None or parameter.computation == self._module.entry:
             return None
@@ -186,7 +186,7 @@ class Origins:
         return None
 
     def _through(self, at: Instruction, index: tuple) -> Value:
-        """Back through tuples, copies and fusions, but not out of a loop."""
+        """The value behind tuples, copies and fusions of `at`, within the same loop."""
         for _ in range(100):
             loops = at.opcode in {"while", "conditional", "add", "dynamic-update-slice"}
             caller = self._callers.get(at.computation)

@@ -15,7 +15,7 @@ TOP = 20
 """Rows of each table; what is smaller is summed in the last one."""
 
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
-"""Title, heads of the columns, rows."""
+"""(title, column headings, rows)."""
 
 
 def markdown(report: MemoryReport, *, reserve: int = GiB, top: int = TOP) -> str:

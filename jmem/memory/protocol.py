@@ -33,13 +33,13 @@ from jmem.memory.report import MemoryReport
 from jmem.program import Program
 
 FRACTION = 0.95
-"""Of the GPU's memory, what JAX's allocator takes at the start of a stage."""
+"""Share of the GPU's memory that JAX's allocator takes when such a process starts."""
 NO_GPU = 3
-"""Exit status of a stage that found no GPU."""
+"""Exit status of a process that found no GPU."""
 
 
 class StageError(RuntimeError):
-    """A stage's process failed: which, and the end of what it wrote."""
+    """One of the processes ("stages") failed: which, and the end of what it wrote."""
 
 
 def confirm(
@@ -109,7 +109,7 @@ STAGES: dict[str, Callable[[Program, dict], str]] = {
 
 
 def environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
-    """What a stage's process is started with; `share` of the GPU is its own."""
+    """Environment variables of a stage's process, which gets `share` of the GPU."""
     kept = {
         name: value
         for name, value in worker.environment().items()
@@ -132,7 +132,7 @@ def environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
 
 
 def run_stage(stage: str, request: dict, where: str, share: float = 1.0) -> str:
-    """A stage's answer from a fresh process, to which `share` of the GPU belongs.
+    """Runs a stage in a fresh process that gets `share` of the GPU; returns its answer.
 
     `where` is the target of "predict", and the folder of JAX's cache for the others.
 
@@ -153,7 +153,7 @@ def run_stage(stage: str, request: dict, where: str, share: float = 1.0) -> str:
 def ask(
     module: str, *flags: str, request: Any, environment: dict[str, str], what: str
 ) -> str:
-    """The last line that a module's own process answers a request on its stdin with.
+    """Starts `module` as a process with a request on stdin; returns its last line.
 
     Raises:
       NoGPUError: it ended with `NO_GPU`.
@@ -176,7 +176,7 @@ def ask(
 
 
 def answer(request: dict) -> str:
-    """One stage, run in this process."""
+    """Runs the stage that a request names, in this process; returns JSON."""
     if request["stage"] == "probe":
         versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
         return json.dumps({"device": attached().name, "versions": versions})

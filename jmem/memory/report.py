@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
@@ -21,10 +21,8 @@ from jmem.memory.breakdown import Instant, Row, short
 from jmem.memory.timeline import Timeline
 
 GiB = 2**30
-SCHEMA = 2
-"""Version of the JSON; a report of another one is refused."""
 DEFAULT_FRACTION = 0.75
-"""Of a card's memory, what JAX takes at start unless told otherwise."""
+"""Share of a card's memory that JAX takes at start unless told otherwise."""
 WIDTH = 88
 SMALL = 0.0005
 """Share of the peak below which a kind is not listed on its own."""
@@ -36,12 +34,13 @@ class Verdict:
 
     fits: bool
     needed_bytes: int
-    """The upper end of the interval."""
+    """Device bytes the program may need: the upper end of the report's interval."""
     usable_bytes: int
     reserve_bytes: int
     target: str
     memory_fraction: float | None
-    """What JAX must be started with; None when its default is enough or nothing is."""
+    """XLA_PYTHON_CLIENT_MEM_FRACTION that JAX must be started with; None when its
+    default is enough, or no fraction is."""
 
     def __bool__(self):
         return self.fits
@@ -68,16 +67,50 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryReport:
+class Saved:
+    """A report of plain values that is written as JSON and read again."""
+
+    schema: ClassVar[int]
+    """Version of the JSON; a report of another one is refused."""
+
+    def to_json(self, path: str | pathlib.Path | None = None) -> str:
+        """The whole report as JSON; written to `path` when one is given."""
+        text = json.dumps({"schema": self.schema} | dataclasses.asdict(self))
+        if path is not None:
+            pathlib.Path(path).write_text(text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | pathlib.Path) -> Self:
+        """A report from `to_json`'s text, or from the path of a file of it.
+
+        Raises:
+          ValueError: not a report, or one of another version; the place is named.
+        """
+        where = "report"
+        if isinstance(text, pathlib.Path):
+            where, text = str(text), text.read_text()
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("schema", None) != cls.schema:
+            raise ValueError(f"{where}: not a {cls.__name__} of schema {cls.schema}.")
+        return _build(cls, values, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport(Saved):
     """Memory of one program on one target, per device of a mesh."""
 
+    schema: ClassVar[int] = 2
     name: str
     target: str
     attached: bool
     """Compiled for a GPU that is there, with its autotuner; else ahead of time."""
     devices: int
     compiler_bytes: int
-    """Device memory XLA was told of."""
+    """Bytes of device memory that XLA was told the card has."""
     usable_bytes: int
     device_bytes: int
     """What the card must hold: arguments + outputs - aliased + temporaries +
@@ -90,7 +123,7 @@ class MemoryReport:
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
-    """Of the outputs, what reuses donated arguments."""
+    """Bytes of outputs that reuse the memory of donated arguments."""
     temp_bytes: int
     constant_bytes: int
     by_kind: dict[str, int]
@@ -115,7 +148,7 @@ class MemoryReport:
     """sha256 of the lowered text: the same program has the same, in every process."""
     options: dict[str, Any]
     compile_seconds: float
-    """Tracing, lowering and compiling; twice compiled for the interval."""
+    """Seconds to trace, lower and compile (for the interval, compiled twice)."""
     cached: bool
     """Taken from the cache; `compile_seconds` are those of the first time."""
 
@@ -276,47 +309,6 @@ class MemoryReport:
 
         return plot(self, pathlib.Path(path), reserve=reserve)
 
-    # Saved ----------------------------------------------------------------------------
-
-    def to_json(self, path: str | pathlib.Path | None = None) -> str:
-        """The whole report as JSON; written to `path` when one is given."""
-        return stored(self, SCHEMA, path)
-
-    @classmethod
-    def from_json(cls, text: str | pathlib.Path) -> "MemoryReport":
-        """A report from `to_json`'s text, or from the path of a file of it.
-
-        Raises:
-          ValueError: not a report, or one of another version; the place is named.
-        """
-        return built(cls, text, SCHEMA)
-
-
-def stored(report: Any, schema: int, path: str | pathlib.Path | None) -> str:
-    """A dataclass of plain values as JSON; written to `path` when one is given."""
-    text = json.dumps({"schema": schema} | dataclasses.asdict(report))
-    if path is not None:
-        pathlib.Path(path).write_text(text + "\n")
-    return text
-
-
-def built[T](cls: type[T], text: str | pathlib.Path, schema: int) -> T:
-    """A dataclass of plain values from its JSON, or from the path of a file of it.
-
-    Raises:
-      ValueError: not a `cls`, or one of another schema; the place is named.
-    """
-    where = "report"
-    if isinstance(text, pathlib.Path):
-        where, text = str(text), text.read_text()
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(values, dict) or values.pop("schema", None) != schema:
-        raise ValueError(f"{where}: not a {cls.__name__} of schema {schema}.")
-    return _build(cls, values, where)
-
 
 def layer_of(name: str) -> str:
     """The outermost numbered part of a scope or an argument's path; "" without one.
@@ -346,7 +338,7 @@ def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _build(wanted: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON has it, in the type `wanted`."""
+    """`value`, read from JSON, converted to the type `wanted` or refused."""
     origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
     if wanted is Any:
         return value
@@ -387,7 +379,7 @@ def _size(size: int, unit: str) -> str:
 
 
 def sized(size: int) -> str:
-    """In the largest unit that it has one of.
+    """A size in bytes as text, in the largest unit of which it has at least one.
 
     >>> sized(3 * 2**30), sized(1536)
     ('3.00 GiB', '1.50 KiB')

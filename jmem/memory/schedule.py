@@ -23,12 +23,12 @@ class Copy:
     """One copy between host and device memory."""
 
     name: str
-    """Of the instruction that starts it."""
+    """Name of the instruction that starts the copy."""
     op_name: str
-    """JAX's scopes and primitive."""
+    """JAX's scopes and primitive of that instruction."""
     to: Literal["device", "host"]
     bytes: int
-    """A single time."""
+    """Bytes that are moved each time."""
     times: int
     """How often a run of the program does it: the trips of the loops it is in."""
     kernels_between: int
@@ -101,7 +101,7 @@ def _leaves(shapes: list[Shape]) -> list[Shape]:
 
 
 def _done(module: Module, start: Instruction) -> Instruction | None:
-    """What waits for an asynchronous start; None where the copy itself blocks."""
+    """The instruction that waits for a copy's start; None where the copy blocks."""
     if not start.opcode.endswith("-start"):
         return None
     for user in module.users.get(start.id, []):
@@ -118,7 +118,7 @@ def _inner_name(module: Module, instruction: Instruction) -> str:
 
 
 def _times(module: Module) -> Iterator[tuple[int, int]]:
-    """Computations that run by themselves, and how often: (id, times)."""
+    """(id, times run) of each computation that is not part of another's kernel."""
 
     def walk(computation: int, times: int) -> Iterator[tuple[int, int]]:
         yield computation, times

@@ -20,7 +20,7 @@ class Life:
     """Index of the event that brought it to life."""
     dies: int
     holders: tuple[tuple[int, int, int], ...]
-    """Values that were in these bytes: buffer, first event, last event."""
+    """Values that lay in these bytes: (buffer, first event, last event)."""
 
     def alive(self, event: int) -> bool:
         """Whether the bytes are taken after that event."""

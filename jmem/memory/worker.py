@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def environment() -> dict[str, str]:
-    """That of this process, with its path: another imports what this one can."""
+    """The environment and import path of this process, for one that imports alike."""
     path = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return os.environ | {"PYTHONPATH": path}
 
@@ -171,7 +171,7 @@ def _found(module: Any, name: str) -> Any:
 
 
 def imported(name: str) -> Any:
-    """What `dotted` gave the name of."""
+    """The object that a name from `dotted` stands for."""
     module, name = name.split(":")
     return _found(importlib.import_module(module), name)
 

@@ -1,4 +1,5 @@
-"""Leaves of every model (flax.linen, used functionally) and the two doors into them.
+"""Layers of every model (flax.linen, used functionally), and what a caller replaces.
 
-`ops` holds the contract, `stack` walks blocks whose parameters are stacked from birth.
+`ops` says how attention and linear products are passed in as functions; `stack` runs
+blocks whose parameters are stacked along axis 0 from their initialisation on.
 """

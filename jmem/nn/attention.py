@@ -1,4 +1,4 @@
-"""Self-attention: the leaf with its four maps, and the standard ways to attend.
+"""Self-attention: a module of four linear maps, and the standard ways to attend.
 
 An `attend` (see `jmem.nn.ops`) is chosen by whoever builds a program, from the GPU the
 program is compiled *for*; nothing here looks at the GPU present.
@@ -133,7 +133,7 @@ def causal(
 
 
 class Attention(nn.Module):
-    """q, k, v, o and nothing else: masks and caches belong to `ops.attend`."""
+    """The linear maps q, k, v and o; masks and caches belong to `ops.attend`."""
 
     heads: int
     kv_heads: int

@@ -1,4 +1,4 @@
-"""The linear leaf: declares its parameters at birth, hands them over at use."""
+"""A linear map that declares its parameters and leaves its product to `ops.linear`."""
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,7 @@ def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """A linear map whose product is `linear`'s business, not its own.
+    """A linear map whose product is computed by the function `linear` that it is given.
 
     At `init` it declares `kernel` [in, features] and perhaps `bias` [features]; at
     `apply` it passes on its path from the module that was applied ("attention/q" in a

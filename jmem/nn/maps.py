@@ -137,9 +137,10 @@ def choose_maps(
 
 
 def number_map(name: str) -> int:
-    """A number (uint32) of a map's own, whatever other maps a block has.
+    """The number (uint32) that a map's random draws are keyed by.
 
-    For `jax.random.fold_in`: 0 to 6 for a decoder's maps, in the order of `MAPS`.
+    It does not depend on what other maps a block has. For `jax.random.fold_in`: 0 to 6
+    for a decoder's maps, in the order of `MAPS`.
     """
     if name in _DECODER:
         return _DECODER.index(name)

@@ -23,9 +23,9 @@ ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))), or what `ops` feeds.
+    """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))), or `ops.feed`.
 
-    Returns the output and `aux`, which is empty unless `ops.feed` says something.
+    Returns the output and `aux`, a dict that is empty unless `ops.feed` returns one.
 
     Source: gated: Shazeer, 2020, arXiv:2002.05202; plain: Vaswani et al., 2017,
     arXiv:1706.03762, section 3.3.

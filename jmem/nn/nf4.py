@@ -86,7 +86,10 @@ def _blocks(values: jax.Array) -> jax.Array:
 
 
 def _codes(blocks: jax.Array, scale: jax.Array) -> jax.Array:
-    """Two levels a byte, [..., blocks, 32]; those of a block of zeros are zero's."""
+    """Numbers of the nearest levels, two a byte: [..., blocks, 32].
+
+    A block of zeros has the level that is zero.
+    """
     unit = blocks / jnp.where(scale > 0, scale, 1)[..., None]
     # Fifteen comparisons that fuse: nothing is made that is 16 times as large.
     code = jnp.zeros(unit.shape, jnp.uint8)

@@ -1,4 +1,4 @@
-"""The doors into every model: how positions attend, how a linear map is applied.
+"""What a caller replaces in any model: how positions attend, how a map is applied.
 
 A block computes norms, activations and residuals; the expensive things it does are
 arguments. LoRA, gradient taps, quantised and sparse weights are other `linear`s, KV
@@ -33,7 +33,7 @@ Feed = Callable[[dict[str, Any], jax.Array, Callable], tuple[jax.Array, dict]]
 
 
 class Ops(NamedTuple):
-    """What a block does not decide itself; see the module's docstring."""
+    """The functions that a block is given (see the module's docstring)."""
 
     attend: Attend
     linear: LinearMap

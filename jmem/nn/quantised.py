@@ -68,12 +68,12 @@ def _joined(blocks: jax.Array, axes: int = 2) -> jax.Array:
 
 
 def _four(data: jax.Array) -> jax.Array:
-    """32 values of 16 bytes: all low halves, then all high ones."""
+    """The 32 four-bit values in 16 bytes: all low halves, then all high ones."""
     return _joined(_fields(data, 4))
 
 
 def _fifth(data: jax.Array) -> jax.Array:
-    """32 values' fifth bits, in place, of 4 bytes."""
+    """The fifth bits of 32 values, from 4 bytes, each where it is added (16 or 0)."""
     bits = jnp.swapaxes(_fields(data, 1), -1, -2)
     return _joined(bits) << 4
 
@@ -119,7 +119,7 @@ def _steps(b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _groups(data: jax.Array) -> jax.Array:
-    """256 values' low four bits of 128 bytes: [..., 8, 32]."""
+    """The low four bits of 256 values, from 128 bytes: [..., 8, 32]."""
     q = _fields(data.reshape(*data.shape[:-1], 4, 32), 4)
     return q.reshape(*data.shape[:-1], 8, 32)
 
@@ -231,14 +231,14 @@ def kernel_shape(leaf: dict) -> tuple[int, ...]:
 
 
 def described_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    """The kernel of a stacked leaf; of a packed one, that which `unpacked` makes."""
+    """Shape and dtype of a leaf's kernel; if packed, of what `unpacked` would make."""
     if "packed" in leaf:
         return jax.ShapeDtypeStruct(kernel_shape(leaf), dtype)
     return jax.ShapeDtypeStruct(leaf["kernel"].shape, leaf["kernel"].dtype)
 
 
 def unpacked_dtype(blocks: dict) -> jnp.dtype:
-    """What packed maps of these blocks are taken to be: the dtype of their norms."""
+    """The dtype that packed maps of these blocks are dequantised to: their norms'."""
     scales = (v.dtype for path, v in by_key(blocks).items() if path.endswith("/scale"))
     return next(scales, jnp.dtype("float32"))
 
@@ -290,7 +290,7 @@ def pack(params: dict, kind: str = "NF4") -> dict:
 
 
 def check_packer(who: str, argument: str, kind: object) -> None:
-    """For whoever is given a type to pack into.
+    """Refuses a type that kernels cannot be packed to; `who` begins the message.
 
     Raises:
       ValueError: it is none of `PACKERS`.
@@ -354,7 +354,7 @@ def squares(leaf: dict) -> Float[Array, "L out"]:
 
 
 def refuse_packed(who: str, params: dict) -> None:
-    """For whoever trains the parameters themselves.
+    """Refuses packed parameters, for a method that trains the parameters themselves.
 
     Raises:
       ValueError: a leaf is packed: integers, which have no gradient.
@@ -368,7 +368,7 @@ def refuse_packed(who: str, params: dict) -> None:
 
 
 def _chosen(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
-    """`use` of one layer's float32 values [out, in], of the type that is flagged."""
+    """Calls `use` with a layer's float32 values [out, in], of the type flagged."""
     inputs, _ = kernel_shape({"packed": packed, "kind": flags})
 
     def branch(kind: str):
@@ -396,7 +396,7 @@ def _after(x: jax.Array, packed: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x, packed, flags):
-    """Of x [..., in] and one layer's values [out, in]: [..., out]."""
+    """The product of x [..., in] and a layer's packed values [out, in]: [..., out]."""
 
     def multiply(values):
         if x.size == x.shape[-1]:

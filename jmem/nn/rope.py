@@ -104,11 +104,11 @@ class YarnScaling:
         return 0.1 * math.log(self.factor) + 1.0
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
-        """Scaled angular frequencies [D/2], of at least two falling ones."""
+        """Scaled angular frequencies [D/2]; those given are two or more, falling."""
         pairs = len(frequencies)
 
         def pair_turning(turns: float) -> float:
-            """The (fractional) pair that turns so often in the original context."""
+            """The (fractional) number of the channel pair that makes so many turns."""
             wanted = 2 * math.pi * turns / self.original_max_positions
             return math.log(wanted / frequencies[0]) / math.log(
                 frequencies[1] / frequencies[0]
@@ -135,11 +135,11 @@ class Rope:
     theta: float = 10_000.0
     scaling: Scaling | None = None
     rotary_dim: int | None = None
-    """Leading channels that turn, the others pass. None: all; 0: none."""
+    """Leading channels that are rotated; the others pass. None: all; 0: none."""
 
     @property
     def channels(self) -> int:
-        """How many leading channels turn."""
+        """How many leading channels are rotated."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def frequencies(self) -> np.ndarray:

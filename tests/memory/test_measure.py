@@ -432,3 +432,14 @@ def test_the_hash_leaves_a_kernel_s_payload_and_its_own_hash_out():
     assert stablehlo_hash(one) == stablehlo_hash(two)
     assert stablehlo_hash(one) != stablehlo_hash(one.replace("mm", "nn"))
     assert stablehlo_hash("a") != stablehlo_hash("b")
+
+
+def test_the_hash_leaves_the_address_of_a_partitioning_out():
+    """As of cuDNN's attention over a mesh: JAX knows its rule by an address."""
+    text = (
+        "%1 = custom_call @CustomSPMDPartitioning(%0) "
+        '{{backend_config = "{}", rule = "{}"}}'
+    )
+    first = stablehlo_hash(text.format(139897046045312, "i, j"))
+    assert first == stablehlo_hash(text.format(140051800891728, "i, j"))
+    assert first != stablehlo_hash(text.format(139897046045312, "i, k"))
