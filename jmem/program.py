@@ -110,15 +110,15 @@ class Program:
     fn: Callable
     args: tuple
     donate: tuple[int, ...] = ()
-    """Positions whose buffers the program may overwrite."""
+    """Positions of arguments whose buffers the program may overwrite."""
     static: tuple[int, ...] = ()
-    """Positions of hashable values that are compiled in."""
+    """Positions of arguments that are hashable values and are compiled in."""
     out_shardings: Any = None
     labels: Labels = dataclasses.field(default_factory=dict)
     """The user's word for a part of the arguments: "weights", "adam m", "kv cache". Its
     kind is guessed from the word; a `Label` states it."""
     make: Callable[[jax.Array], tuple] | None = None
-    """Real arguments from a random key, for live runs."""
+    """Makes real arguments from a random key, for live runs."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """XLA's compile options that belong to the program, by name, with typed values."""
 

@@ -51,12 +51,12 @@ class Target:
     usable_bytes: int = 0
     """Bytes an allocator can get; 0 stands for `compiler_bytes` - 2 GiB."""
     bandwidth: float
-    """Device memory traffic, bytes a second."""
+    """Bandwidth of the device memory, in bytes a second."""
     l2_bytes: int
     clock_ghz: float
     shared_bytes_per_core: int
     shared_bytes_per_block: int
-    """The opt-in maximum of one thread block."""
+    """Most shared memory that one thread block can ask for, in bytes."""
     threads_per_core: int = 2048
     devices: int = 1
     """GPUs of the mesh; beyond eight they sit in hosts of eight."""

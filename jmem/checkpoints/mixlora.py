@@ -314,7 +314,7 @@ def _chosen(
 
 
 def _named(one: Module, experts: int) -> Module:
-    """The module by MoE-PEFT's and mixlora's tensor names, of its experts in an MLP."""
+    """The module with MoE-PEFT's and mixlora's tensor names; in MLPs, its experts'."""
     names = [name.removeprefix("model.") for name in one.names]
     if not one.paths[0].startswith("mlp/"):
         return dataclasses.replace(one, prefix="mixlora.", names=tuple(names))

@@ -20,7 +20,7 @@ _UNSCALED = {"rope_theta", "partial_rotary_factor"}
 def parse(
     raw: Mapping[str, Any], max_positions: int, where: str, share: float = 1.0
 ) -> tuple[float, Scaling | None, float]:
-    """(theta, scaling, share of a head's channels that turn), `share` if not stated.
+    """(theta, scaling, share of a head's channels that rotate), by default `share`.
 
     Raises:
       CheckpointError: a kind of scaling that is not supported, or a value missing or

@@ -28,7 +28,7 @@ from jmem.data.document import DataError, Document
 RUN = 12
 """Documents that share so many words in a row count as saying the same thing."""
 SHORTEST = 40
-"""A document of fewer words than this, after such cuts, is dropped."""
+"""Fewest words of a document, once paragraphs that repeat others are cut out of it."""
 
 # fmt: off
 HELD_OUT_TOPICS = (

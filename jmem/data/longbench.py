@@ -33,7 +33,7 @@ class Task:
     metric: Metric | Literal["classification"]
     """A function of `jmem.data.answers`; "classification" also needs the classes."""
     new_tokens: int
-    """Most tokens of an answer."""
+    """Most tokens that an answer may have."""
     template: str
     """With `{context}`, and `{input}` unless the row's input is always empty."""
 

@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall:
-    """Sizes of the texts; hashable.
+    """Made-up texts and questions of certain sizes (`sample` draws them); hashable.
 
     Raises:
       DataError: sizes that leave no text between the records, no value for each of

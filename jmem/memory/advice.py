@@ -92,7 +92,7 @@ def advise(evidence: Evidence) -> tuple[Advice, ...]:
 
 
 def dimensions(shape: str) -> tuple[int, ...]:
-    """The dimensions that a row's shape, a text, says.
+    """The dimensions in the text of a row's shape.
 
     >>> dimensions("bf16[4,1024]"), dimensions("f32[]")
     ((4, 1024), ())

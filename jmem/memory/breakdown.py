@@ -90,7 +90,7 @@ class Breakdown:
     collectives: dict[str, dict[str, int]]
     """For each kind of collective, how many there are and the bytes they return."""
     calls: dict[str, int]
-    """Custom calls by target."""
+    """How many custom calls (libraries, kernels) the program makes, by target."""
     sorts: int
     """How many sorts XLA compiles itself, without a library."""
     constant_bytes: int

@@ -276,7 +276,7 @@ def as_program(
     static: tuple[int, ...] = (),
     labels: Labels | None = None,
 ) -> Program:
-    """The program itself, or one of a function, labelled by its arguments' names."""
+    """`what` as a labelled program; a function's labels are its arguments' names."""
     if isinstance(what, Program):
         if args or donate or static or labels:
             raise TypeError(

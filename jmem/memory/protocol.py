@@ -33,7 +33,7 @@ from jmem.memory.report import MemoryReport
 from jmem.program import Program
 
 FRACTION = 0.95
-"""Share of the GPU's memory that JAX's allocator takes when such a process starts."""
+"""Share of the GPU's memory that JAX takes when one of these processes starts."""
 NO_GPU = 3
 """Exit status of a process that found no GPU."""
 

@@ -135,7 +135,7 @@ class MemoryReport(Saved):
     """Buffers alive at the peak, by falling size."""
     peak_instant: Instant
     timeline: Timeline
-    """`timeline.max() + fragmentation == device_bytes`."""
+    """Live bytes over the run; `timeline.max() + fragmentation == device_bytes`."""
     collectives: dict[str, dict[str, int]]
     calls: dict[str, int]
     """Library and kernel calls by their target: cuBLAS, cuDNN, Triton, Mosaic GPU."""

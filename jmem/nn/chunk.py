@@ -1,4 +1,4 @@
-"""A function of single tokens, applied to some at a time.
+"""Applies a function that treats each token alone to a few tokens at a time.
 
 Memory   What the function makes on its way exists for one chunk of tokens, not for all:
          the hidden layer of an MLP at 131,072 tokens is 4 GB without.

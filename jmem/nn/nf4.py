@@ -40,7 +40,7 @@ _BETWEEN = (_TABLE[1:] + _TABLE[:-1]) / 2
 
 
 def encode(values: Float[Array, "*N in"]) -> UInt8[Array, "*N bytes"]:
-    """Rows of NF4; `in` is a multiple of `BLOCK`."""
+    """Packs values into rows of NF4; `in` is a multiple of `BLOCK`."""
     blocks = _blocks(values)
     scale = jnp.max(jnp.abs(blocks), axis=-1)
     return _bytes(_codes(blocks, scale), jax.lax.bitcast_convert_type(scale, jnp.uint8))
@@ -53,7 +53,7 @@ def decode(rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in"]:
 
 
 def encode_double(values: Float[Array, "*N in"]) -> UInt8[Array, "*N bytes"]:
-    """Rows of NF4_DOUBLE; `in` is a multiple of `BLOCK`."""
+    """Packs values into rows of NF4_DOUBLE; `in` is a multiple of `BLOCK`."""
     blocks = _blocks(values)
     exact = jnp.max(jnp.abs(blocks), axis=-1)
     least = jnp.min(exact, axis=-1, keepdims=True)

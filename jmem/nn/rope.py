@@ -61,7 +61,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """Slows the channels that turn seldom, and sharpens attention a little (YaRN).
+    """Slows channels that rotate slowly, and sharpens attention a little (YaRN).
 
     Source: Peng et al., 2023, arXiv:2309.00071, section 3.2 and 3.4; the ramp runs over
     channel pairs, its ends rounded outwards, as in Hugging Face's implementation.
