@@ -177,7 +177,7 @@ def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
     given so has no gradient.
     """
 
-    def of_map(name, adapter, leaf, squares):
+    def make_norm(name, adapter, leaf, squares):
         held = {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
 
         def row(leaf, square):
@@ -186,30 +186,30 @@ def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
         rows = (held | adapter, squares["square"])
         return {"lora_norm": jax.lax.map(lambda each: row(*each), rows)}
 
-    return for_each_map(of_map, adapters, blocks, squares)
+    return map_adapters(make_norm, adapters, blocks, squares)
 
 
 def base_squares(blocks: dict, adapters: dict) -> dict:
     """Like `adapters`, with {"square": [L, out]}: squared norms of W's columns."""
 
-    def of_map(name, adapter, leaf):
+    def sum_squares(name, adapter, leaf):
         del name, adapter
         return {"square": quantised.squares(leaf)}
 
-    return for_each_map(of_map, adapters, blocks)
+    return map_adapters(sum_squares, adapters, blocks)
 
 
 def dropout_keys(adapters: dict, key: jax.Array) -> dict:
     """A tree like `adapters` with a `lora_key` [L] in each: a key a layer and map."""
 
-    def of_map(name, adapter):
+    def make_keys(name, adapter):
         stream = jax.random.fold_in(key, number_map(name))
         return {"lora_key": jax.random.split(stream, len(adapter["lora_a"]))}
 
-    return for_each_map(of_map, adapters)
+    return map_adapters(make_keys, adapters)
 
 
-def for_each_map(make: Callable, adapters: dict, *trees: dict, name: str = "") -> dict:
+def map_adapters(make: Callable, adapters: dict, *trees: dict, name: str = "") -> dict:
     """A tree like `adapters`: in the place of each map's, `make(name, adapter, *own)`.
 
     `own` are what `trees` hold at the same path, which is `name`.
@@ -217,7 +217,7 @@ def for_each_map(make: Callable, adapters: dict, *trees: dict, name: str = "") -
     if "lora_a" in adapters:
         return make(name, adapters, *trees)
     return {
-        key: for_each_map(
+        key: map_adapters(
             make, own, *(tree[key] for tree in trees), name=f"{name}/{key}".lstrip("/")
         )
         for key, own in adapters.items()

@@ -74,7 +74,7 @@ class Evidence:
 
     def leaves(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Kind, path and dimensions of every array argument."""
-        own = kinds.of_arguments(self.program)
+        own = kinds.classify_arguments(self.program)
         for kind, (_, path, leaf) in zip(own, self.program.leaves()):
             yield kind, path, tuple(getattr(leaf, "shape", ()))
 

@@ -366,7 +366,7 @@ def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argume
         for number, p in parameters.items()
         if number < hoisted
     }
-    told = zip(leaves, program.leaf_labels(), kinds.of_arguments(program))
+    told = zip(leaves, program.leaf_labels(), kinds.classify_arguments(program))
     for number, ((position, path, _), label, kind) in enumerate(told, hoisted):
         name = f"{names[position]}/{path}" if path else names[position]
         shape = str(parameters[number].shape)

@@ -76,7 +76,7 @@ def of_label(label: str | None) -> str:
     return OTHER_ARGUMENTS
 
 
-def of_arguments(program: Program) -> list[str]:
+def classify_arguments(program: Program) -> list[str]:
     """The kind of every flattened argument: what its label states, or its words say."""
     labels = zip(program.leaf_labels(), program.leaf_kinds())
     return [stated or of_label(label) for label, stated in labels]

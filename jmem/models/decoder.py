@@ -246,7 +246,7 @@ class Block(nn.Module):
     def _fed_by_chunks(self, mlp: MLP, x, normal, ops: Ops):
         """X plus the MLP's output. Inside a loop flax allows no module to be bound."""
         config, params = self.config, self.variables["params"]
-        alone, own = mlp.clone(parent=None), ops.below("mlp")
+        alone, own = mlp.clone(parent=None), ops.prefix_names("mlp")
 
         def feed(x, normal):
             return x + alone.apply({"params": params["mlp"]}, normal, own)[0]

@@ -119,12 +119,12 @@ def choose_maps(
     ('cross/q',)
     """
 
-    def chosen(pattern: str) -> set[str]:
+    def find(pattern: str) -> set[str]:
         pattern = pattern.removeprefix(_BLOCKS)
         ends = f"*/{pattern}" if pattern in MAPS else pattern
         return {name for name in names if matches(pattern, name) or matches(ends, name)}
 
-    found = {pattern: chosen(pattern) for pattern in patterns}
+    found = {pattern: find(pattern) for pattern in patterns}
     every = set().union(*found.values())
     missing = [pattern for pattern, own in found.items() if not own]
     if missing and (patterns != MAPS or not every):

@@ -39,7 +39,7 @@ class Ops(NamedTuple):
     linear: LinearMap
     feed: Feed | None = None
 
-    def below(self, path: str) -> "Ops":
+    def prefix_names(self, path: str) -> "Ops":
         """The same, for a module applied by itself: its maps' names begin with `path`.
 
         A module knows its path only from the module that was applied.

@@ -95,13 +95,13 @@ class TestStatedKinds:
 
     def test_words_alone_leave_them_other_arguments(self):
         where = {"map": (0, "map"), "poses": (0, "cameras"), "x": (1, "")}
-        found = kinds.of_arguments(frame_program(where))
+        found = kinds.classify_arguments(frame_program(where))
         assert found == [kinds.OTHER_ARGUMENTS] * 5 + [kinds.BATCH]
 
     def test_a_stated_kind_goes_before_the_word(self):
         labels = {"model": Label((0, ""), kind="state"), "x": (1, "")}
         program = frame_program(labels)
-        assert kinds.of_arguments(program) == [kinds.STATE] * 5 + [kinds.BATCH]
+        assert kinds.classify_arguments(program) == [kinds.STATE] * 5 + [kinds.BATCH]
         assert program.leaf_kinds() == ["state"] * 5 + [None]
 
     @pytest.mark.parametrize(

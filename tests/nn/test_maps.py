@@ -107,7 +107,7 @@ def test_a_module_applied_by_itself_is_named_by_who_applies_it(tiny):
         told.add(name)
         return dense(name, leaf, x)
 
-    ops = tiny.ops._replace(linear=linear).below("vision")
+    ops = tiny.ops._replace(linear=linear).prefix_names("vision")
     MLP(4).init(jax.random.key(0), jnp.ones((1, 2)), ops)
     assert told == {"vision/gate", "vision/up", "vision/down"}
 
