@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
@@ -81,7 +81,7 @@ class Saved:
         return text
 
     @classmethod
-    def from_json(cls, text: str | pathlib.Path) -> Self:
+    def from_json[T: "Saved"](cls: type[T], text: str | pathlib.Path) -> T:
         """A report from `to_json`'s text, or from the path of a file of it.
 
         Raises:
