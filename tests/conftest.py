@@ -2,6 +2,7 @@
 
 import os
 
+import balance
 import kept
 
 # Before JAX starts: tests compile for described GPUs and compute on the CPU.
@@ -17,6 +18,10 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(balance.Balance(), "balance")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jmem import program as program_module
 from jmem.program import Program, ProgramError
 from jmem.targets import resolve
 
@@ -181,12 +180,8 @@ class TestPlacement:
 
     def test_host_memory_that_gets_lost_is_noticed(self, monkeypatch):
         """JAX drops it without a word where a sharding is of the wrong kind."""
-        onto = program_module._onto
-        monkeypatch.setattr(
-            program_module,
-            "_onto",
-            lambda mesh, s: onto(mesh, s).with_memory_kind("device"),
-        )
+        lost = analysis(Program(lambda w: w + 1, (self.spec(None),)))
+        monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda _: lost)
         host = SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
         with pytest.raises(
             ProgramError, match=r"arguments of 4,194,304 bytes .* placed 0 bytes"
