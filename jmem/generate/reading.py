@@ -110,7 +110,7 @@ def prefill(
     caches: tuple[Any, ...],
     plans: tuple[Plan, ...],
     *,
-    positions: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B _"] | None = None,
 ) -> tuple[Float[Array, "B V"], tuple[Any, ...]]:
     """Logits after each row's last token, and the caches filled with the prompts.
 
@@ -136,7 +136,7 @@ def prefill_for_all(
     plans: tuple[Plan, ...],
     filters: tuple[Shorten, ...] = (),
     *,
-    positions: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B _"] | None = None,
 ) -> Prefilled:
     """`prefill`, and what each of the filters keeps of the prompts, by the same pass.
 
