@@ -26,12 +26,13 @@ from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.shorten import padded
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
-from jmem.kvcache.turn import check_turn
+from jmem.kvcache.turn import check_turn, unrotate
 from jmem.kvcache.windowkv import WindowKV
 from jmem.models.decoder import Decoder
 from jmem.models.next_token import token_positions
 from jmem.nn.linear import dense
 from jmem.nn.ops import Ops
+from jmem.nn.rope import Rope, YarnScaling
 from jmem.targets import resolve
 
 MODEL = Decoder(dataclasses.replace(TINY, layers=4, max_positions=512))
@@ -589,3 +590,56 @@ def test_prefill_refuses_what_is_not_the_plan_s():
     for wrong in ([40, 23, 0], [41, 23, 3]):
         with pytest.raises(ValueError, match=r"must lie in \[1, 40\]"):
             given(jnp.asarray(wrong), plan)
+
+
+# What a policy may read besides -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(head_dim=8),
+        Rope(head_dim=8, rotary_dim=4),
+        Rope(head_dim=8, scaling=YarnScaling(factor=4.0, original_max_positions=16)),
+        Rope(head_dim=8, rotary_dim=0),
+    ],
+    ids=["all", "part", "yarn", "none"],
+)
+@pytest.mark.parametrize("units", [1, 2])
+def test_keys_are_turned_back_to_what_they_were(rope, units):
+    random = np.random.default_rng(units)
+    keys = jnp.asarray(random.standard_normal((3, 9, 2, 8), np.float32))
+    positions = jnp.asarray(random.integers(0, 300, (3, units, 9)), jnp.int32)
+    at = jnp.broadcast_to(positions, (3, 2, 9))
+    turned = [rope(keys[:, :, h : h + 1], at[:, h]) for h in range(2)]
+    found = unrotate(rope, jnp.concatenate(turned, axis=2), positions)
+    # An angle of 300 in float32 is off by some 2e-5.
+    np.testing.assert_allclose(found, keys, atol=2e-4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByNorms(SnapKV):
+    """Scores by the norms of values and of keys before rotation."""
+
+    def scores(self, seen, layer):
+        norms = [jnp.abs(x).sum(axis=-1) for x in (seen.values, seen.unrotated)]
+        first = seen.unrotated[:, :, :, 0]
+        return jnp.swapaxes(norms[0] - norms[1] + 3 * first, 1, 2)
+
+
+@pytest.mark.parametrize("positions", ["absolute", "cache"])
+def test_a_turn_offers_the_same_keys_and_values_as_a_prompt(positions):
+    """Blocks that add nothing have the same ones however the text is read."""
+    kind = type("Kind", (ByNorms,), {"rope": positions})
+    plan = kind(capacity=20, window=6).plan(MODEL, prompt=32, new_tokens=6)
+    random = np.random.default_rng(4)
+    tokens = jnp.asarray(random.integers(0, TINY.vocab_size, (1, 32)), jnp.int32)
+    twelve, rest = jnp.array([12]), jnp.array([20])
+    model, weights = MODEL, params(silent=True)
+    given = model, weights, tokens, jnp.array([32]), (empty(plan),), (plan,)
+    _, (expected,) = prefill(*given)
+    given = model, weights, tokens[:, :12], twelve, (empty(plan),), (plan,)
+    _, (cache,) = prefill(*given)
+    _, cache = read_on(model, weights, tokens[:, 12:], twelve, rest, cache, plan)
+    np.testing.assert_array_equal(cache.positions, expected.positions)
+    assert len(np.unique(expected.positions)) > plan.selected[0]

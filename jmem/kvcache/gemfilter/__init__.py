@@ -82,7 +82,10 @@ def filter_pass(
     Raises:
       ValueError: the model has no such layer, or `params` are cut below it.
     """
-    scores = token_scores(gem, *votes(model, params, gem, tokens, lengths), lengths)
+    # The layers below, and of the filter layer no more than its queries and keys.
+    queries, at, keys = votes(model, params, gem, tokens, lengths)
+    # How well each key fits the last queries, in all heads and with its neighbours.
+    scores = token_scores(gem, queries, at, keys, lengths)
     return best(gem, scores, lengths), scores
 
 
