@@ -116,11 +116,9 @@ class CacheMethod(abc.ABC):
         """How `lengths` further tokens a row are read, `before` of which were read.
 
         The carry is (cache, shared). A row with none stays as it is. Rows are padded on
-        the right.
+        the right. A method that does not define it (and `check_turn`) refuses turns.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} does not define turn, and check_turn lets one pass."
-        )
+        raise self._no_turn()
 
     # What is refused ------------------------------------------------------------------
 
@@ -142,7 +140,10 @@ class CacheMethod(abc.ABC):
         new_tokens: int = 0,
     ) -> None:
         """Refuses a turn of `lengths` and an answer of `new_tokens` without room."""
-        raise ValueError(
+        raise self._no_turn()
+
+    def _no_turn(self) -> ValueError:
+        return ValueError(
             f"A turn: {type(self).__name__} reads no further tokens against its cache. "
             "Read the whole text again, or choose another method."
         )

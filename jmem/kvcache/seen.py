@@ -26,9 +26,9 @@ class Seen(NamedTuple):
     """Of all tokens, rotated."""
     start: Int[Array, " B"]
     """The positions before this one are to be chosen from."""
-    unrotate: Callable[[], Float[Array, "B T K D"]] | None = None
+    give_unrotated: Callable[[], Float[Array, "B T K D"]] | None = None
     """Gives `unrotated`."""
-    fetch: Callable[[], Float[Array, "B T K D"]] | None = None
+    give_values: Callable[[], Float[Array, "B T K D"]] | None = None
     """Gives `values`."""
 
     @property
@@ -40,14 +40,14 @@ class Seen(NamedTuple):
     @property
     def unrotated(self) -> Float[Array, "B T K D"]:
         """The keys before rotation; in a later turn the held ones are turned back."""
-        assert self.unrotate is not None
-        return self.unrotate()
+        assert self.give_unrotated is not None
+        return self.give_unrotated()
 
     @property
     def values(self) -> Float[Array, "B T K D"]:
         """Of all tokens."""
-        assert self.fetch is not None
-        return self.fetch()
+        assert self.give_values is not None
+        return self.give_values()
 
 
 def tail_start(plan: PolicyPlan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
