@@ -4,6 +4,8 @@ import doctest
 import importlib.util
 import pathlib
 import re
+import sys
+import types
 
 import pytest
 
@@ -14,6 +16,18 @@ GENERATED = ("claims",)
 SNIPPETS = [page for page in ROOT.glob("docs/*.md") if page.stem not in GENERATED]
 
 
+FILE = re.compile(r"^```python\n# ([\w/]+)\.py\n(.*?)^```$", re.S | re.M)
+"""A snippet that is a whole file, whose path is its first line."""
+
+
+def load_files(text: str, monkeypatch) -> None:
+    """Makes the files that a page shows importable from its further snippets."""
+    for path, code in FILE.findall(text):
+        module = types.ModuleType(path.replace("/", "."))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(code, f"{path}.py", "exec"), module.__dict__)
+
+
 @pytest.mark.parametrize("page", sorted(SNIPPETS), ids=lambda page: page.stem)
 def test_snippets_print_what_the_page_says(page, monkeypatch, tmp_path):
     import jax
@@ -21,6 +35,7 @@ def test_snippets_print_what_the_page_says(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     # The pages are written as their readers write: ranks may be promoted.
     with jax.numpy_rank_promotion("allow"):
+        load_files(page.read_text(), monkeypatch)
         failed, ran = doctest.testfile(str(page), module_relative=False)
     assert ran > 0
     assert failed == 0
@@ -28,7 +43,9 @@ def test_snippets_print_what_the_page_says(page, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_exist(page):
-    for module in set(re.findall(r"python -m\s+(\w[\w.]*\w)", page.read_text())):
+    text = page.read_text()
+    shown = {path.replace("/", ".") for path, _ in FILE.findall(text)}
+    for module in set(re.findall(r"python -m\s+(\w[\w.]*\w)", text)) - shown:
         assert importlib.util.find_spec(module) is not None, module
 
 
@@ -44,3 +61,8 @@ def test_links_lead_somewhere(page):
             heads = re.findall(r"^#+ (.*)$", aim.read_text(), re.M)
             slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads]
             assert heading in slugs, link
+
+
+def test_every_page_is_linked_from_the_readme():
+    links = set(re.findall(r"\]\((docs/[\w-]+\.md)", (ROOT / "README.md").read_text()))
+    assert links == {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")}
