@@ -28,12 +28,7 @@ from experiments.harness import cli, memory, plots, sweep
 from experiments.harness.report import Column, gib
 from experiments.harness.run import Run
 from experiments.harness.settings import need
-from experiments.harness.training import (
-    Training,
-    learn,
-    load_params,
-    tabulate_losses,
-)
+from experiments.harness.training import Training, learn, tabulate_losses
 from jmem.data import Batch, Loader
 from jmem.data.source import TextSource
 from jmem.finetune.adamw import AdamW
@@ -42,6 +37,7 @@ from jmem.finetune.lisa import Lisa
 from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
+from jmem.finetune.start import load_params
 from jmem.models.decoder import Decoder
 from jmem.models.next_token import next_token_loss
 from jmem.nn.stack import Remat

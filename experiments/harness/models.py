@@ -1,17 +1,13 @@
 """The model that an experiment's config names, and the machine it is built for."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 
 import jmem.checkpoints
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
 from jmem.nn.stack import Remat
-from jmem.offload import check_host, described, host_bytes
 from jmem.sharding import Layout
 from jmem.targets import Target, resolve
 
@@ -55,27 +51,3 @@ def build(
     precision = PRECISIONS[dtype]
     model = Decoder.on(target, dims, **precision, remat=remat, layout=layout)
     return dataclasses.replace(model, chunk=chunk) if chunk else model
-
-
-def start(
-    finetuner: Any,
-    model: Decoder,
-    pretrained: dict,
-    seed: int,
-    mesh: Mesh | None = None,
-) -> Any:
-    """A fine-tuner's state from a copy of the pretrained weights: training consumes it.
-
-    Raises:
-      HostMemoryError: the host has no room for what the state keeps there.
-    """
-
-    def init(params, key):
-        return finetuner.init(model, jax.tree.map(jnp.copy, params), model.stats(), key)
-
-    given = pretrained, jax.random.key(seed)
-    state = described(init, *given)
-    check_host(host_bytes(state), f"the state of {type(finetuner).__name__}")
-    if model.layout is None:
-        return jax.jit(init)(*given)
-    return jax.jit(init, out_shardings=model.layout.shardings(state, mesh))(*given)

@@ -7,13 +7,12 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from experiments.harness import models
 from experiments.harness.report import Column, gib, loss, rate
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Here, Weights, need
+from jmem.finetune.start import init_state
 from jmem.models.decoder import Decoder
 from jmem.nn.stack import Remat
 from jmem.train import metrics
@@ -74,7 +73,7 @@ def learn(
     return train(
         finetuner,
         model,
-        models.start(finetuner, model, pretrained, seed, mesh),
+        init_state(finetuner, model, pretrained, seed=seed, mesh=mesh),
         data,
         steps=steps,
         folder=folder,
@@ -83,15 +82,6 @@ def learn(
         trace_steps=2 if run.trace else 0,
         **more,
     )
-
-
-def load_params(model: Decoder, checkpoint: Any, mesh: Mesh | None) -> dict:
-    """The pretrained weights. Those of a mesh are read into host memory first."""
-    if model.layout is None or mesh is None:
-        return checkpoint.params()
-    with jax.default_device(jax.devices("cpu")[0]):
-        params = checkpoint.params()
-    return jax.device_put(params, model.layout.shardings(params, mesh))
 
 
 def tabulate_losses(

@@ -2,5 +2,6 @@
 
 `full`, `lora` and `lisa` hold one method each; `adamw` the optimizer they share,
 `patterns` the words for parts of a model, `accumulate` a batch in parts, `layerwise`
-the backward pass that LISA's memory rests on, `program` the measured step.
+the backward pass that LISA's memory rests on, `program` the measured step, `start` a
+method's first state from pretrained weights.
 """
