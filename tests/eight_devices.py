@@ -28,6 +28,7 @@ from jmem.program import by_key
 from jmem.sharding import Layout
 from jmem.train.checkpoint import Checkpoints, abstract
 from jmem.train.loop import train
+from jmem.train.step import choose_placement, compile_step
 
 STEPS, BATCH, LENGTH = 3, 8, 6
 CONFIG = dataclasses.replace(TINY, kv_heads=4, layers=3)
@@ -85,13 +86,11 @@ def start(finetuner, model):
 def trained(finetuner, model):
     """State and losses after STEPS updates."""
     state, losses = start(finetuner, model), []
-    step = jax.jit(lambda state, batch: finetuner.step(model, state, batch))
+    place = choose_placement(model, state)
+    # The step that `train` runs: compiled once for both, by JAX's cache.
+    step = compile_step(finetuner, model, state, place(Batches().batch(0)))
     for number in range(STEPS):
-        batch = Batches().batch(number)
-        if model.layout is not None:
-            placed = model.layout.batch_shardings(batch, model.layout.mesh())
-            batch = jax.device_put(batch, placed)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, place(Batches().batch(number)))
         losses.append(float(metrics["loss"]))
     return jax.device_get(state), losses
 

@@ -31,11 +31,12 @@ print(json.dumps([seconds, imported, variable, platform, heavy()]))
 
 
 def run(code):
-    """A fresh process that is told nothing about platforms."""
+    """A fresh process that is told nothing about platforms, and has no reports kept."""
     told = {"JAX_PLATFORMS", VARIABLE}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={name: value for name, value in os.environ.items() if name not in told},
+        env={name: value for name, value in os.environ.items() if name not in told}
+        | {"JMEM_CACHE_DIR": ""},
         capture_output=True,
         text=True,
         timeout=120,

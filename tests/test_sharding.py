@@ -121,11 +121,13 @@ SMALL = dataclasses.replace(
 """Deep enough that a stack of it stands out among what one layer takes."""
 
 
+MESH = Layout(fsdp=8)
+
+
 @functools.cache
-def report(name: str, fsdp: int = 8, tensor: int = 1):
-    layout = Layout(fsdp=fsdp, tensor=tensor)
+def report(name: str):
     target = jmem.targets.resolve("h200x8")
-    model = Decoder.on(target, SMALL, dtype="bfloat16", layout=layout)
+    model = Decoder.on(target, SMALL, dtype="bfloat16", layout=MESH)
     program = step_program(FINETUNERS[name], model, batch_size=8, seq_len=256)
     return jmem.measure(program, target=target, bounds=False)
 
@@ -136,16 +138,15 @@ class TestAheadOfTime:
 
     @pytest.mark.compat
     def test_lisa_gathers_a_layer_and_never_a_stack(self):
-        mesh = 8, 1
-        found = report("lisa", *mesh)
+        found = report("lisa")
         row = 2 * SMALL.hidden * SMALL.intermediate  # the largest matrix of a layer
         made = [row for row in found.rows if row.kind not in ("optimizer", "batch")]
         made = [r for r in made if not r.name.startswith("state/") and r.op]
         assert made
         # All that is made: saved inputs, one layer's matrices, and parts of these.
-        inputs = SMALL.layers * 8 // mesh[0] * 256 * SMALL.hidden * 2
-        assert max(r.bytes for r in made) <= max(row // mesh[1], inputs)
-        assert found.temp_bytes < inputs + 3 * self.layer // mesh[1]
+        inputs = SMALL.layers * 8 // MESH.fsdp * 256 * SMALL.hidden * 2
+        assert max(r.bytes for r in made) <= max(row // MESH.tensor, inputs)
+        assert found.temp_bytes < inputs + 3 * self.layer // MESH.tensor
         assert found.temp_bytes < self.layer * SMALL.layers / 3
         assert found.collectives["all-gather"]["count"]
         assert found.collectives["reduce-scatter"]["count"]
@@ -163,8 +164,7 @@ class TestAheadOfTime:
         )  # the claim of claims.toml, small
 
     def test_evaluation_too_is_divided(self):
-        layout = Layout(fsdp=8)
-        model = Decoder(SMALL, dtype=jnp.bfloat16, layout=layout)
+        model = Decoder(SMALL, dtype=jnp.bfloat16, layout=MESH)
         program = loss_program(model, batch_size=8, seq_len=128)
         held: Any = program.compile(jmem.targets.resolve("h200x8")).memory_analysis()
         assert held.argument_size_in_bytes < 1.01 * self.matrices * 2 / 8 + 2**20
