@@ -7,27 +7,28 @@
     python -m experiments.claims --from-run FILE       ... or that of a check on a GPU
     python -m experiments.claims --table               write the tables from the records
     python -m experiments.claims --check               tables == records? exit 1 if not
-    python -m experiments.claims --stale               has a measured program changed?
+    python -m experiments.claims --stale               has a recorded program changed?
 
 `configs/<slug>/claims.toml` is written by hand, its expectations before anything is
 measured; `configs/<slug>/records.json`, docs/claims.md and what stands between the
 markers of README.md and docs/finetune.md are written by this program only. A number
-whose claim was edited since is shown as stale until it is measured again. A claim that
+whose claim was edited since is shown as stale until it is measured again; one whose
+program changed since is marked, and so is one whose program was not noted. A claim that
 does not hold is a row like the others, and counted in the README.
 """
 
 import dataclasses
+import datetime
 import fnmatch
 import pathlib
 import runpy
-import sys
 import time
+from collections import Counter
 
-from experiments.harness import record, tables
+from experiments.harness import cli, record, tables
 from experiments.harness.claim import Claim, Claims, ClaimsError
+from experiments.harness.record import ROOT
 from experiments.harness.tables import Everything, current
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,8 @@ class Command:
     check: bool = False
     """Only compare the tables with the records; exit 1 if they differ."""
     stale: bool = False
-    """Only lower the measured programs again; exit 1 if one has changed."""
+    """Only lower the recorded programs again, and mark those that have changed; exit 1
+    if one has."""
 
 
 def main(command: Command, root: pathlib.Path = ROOT) -> int:
@@ -53,7 +55,7 @@ def main(command: Command, root: pathlib.Path = ROOT) -> int:
     if command.check:
         return check(everything, root)
     if command.stale:
-        return stale(everything)
+        return compare(everything, root)
     if command.from_run is not None:
         take_up(command.from_run, everything)
     elif not command.table:
@@ -75,7 +77,12 @@ def write(root: pathlib.Path) -> None:
         if records:
             record.save(claims, records)  # without those whose claim is gone
         print(f"\n{claims.slug}\n{tables.table(claims, records)}")
-    for path, text in generated(everything, root).items():
+    write_files(root)
+
+
+def write_files(root: pathlib.Path) -> None:
+    """Write every generated file from what is recorded."""
+    for path, text in generated(tables.load(root), root).items():
         path.write_text(text)
 
 
@@ -112,7 +119,7 @@ def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> 
     for number, (claims, records, claim) in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {claims.slug}/{claim.name}", flush=True)
         start = time.monotonic()
-        records[claim.name] = record.measured(claims.slug, claim)
+        records[claim.name] = record.measure(claims.slug, claim)
         record.save(claims, records)
         ours = tables.describe_value(claim, records[claim.name])
         words = tables.verdict(claim, claims, records)
@@ -125,7 +132,7 @@ def _matches(claims: Claims, claim: Claim, pattern: str) -> bool:
 
 def take_up(run: pathlib.Path, everything: Everything) -> None:
     """Record the claims that a finished run, or a check on a GPU, answers."""
-    report = record.of_run(run)
+    report = record.read_report(run)
     kind = "live" if run.is_file() else "train"
     asked = [
         (claims, records, claim)
@@ -144,7 +151,7 @@ def take_up(run: pathlib.Path, everything: Everything) -> None:
     if kind == "train":
         mine = mine or asked[:1]  # which says what differs
     taken = [
-        (claims, records, claim.name, record.reported(claims.slug, claim, run))
+        (claims, records, claim.name, record.take(claims.slug, claim, run))
         for claims, records, claim in mine
     ]
     for claims, records, name, found in taken:  # all or none
@@ -152,41 +159,36 @@ def take_up(run: pathlib.Path, everything: Everything) -> None:
         record.save(claims, records)
 
 
-def stale(everything: Everything) -> int:
-    """List measured programs whose lowered text has changed; 1 if there is one."""
-    status = 0
+def compare(everything: Everything, root: pathlib.Path) -> int:
+    """Lower every recorded program again and mark those that have changed.
+
+    1 if one has, or if that of a compiled claim cannot be lowered as it was. What was
+    measured by a run or on a GPU may be of another JAX, or have no program noted: it is
+    counted, and its tables say so.
+    """
+    status, unknown = 0, Counter[str]()
+    today = datetime.date.today().isoformat()
     for claims, records in everything:
         for claim in claims.by_name.values():
-            mine = current(claim, records)
-            if claim.kind != "compile" or mine is None:
+            if (mine := current(claim, records)) is None:
                 continue
-            if moved := record.moved(claims.slug, claim, mine):
-                print(f"{claims.slug}/{claim.name}: {moved}")
+            outcome, words = record.compare(claims.slug, claim, mine)
+            if outcome == "unknown" and claim.kind != "compile":
+                unknown[f"{claim.kind}: {words}"] += 1
+                continue
+            moved = (mine.moved or today) if outcome == "changed" else ""
+            records[claim.name] = dataclasses.replace(mine, moved=moved)
+            if words:
+                print(f"{claims.slug}/{claim.name}: {words}")
                 status = 1
+        record.save(claims, records)
+    for words, number in unknown.items():
+        print(f"{number} of kind {words}")
     if status:
         print("measure them again: python -m experiments.claims --only SLUG/NAME")
+    write_files(root)
     return status
 
 
-def run() -> int:
-    """Read the command line; the exit status."""
-    import tyro
-
-    options = (tyro.conf.FlagCreatePairsOff,)
-    command = tyro.cli(Command, description=__doc__, config=options)
-    try:
-        return main(command)
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was measured is recorded", file=sys.stderr)
-        return 130
-    except Exception as error:
-        from experiments.harness import cli
-
-        if not cli.is_refusal(error):
-            raise
-        print(cli.message(error), file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    cli.script(main, Command)

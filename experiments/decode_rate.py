@@ -4,10 +4,10 @@
     python -m experiments.decode_rate --only 8k-b32 --out rates.json
 
 Llama-3-8B in bfloat16 with random weights and a random cache: what a step costs depends
-on sizes alone. Tokens are decoded by `jmem.generate.decode.extend`, all in one program,
-by the attention that the GPU has. A step reads the weights and every row's cache, so
-the roofline of a point is those bytes at the bandwidth of a copy, which is measured in
-the same process.
+on sizes alone (`jmem.generate.rate`). Tokens are decoded all in one program, by the
+attention that the GPU has. A step reads the weights and every row's cache, so the
+roofline of a point is those bytes at the bandwidth of a copy, which is measured in the
+same process: each point has one of its own.
 
 Expect  2.3, 4 and 6 times the full cache's tokens a second with 1,024 tokens a layer
         (at 4.3 TB/s the roofline allows 2.6, 4.9 and 7.4 times).
@@ -20,60 +20,32 @@ Seen    2.0, 3.4 and 4.6 times on an H200 (JAX 0.11.2). A step of the cut cache 
         64 %, and 1 ms of 15 small kernels a layer.
 """
 
-import argparse
 import dataclasses
-import functools
-import os
 import pathlib
-import statistics
-import sys
-import time
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import jaxlib.version
 
-from experiments.harness import check
-from jmem.generate.decode import extend
+from experiments.harness import check, cli, timed
+from experiments.harness.timed import POINTS, Point
+from jmem.generate.rate import time_tokens, weight_bytes
 from jmem.kernels import _bench
-from jmem.kvcache.cache import Cache
-from jmem.kvcache.full import Full
-from jmem.kvcache.plan import PolicyPlan
-from jmem.kvcache.policy import Policy
-from jmem.kvcache.snapkv import SnapKV
-from jmem.kvcache.windowkv import WindowKV
-from jmem.memory.card import NoGPUError, described, gpu
-from jmem.models import zoo
+from jmem.memory import protocol
+from jmem.memory.card import described, gpu
 from jmem.models.decoder import Decoder
-from jmem.targets import GiB
+from jmem.program import Program
+from jmem.targets import GiB, Target
 
-POLICIES: dict[str, Policy] = {
-    "full": Full(),
-    "snapkv": SnapKV(capacity=1024),
-    "windowkv": WindowKV(capacity=1024),
-}
 STEPS = 64
 """Tokens decoded a row, in one program."""
-REPEATS = 5
-"""Timed runs of that program; the median counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
-    """A prompt's length, rows, and how many times faster the cut caches must be."""
-
-    prompt: int
-    batch: int
-    expect: float
-
-
-POINTS = {
-    "8k-b32": Point(prompt=8192, batch=32, expect=2.3),
-    "32k-b16": Point(prompt=32768, batch=16, expect=4.0),
-    "128k-b6": Point(prompt=131072, batch=6, expect=6.0),
-}
+class Command(check.Flags):
+    out: pathlib.Path = pathlib.Path("runs/decode_rate.json")
+    """File of the report."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,69 +66,12 @@ class Rate:
 def settings() -> dict[str, Any]:
     """What a run has as its report's config."""
     points = {name: dataclasses.asdict(point) for name, point in POINTS.items()}
-    return {"model": "llama3-8b", "steps": STEPS, "points": points}
+    return {"model": timed.DECODED, "steps": STEPS, "points": points}
 
 
-def by_point(found: list[Rate]) -> dict[str, dict[str, Any]]:
-    """Rates for the report, by point and policy."""
-    points: dict[str, dict[str, Any]] = {one.point: {} for one in found}
-    for one in found:
-        points[one.point][one.policy] = dataclasses.asdict(one)
-    return points
-
-
-def build() -> Decoder:
-    """Llama-3-8B for the attached GPU; its positions reach as far as the points do."""
-    config = dataclasses.replace(zoo.get("llama3-8b"), max_positions=2**18)
-    target = described(gpu().device_kind)
-    return Decoder.on(target, config, dtype=jnp.bfloat16)
-
-
-@functools.partial(jax.jit, static_argnames="plan")
-def filled(plan: PolicyPlan, key: jax.Array) -> Cache:
-    """A cache of random keys and values that holds as much as a whole prompt leaves.
-
-    Which tokens were selected is of no account to the time: here the first ones.
-    """
-    arrays = plan.arrays()
-    chosen = jnp.concatenate([jnp.arange(size) for size in plan.selected])
-    rows = [(array.shape, array.dtype) for array in arrays.values()]
-    (slots, dtype), _, (units, _), (start, _) = rows
-    first, second = jax.random.split(key)
-    return Cache(
-        jax.random.normal(first, slots, dtype),
-        jax.random.normal(second, slots, dtype),
-        jnp.broadcast_to(chosen.astype(jnp.int32), units),
-        jnp.full(start, plan.prompt - plan.recent, jnp.int32),
-    )
-
-
-def rate(
-    model: Decoder, params: dict, plan: PolicyPlan, repeats: int = REPEATS
-) -> float:
-    """Tokens a second of all rows together, `plan.new_tokens` a run; the median run."""
-    key = jax.random.key(1)
-    cache = filled(plan, key)
-    logits = jnp.zeros((plan.batch_size, model.config.vocab_size), model.dtype)
-    lengths = jnp.full((plan.batch_size,), plan.prompt, jnp.int32)
-    seconds = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        tokens, cache = extend(
-            *(model, params, logits, lengths, cache, key),
-            plan=plan,
-            steps=plan.new_tokens,
-        )
-        tokens.block_until_ready()
-        seconds.append(time.perf_counter() - begin)
-    return plan.batch_size * plan.new_tokens / statistics.median(seconds[1:])
-
-
-def weight_bytes(params: Any) -> int:
-    """Of the weights that a step reads whole: not a table of which it reads rows."""
-    tied = "head" not in params
-    leaves = jax.tree.leaves(params if tied else {**params, "embed": {}})
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
+    """Of every policy at a point, one step of the tokens that are timed."""
+    return timed.build_decoding(POINTS[row], config["steps"], target)
 
 
 def rates(
@@ -168,17 +83,11 @@ def rates(
     """
     weights, full = weight_bytes(params), None
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    for policy, kind in POLICIES.items():
-        plan = kind.plan(
-            model,
-            prompt=point.prompt,
-            new_tokens=steps,
-            batch_size=point.batch,
-            target=described(jax.devices()[0].device_kind),
-        )
+    target = described(jax.devices()[0].device_kind)
+    for policy, plan in timed.plan_caches(model, point, steps, target).items():
         found = None
         if held + plan.bytes() + GiB <= limit:
-            found = rate(model, params, plan)
+            found = time_tokens(model, params, plan)
         full = found if policy == "full" else full
         yield Rate(
             point=name,
@@ -188,6 +97,32 @@ def rates(
             tokens_per_second=found,
             ratio=found / full if found and full else None,
         )
+
+
+def measure_here(name: str) -> dict[str, Any]:
+    """A point's rates by policy, and the bandwidth of a copy, in this process."""
+    device = gpu()
+    bandwidth, limit = _bench.copy_bandwidth(), device.memory_stats()["bytes_limit"]
+    model = timed.build_reader(described(device.device_kind))
+    params = jax.jit(model.init)(jax.random.key(0))
+    found = rates(model, params, name, POINTS[name], limit=limit, steps=STEPS)
+    by_policy = {one.policy: dataclasses.asdict(one) for one in found}
+    return by_policy | {"copy_bytes_per_second": bandwidth}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The same from a process of its own, which takes most of the GPU's memory."""
+    with tempfile.TemporaryDirectory(prefix="jmem-decode-") as cache:
+        environment = protocol.environment("run", cache)
+        return protocol.call(measure_here, name, environment=environment)
+
+
+# Telling ------------------------------------------------------------------------------
+
+
+def read(row: Mapping[str, Any]) -> list[Rate]:
+    """The rates of a point, as the report keeps them."""
+    return [check.restore(Rate, row[name]) for name in timed.POLICIES if name in row]
 
 
 def line(found: Rate, point: Point, bandwidth: float) -> str:
@@ -213,49 +148,27 @@ def below(found: list[Rate]) -> list[str]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; exit status 1 when a ratio is below what is expected."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS))
-    parser.add_argument("--out", type=pathlib.Path, default="runs/decode_rate.json")
-    given = parser.parse_args(arguments)
-    # Before JAX starts: the largest point takes more than the default fraction.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    try:
-        device = gpu()
-    except NoGPUError as error:
-        print(f"decode_rate: {error}\nNothing was measured.")
-        return 0
-    bandwidth, limit = _bench.copy_bandwidth(), device.memory_stats()["bytes_limit"]
-    probed = {
-        "device": device.device_kind,
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
-    }
-    model = build()
-    params = jax.jit(model.init)(jax.random.key(0))
+@check.needs_gpu
+def main(command: Command) -> int:
+    """Measure the points; exit status 1 when a ratio is below what is expected."""
+    measuring = check.Check("decode_rate", command, settings(), POINTS)
     print(
-        f"{device.device_kind}, jax {jax.__version__}, copies at "
-        f"{bandwidth / 1e9:,.0f} GB/s, llama3-8b in bfloat16, {STEPS} tokens a row\n"
+        f"{timed.DECODED} in bfloat16, {STEPS} tokens a row\n"
         f"{'point':<10}{'policy':<11}{'GiB':>9}{'tokens/s':>11}{'ms':>9}"
-        f"{'roofline':>9}{'ratio':>7}"
+        f"{'roofline':>9}{'ratio':>7}",
+        flush=True,
     )
-    found: list[Rate] = []
-    for name in given.only:
-        point = POINTS[name]
-        for one in rates(model, params, name, point, limit=limit, steps=STEPS):
-            found.append(one)
-            print(line(one, point, bandwidth), flush=True)
-            check.write(
-                *(given.out, "decode_rate", probed, settings()),
-                len(found) == len(given.only) * len(POLICIES),
-                copy_bytes_per_second=bandwidth,
-                rates=by_point(found),
-            )
-    slow = below(found)
-    for words in slow:
-        print(words)
-    return int(bool(slow))
+
+    def show(name: str, row: dict[str, Any]) -> str:
+        bandwidth = row["copy_bytes_per_second"]
+        lines = (line(one, POINTS[name], bandwidth) for one in read(row))
+        return "\n".join([*lines, f"copies at {bandwidth / 1e9:,.0f} GB/s"])
+
+    rows = measuring.measure("rates", measure, show)
+    slow = below([one for row in rows.values() for one in read(row)])
+    print(*slow, sep="\n")
+    return int(bool(slow or measuring.broken))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.script(main, Command)

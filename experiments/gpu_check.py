@@ -1,6 +1,8 @@
 """What only a GPU can show: memory as predicted, kernels as fast, decoding as fast.
 
     python -m experiments.gpu_check            all five parts, about 25 minutes
+    python -m experiments.gpu_check --minutes 10    as much as that, then the rest
+    python -m experiments.gpu_check --todo     which records only a GPU can renew
     python -m experiments.gpu_check --parts memory --only decode --out check.json
 
 Needs a GPU; without one it says so and exits 0. Exit status 1: something does not hold.
@@ -27,32 +29,30 @@ They are also the programs whose account `tests/memory/test_programs.py` checks 
 byte, without a GPU.
 """
 
-import argparse
 import dataclasses
+import functools
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent import futures
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from experiments.harness.check import write
+from experiments import decode_rate, step_check, step_rate
+from experiments.harness import check, cli, record, tables
+from jmem.evaluate.samples import SAMPLES, Sizes
 from jmem.memory import protocol
-from jmem.memory.card import NoGPUError, described
 from jmem.memory.live import LiveReport
 from jmem.program import Program
-from jmem.targets import Target
+from jmem.targets import GiB, Target
 
-GiB = 2**30
 TOLERANCE = 0.03
 """Of the peak against the prediction."""
 PLAN_TOLERANCE = 0.01
 """Of the peak above the plan."""
 NEEDED = 0.75
 """Share of the programs that must hold without any further term."""
-PARTS = ("training", "kernels", "rates", "steps", "memory")
-"""In this order: the shortest first."""
+Part = Literal["training", "kernels", "rates", "steps", "memory"]
 SHAPES = (
     *("llama3-8b-32k-b1", "llama3-8b-32k-b1-w8", "llama3-8b-32k-b1-w32"),
     *("llama3-8b-8k-b32", "llama3-8b-128k-b6", "llama3-8b-128k-b6-w64"),
@@ -62,251 +62,17 @@ SHAPES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What the programs are made of: 1 to 24 GiB each, so that 1 % means something."""
-
-    model: str = "tinyllama-1.1b"
-    gpt2: str = "gpt2-large"
-    batch: int = 4
-    seq_len: int = 1024
-    accumulate: int = 4
-    decode_batch: int = 32
-    slots: int = 2048
-    width: int = 8192
-    """Of the two programs that are no transformers."""
-
-
-# The programs, each built for a target; nothing is on any device ----------------------
-
-
-def decoder(name: str, target: Target, remat: Literal["none", "block"] = "block"):
-    """A model of the zoo as `target` runs it best."""
-    from jmem.models import zoo
-    from jmem.models.decoder import Decoder
-
-    return Decoder.on(target, zoo.get(name), dtype="bfloat16", remat=remat)
-
-
-def step(finetuner, model, sizes: Sizes) -> Program:
-    """A donated training step."""
-    from jmem.finetune.program import step_program
-
-    return step_program(finetuner, model, batch_size=sizes.batch, seq_len=sizes.seq_len)
-
-
-def forward(sizes: Sizes, target: Target) -> Program:
-    """The loss of a batch, and nothing kept of it."""
-    from jmem.finetune.program import loss_program
-
-    model = decoder(sizes.model, target)
-    return loss_program(model, batch_size=sizes.batch, seq_len=sizes.seq_len)
-
-
-def full(sizes: Sizes, target: Target) -> Program:
-    """A step of AdamW on all parameters; blocks are computed again going backward."""
-    from jmem.finetune.full import Full
-
-    return step(Full(), decoder(sizes.model, target), sizes)
-
-
-def unremat(sizes: Sizes, target: Target) -> Program:
-    """The same step, with all activations kept."""
-    from jmem.finetune.full import Full
-
-    return step(Full(), decoder(sizes.model, target, remat="none"), sizes)
-
-
-def accumulated(sizes: Sizes, target: Target) -> Program:
-    """The same step, its batch in parts one after another."""
-    from jmem.finetune.full import Full
-
-    finetuner = Full(accumulate=sizes.accumulate)
-    return step(finetuner, decoder(sizes.model, target), sizes)
-
-
-def lora(sizes: Sizes, target: Target) -> Program:
-    """A step on low-rank adapters."""
-    from jmem.finetune.lora import Lora
-
-    return step(Lora(), decoder(sizes.model, target), sizes)
-
-
-def lisa(sizes: Sizes, target: Target) -> Program:
-    """A step of LISA with two active layers."""
-    from jmem.finetune.lisa import Lisa
-
-    return step(Lisa(active_layers=2), decoder(sizes.model, target), sizes)
-
-
-def gpt2(sizes: Sizes, target: Target) -> Program:
-    """A step of AdamW on GPT-2: LayerNorm, learned positions, a tied head."""
-    from jmem.finetune.full import Full
-
-    return step(Full(), decoder(sizes.gpt2, target), sizes)
-
-
-def decode(sizes: Sizes, target: Target) -> Program:
-    """One token for every row of a donated cache, which the layer scan carries."""
-    from jmem.generate.programs import decode_program
-
-    model = decoder(sizes.model, target)
-    return decode_program(model, cache_plan(model, sizes))
-
-
-def cache_plan(model, sizes: Sizes):
-    """Of a plain cache."""
-    from jmem.kvcache.full import Full
-
-    return Full().plan(
-        model, prompt=sizes.slots, new_tokens=0, batch_size=sizes.decode_batch
-    )
-
-
-def rebuilt(sizes: Sizes, target: Target) -> Program:
-    """The same, but the cache is scanned over and stacked anew: the classic fault."""
-    import jax
-    import jax.numpy as jnp
-
-    from jmem.kvcache.cache import decode_attend, empty
-    from jmem.nn.linear import dense
-    from jmem.nn.ops import Ops
-
-    model = decoder(sizes.model, target)
-    layers = model.config.layers
-    single = dataclasses.replace(model.config, layers=1)
-    plan = cache_plan(dataclasses.replace(model, config=single), sizes)
-    ops = Ops(attend=decode_attend(plan, model.config.sliding_window), linear=dense)
-    carried = decode(sizes, target)
-
-    def make(key):
-        assert carried.make is not None
-        rows = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), empty(plan))
-        return *carried.make(key)[:3], rows
-
-    def step(params, tokens, positions, cache):
-        positions = positions[:, None]
-
-        def body(x, xs):
-            layer_params, row = xs
-            first = jnp.int32(0)
-            done: Any = model.block(layer_params, x, positions, first, ops, row)
-            x, row, _ = done
-            return x, row
-
-        x = model.embed(params, tokens[:, None], positions)
-        x, cache = jax.lax.scan(body, x, (params["blocks"], cache))
-        return model.head(params, x[:, 0], ops), cache
-
-    args = jax.eval_shape(make, jax.random.key(0))
-    return dataclasses.replace(carried, fn=step, args=args, make=make)
-
-
-def offloaded(sizes: Sizes, target: Target) -> Program:
-    """The step of AdamW, its moments in pinned host memory, updated layer by layer."""
-    from jmem.finetune.full import Full
-
-    return step(Full(moments="host"), decoder(sizes.model, target), sizes)
-
-
-def nnx(sizes: Sizes, target: Target) -> Program:
-    """A step of Adam on a flax NNX module and optimizer, float32."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import nnx
-
-    del target
-
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.up = nnx.Linear(sizes.width, 4 * sizes.width, rngs=rngs)
-            self.down = nnx.Linear(4 * sizes.width, sizes.width, rngs=rngs)
-
-        def __call__(self, x):
-            return self.down(jax.nn.relu(self.up(x)))
-
-    def make():
-        model = Model(nnx.Rngs(0))
-        return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-
-    graph, state = nnx.split(nnx.eval_shape(make))
-
-    def step(state, batch):
-        model, optimizer = nnx.merge(graph, state)
-
-        def loss(model):
-            return jnp.mean((model(batch) - batch) ** 2)
-
-        value, gradients = nnx.value_and_grad(loss)(model)
-        optimizer.update(model, gradients)
-        return nnx.state((model, optimizer)), value
-
-    rows = sizes.batch * sizes.seq_len
-    batch = jax.ShapeDtypeStruct((rows, sizes.width), jnp.float32)
-    labels = {"weights": (0, "0"), "optimizer": (0, "1/opt_state"), "batch": (1, "")}
-    return Program(step, (state, batch), donate=(0,), labels=labels)
-
-
-def mosaic(sizes: Sizes, target: Target) -> Program:
-    """A step of SGD whose products are JAX's own Mosaic GPU kernel for Hopper."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental.pallas.ops.gpu import hopper_matmul_mgpu as hopper
-
-    del target
-    tiles = hopper.TuningConfig(
-        tile_m=128, tile_n=128, tile_k=64, max_concurrent_steps=3
-    )
-
-    @jax.custom_vjp
-    def product(a, b):
-        return hopper.matmul(a, b, None, tiles)
-
-    def product_forward(a, b):
-        return product(a, b), (a, b)
-
-    def product_backward(residuals, dy):
-        a, b = residuals
-        return product(dy, b.T), product(a.T, dy)
-
-    product.defvjp(product_forward, product_backward)
-
-    def step(params, x):
-        def loss(params):
-            y = product(jax.nn.relu(product(x, params["up"])), params["down"])
-            return jnp.mean((y - x).astype(jnp.float32) ** 2)
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        return jax.tree.map(
-            lambda w, g: w - w.dtype.type(0.1) * g, params, gradients
-        ), value
-
-    def described(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-    params = {
-        "up": described(sizes.width, 2 * sizes.width),
-        "down": described(2 * sizes.width, sizes.width),
-    }
-    x = described(sizes.batch * sizes.seq_len, sizes.width)
-    labels = {"weights": (0, ""), "batch": (1, "")}
-    return Program(step, (params, x), donate=(0,), labels=labels)
-
-
-CASES: dict[str, Callable[[Sizes, Target], Program]] = {
-    case.__name__: case
-    for case in (
-        *(forward, unremat, full, accumulated, lora, lisa, gpt2),
-        *(decode, rebuilt, offloaded, nnx, mosaic),
-    )
-}
-
-
-def build(case: str, sizes: dict, gpu: str) -> Program:
-    """The program of a case for the GPU called `gpu`."""
-    from jmem.targets import resolve
-
-    return CASES[case](Sizes(**sizes), resolve(gpu))
+class Command(Sizes, check.Flags):
+    parts: tuple[Part, ...] = ("training", "kernels", "rates", "steps", "memory")
+    """What is checked; the shortest first."""
+    out: pathlib.Path = pathlib.Path("runs/gpu_check.json")
+    """File of the report of the memory; those of the other parts lie beside it."""
+    gpu: str = ""
+    """Described GPU to predict memory for; empty: by the attached one's name."""
+    lanes: int = 1
+    """Programs whose memory is measured beside each other."""
+    todo: bool = False
+    """Only list what is to be renewed, the oldest first; needs no GPU."""
 
 
 def settings() -> dict[str, Any]:
@@ -314,12 +80,12 @@ def settings() -> dict[str, Any]:
     return dataclasses.asdict(Sizes())
 
 
-def plain(report: LiveReport) -> dict[str, Any]:
-    """For the report: all of it, and how far the peak is off, in percent."""
-    return dataclasses.asdict(report) | {"off_percent": 100 * abs(report.off())}
+def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
+    """The program of a case."""
+    return {row: SAMPLES[row](Sizes(**config), target)}
 
 
-# The table ----------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------
 
 
 def faults(report: LiveReport) -> list[str]:
@@ -362,101 +128,95 @@ def holds(reports: dict[str, LiveReport]) -> bool:
     return enough and not any(map(faults, reports.values()))
 
 
-def check(
-    sizes: Sizes,
-    only: list[str],
-    gpu: str | None,
-    out: pathlib.Path,
-    lanes: int = 1,
-) -> int:
+def check_memory(command: Command) -> int:
     """Measures the programs, `lanes` at a time; prints the table, writes the records.
 
     Programs that run beside each other share the GPU's memory alike. Peaks are those of
     each one's own allocator, so they do not change.
     """
-    try:
-        found = protocol.probe()
-    except NoGPUError as error:
-        print(f"gpu_check: {error}\nNothing was measured.")
+    config = {name: getattr(command, name) for name in settings()}
+    measuring = check.Check("gpu_check", command, config, SAMPLES, command.gpu)
+    measure = functools.partial(measuring.confirm, share=1 / command.lanes)
+
+    def show(case: str, row: dict[str, Any]) -> str:
+        return f"\n{case}: {check.restore(LiveReport, row)}"
+
+    rows = measuring.measure("cases", measure, show, command.lanes)
+    reports = {case: check.restore(LiveReport, row) for case, row in rows.items()}
+    print(f"\n{table(reports)}\n\nrecords: {command.out}")
+    return int(bool(measuring.broken) or not holds(reports))
+
+
+# The other parts ----------------------------------------------------------------------
+
+
+def time_kernels(out: pathlib.Path, minutes: float | None) -> int:
+    """The kernel's bench; not again where its records are there and time is short."""
+    if minutes and out.exists():
+        print(f"kernels: timed, see {out}")
         return 0
-    known = described(found["device"])
-    gpu = gpu or (known.name if known else None)
-    if gpu is None:
-        print(f"gpu_check: {found['device']!r} is not described; name one by --gpu.")
-        return 2
-    print(f"{found['device']} as {gpu}, jax {found['versions']['jax']}", flush=True)
-    reports: dict[str, LiveReport] = {}
-    given = dataclasses.asdict(sizes)
-    broken: list[str] = []
-
-    def confirm(case: str) -> tuple[LiveReport, float]:
-        start, share = time.monotonic(), 1 / lanes
-        report = protocol.confirm(build, case, given, gpu, target=gpu, share=share)
-        return report, time.monotonic() - start
-
-    with futures.ThreadPoolExecutor(lanes) as beside:
-        running = {beside.submit(confirm, case): case for case in only or CASES}
-        for done in futures.as_completed(running):
-            case = running[done]
-            try:
-                reports[case], seconds = done.result()
-            except protocol.StageError as error:
-                broken.append(case)
-                print(f"{case}: {error}", flush=True)
-                continue
-            print(f"{case}: {seconds:.0f} s", flush=True)
-            rows = {name: plain(report) for name, report in reports.items()}
-            complete = len(rows) == len(running)
-            write(out, "gpu_check", found, given, complete, cases=rows)
-    print("", *(f"{report}\n" for report in reports.values()), sep="\n")
-    print(table(reports))
-    print(f"\nrecords: {out}")
-    return int(bool(broken) or not holds(reports))
-
-
-def other(part: str, out: pathlib.Path) -> int:
-    """The exit status of a part that is a program of its own, beside `out`."""
-    try:
-        protocol.probe()
-    except NoGPUError as error:
-        print(f"gpu_check: {error}\nNothing was measured.")
-        return 0
-    module, more = {
-        "kernels": ("jmem.kernels.windowed_attention.bench", ["--only", *SHAPES]),
-        "rates": ("experiments.decode_rate", []),
-        "steps": ("experiments.step_rate", []),
-        "training": ("experiments.step_check", []),
-    }[part]
-    records = out.with_name(f"{out.stem}-{part}.json")
-    command = [sys.executable, "-m", module, *more, "--out", str(records)]
+    module = "jmem.kernels.windowed_attention.bench"
+    command = [sys.executable, "-m", module, "--only", *SHAPES, "--out", str(out)]
     return subprocess.run(command, check=False).returncode
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; exit status 1 when a number is off."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=[])
-    parser.add_argument("--gpu", help="described GPU to predict for; default: by name")
-    parser.add_argument("--out", type=pathlib.Path, default="runs/gpu_check.json")
-    parser.add_argument(
-        "--lanes", type=int, default=1, help="programs measured beside each other"
-    )
-    for field in dataclasses.fields(Sizes):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    given = parser.parse_args(arguments)
-    names = [field.name for field in dataclasses.fields(Sizes)]
-    sizes = Sizes(**{name: getattr(given, name) for name in names})
-    out = pathlib.Path(given.out)
-    status = 0
-    for part in given.parts:
-        if part == "memory":
-            status = max(status, check(sizes, given.only, given.gpu, out, given.lanes))
-        else:
-            status = max(status, other(part, out))
+def run_part(part: Part, command: Command, minutes: float | None) -> int:
+    """The exit status of a part, which has `minutes` left."""
+    if part == "memory":
+        return check_memory(dataclasses.replace(command, minutes=minutes))
+    out = command.out.with_name(f"{command.out.stem}-{part}.json")
+    if part == "kernels":
+        return time_kernels(out, minutes)
+    modules = {"training": step_check, "rates": decode_rate, "steps": step_rate}
+    module = modules[part]
+    return module.main(module.Command(out=out, minutes=minutes))
+
+
+# What is to be renewed ----------------------------------------------------------------
+
+
+def list_todo(everything: tables.Everything) -> list[str]:
+    """A line for each row of a check whose records only a GPU renews, oldest first.
+
+    Rows without a record come first, then those of an earlier program.
+    """
+    found: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+    for claims, records in everything:
+        for claim in claims.by_name.values():
+            if claim.kind != "live":
+                continue
+            if (mine := tables.current(claim, records)) is None:
+                age = (0, "", "not measured")
+            else:
+                outcome, words = record.compare(claims.slug, claim, mine)
+                when = f"of {mine.date}" + (f"; {words}" if words else "")
+                age = (1 if outcome == "changed" else 2, mine.date, when)
+            found.setdefault((claim.experiment, claim.report[1]), []).append(age)
+    oldest = {row: min(ages) for row, ages in found.items()}
+    ordered = sorted(oldest, key=lambda row: oldest[row][:2])
+    return [
+        f"{f'python -m experiments.{name} {flags} {row}':<64}{oldest[name, row][2]}"
+        for name, row in ordered
+        for flags in ("--parts memory --only" if name == "gpu_check" else "--only",)
+    ]
+
+
+@check.needs_gpu
+def main(command: Command) -> int:
+    """Check the parts; exit status 1 when a number is off."""
+    if command.todo:
+        print(*list_todo(tables.load(record.ROOT)), sep="\n")
+        return 0
+    protocol.probe()  # before any part
+    began, status = time.monotonic(), 0
+    for part in command.parts:
+        left = command.minutes and command.minutes - (time.monotonic() - began) / 60
+        if left is not None and left <= 0:
+            print(f"{part}: no time left; the same call goes on with it")
+            continue
+        status = max(status, run_part(part, command, left))
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.script(main, Command)

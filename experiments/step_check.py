@@ -13,28 +13,41 @@ Needs a GPU; without one it says so and exits 0. Exit status 1: a method failed,
 learnt something else.
 """
 
-import argparse
 import dataclasses
-import json
-import os
+import functools
 import pathlib
-import sys
-import time
+from collections.abc import Mapping
 from concurrent import futures
-from typing import Any, Literal
+from typing import Any
 
-from experiments.harness import check
+import jax
+
+from experiments.harness import check, cli, models
+from experiments.harness.timed import FINETUNERS, make_finetuners
+from jmem.finetune.adamw import AdamW
+from jmem.finetune.program import step_program
 from jmem.memory import protocol, worker
-from jmem.memory.card import NoGPUError
+from jmem.memory.live import made
 from jmem.memory.protocol import StageError
+from jmem.models import zoo
+from jmem.models.decoder import PRECISIONS, Decoder, Precision
+from jmem.program import Program
+from jmem.targets import Target
 
 TOLERANCE = 1e-3
 """Between a loss on the GPU and the CPU's, as a share of it."""
-METHODS = (
-    *("full", "lora", "lisa", "lisa-separate", "lisa-host", "badam", "lomo"),
-    *("embedding", "mixlora"),
-)
-Dtype = Literal["float32", "bfloat16"]
+RATE = AdamW(learning_rate=1e-3, max_grad_norm=0.0)
+"""One that learns a repeated batch within the steps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(check.Flags):
+    out: pathlib.Path = pathlib.Path("runs/step_check.json")
+    """File of the report."""
+    threads: int = 1
+    """Copies at once in one process."""
+    lanes: int = 4
+    """Methods at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,8 @@ class Sizes:
     batch_size: int = 2
     seq_len: int = 128
     steps: int = 12
+    threads: int = 1
+    """Copies at once in one process on the GPU."""
 
 
 def settings() -> dict[str, Any]:
@@ -52,52 +67,27 @@ def settings() -> dict[str, Any]:
     return dataclasses.asdict(Sizes())
 
 
-def finetuner(method: str) -> Any:
-    """The method, at a rate that learns a repeated batch within the steps."""
-    from jmem.finetune.adamw import AdamW
-    from jmem.finetune.full import Full
-    from jmem.finetune.lisa import Lisa
-    from jmem.finetune.lomo import Lomo
-    from jmem.finetune.lora import Lora
-    from jmem.finetune.mixlora import MixLora, Mixture
-
-    adamw = AdamW(learning_rate=1e-3, max_grad_norm=0.0)
-    lisa = Lisa(active_layers=2, period=3, adamw=adamw)
-    blocks = dataclasses.replace(lisa, active_layers=1, train=("blocks",))
-    made = {
-        "full": Full(adamw=adamw),
-        "lora": Lora(rank=8, adamw=adamw),
-        "lisa": lisa,
-        "lisa-separate": dataclasses.replace(lisa, update="separate"),
-        "lisa-host": dataclasses.replace(lisa, moments="persist", persist_in="host"),
-        "badam": dataclasses.replace(blocks, order="reshuffled"),
-        "lomo": Lomo(),
-        "embedding": dataclasses.replace(lisa, active_layers=0),
-        "mixlora": MixLora(mixtures=(Mixture(rank=4, experts=4, adamw=adamw),)),
-    }
-    return made[method]
-
-
-def losses(method: str, sizes: Sizes, dtype: Dtype, threads: int = 1) -> list[float]:
-    """Of every step, on this process's default device; of the first of `threads`."""
-    import jax
-
-    from experiments.harness import models
-    from jmem.finetune.program import step_program
-    from jmem.memory.live import made
-    from jmem.models import zoo
-    from jmem.models.decoder import PRECISIONS, Decoder
-
+def build(
+    method: str, sizes: Sizes, dtype: Precision, target: Target | None
+) -> Program:
+    """A method's step, at a rate that learns a repeated batch within the steps."""
     config = dataclasses.replace(zoo.get("smollm2-135m"), layers=sizes.layers)
-    model = Decoder.on(models.attached(), config, **PRECISIONS[dtype])
+    model = Decoder.on(target, config, **PRECISIONS[dtype])
+    finetuner = make_finetuners(RATE, period=3)[method]
+    size = {"batch_size": sizes.batch_size, "seq_len": sizes.seq_len}
+    return step_program(finetuner, model, **size)
+
+
+def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
+    """A method's step in float32."""
+    return {row: build(row, Sizes(**config), "float32", target)}
+
+
+def losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
+    """Of every step, on this process's default device; of the first of the copies."""
 
     def one(number: int) -> list[float]:
-        program = step_program(
-            finetuner(method),
-            model,
-            batch_size=sizes.batch_size,
-            seq_len=sizes.seq_len,
-        )
+        program = build(method, sizes, dtype, models.attached())
         compiled, found = program.compile(), []
         state, batch = made(program, number)
         for _ in range(sizes.steps):
@@ -105,13 +95,18 @@ def losses(method: str, sizes: Sizes, dtype: Dtype, threads: int = 1) -> list[fl
             found.append(metrics["loss"])
         return [float(loss) for loss in jax.device_get(found)]
 
-    with futures.ThreadPoolExecutor(threads) as pool:
-        first, *_ = pool.map(one, range(threads))  # all of them, or what one raised
+    with futures.ThreadPoolExecutor(sizes.threads) as pool:
+        first, *_ = pool.map(one, range(sizes.threads))  # or what one of them raised
     return first
 
 
-def run(method: str, sizes: Sizes, dtype: Dtype, threads: int, where: str) -> list:
-    """`losses` in a process of its own, on the "gpu" or the "cpu".
+def run_here(method: str, config: dict, dtype: Precision) -> list[float]:
+    """`losses`, of a config as the report has it."""
+    return losses(method, Sizes(**config), dtype)
+
+
+def run(method: str, sizes: Sizes, dtype: Precision, where: str) -> list[float]:
+    """`losses` in a process of its own, on the "gpu" or, of one copy, on the "cpu".
 
     Raises:
       StageError: it failed; the end of what it wrote.
@@ -122,13 +117,9 @@ def run(method: str, sizes: Sizes, dtype: Dtype, threads: int, where: str) -> li
     }
     if where == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu"}
-    answer = protocol.ask(
-        *("experiments.step_check", "--here"),
-        request=[method, dataclasses.asdict(sizes), dtype, threads],
-        environment=environment,
-        what=f"{method}, {dtype}, on the {where}",
-    )
-    return json.loads(answer)
+        sizes = dataclasses.replace(sizes, threads=1)
+    config = dataclasses.asdict(sizes)
+    return protocol.call(run_here, method, config, dtype, environment=environment)
 
 
 def fault(own: list[float], reference: list[float] | None) -> str:
@@ -146,64 +137,49 @@ def fault(own: list[float], reference: list[float] | None) -> str:
     return ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; exit status 1 when a method failed or learnt otherwise."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--threads", type=int, default=1, help="copies at once")
-    parser.add_argument("--lanes", type=int, default=4, help="processes at once")
-    parser.add_argument("--out", type=pathlib.Path, default="runs/step_check.json")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.here:
-        method, sizes, dtype, threads = json.load(sys.stdin)
-        print(json.dumps(losses(method, Sizes(**sizes), dtype, threads)))
-        return 0
-    try:
-        probed = protocol.probe()
-    except NoGPUError as error:
-        print(f"step_check: {error}\nNothing was measured.")
-        return 0
-    sizes = Sizes()
+def measure(method: str, sizes: Sizes) -> dict[str, Any]:
+    """A method's losses and faults by dtype, on the GPU beside the CPU's."""
+    row: dict[str, Any] = {}
+    with futures.ThreadPoolExecutor(1) as beside:
+        reference = beside.submit(run, method, sizes, "float32", "cpu")
+        for dtype in ("float32", "bfloat16"):
+            found: list[float] = []
+            try:
+                found = run(method, sizes, dtype, "gpu")
+                wrong = fault(found, reference.result() if dtype == "float32" else None)
+            except StageError as error:
+                wrong = str(error)
+            row[dtype] = {"losses": found, "fault": wrong}
+    return row | {"faults": sum(bool(one["fault"]) for one in row.values())}
+
+
+def show(method: str, row: dict[str, Any]) -> str:
+    """Two lines of the table."""
+    lines = []
+    for dtype in ("float32", "bfloat16"):
+        found, wrong = row[dtype]["losses"], row[dtype]["fault"]
+        ends = f"{found[0]:.4f} to {found[-1]:.4f}" if found else "none"
+        lines.append(f"{method:<15}{dtype:<10}{ends:<20}{wrong or 'holds'}")
+    return "\n".join(lines)
+
+
+@check.needs_gpu
+def main(command: Command) -> int:
+    """Run the methods; exit status 1 when one failed or learnt otherwise."""
+    sizes = Sizes(threads=command.threads)
+    config = dataclasses.asdict(sizes)
+    measuring = check.Check("step_check", command, config, FINETUNERS)
     print(
-        f"{probed['device']}, jax {probed['versions']['jax']}, {sizes.layers} blocks "
-        f"of SmolLM2-135M, {sizes.steps} steps, {given.threads} at once",
+        f"{sizes.layers} blocks of SmolLM2-135M, {sizes.steps} steps, "
+        f"{sizes.threads} at once",
         flush=True,
     )
-    rows: dict[str, dict[str, Any]] = {}
-    faults = 0
-    started = time.monotonic()
-    with (
-        futures.ThreadPoolExecutor(given.lanes) as gpu,
-        futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as cpu,
-    ):
-        jobs = {
-            method: (
-                gpu.submit(run, method, sizes, "float32", given.threads, "gpu"),
-                gpu.submit(run, method, sizes, "bfloat16", given.threads, "gpu"),
-                cpu.submit(run, method, sizes, "float32", 1, "cpu"),
-            )
-            for method in given.only
-        }
-        for method, (exact, half, reference) in jobs.items():
-            row = {}
-            for dtype, job in (("float32", exact), ("bfloat16", half)):
-                try:
-                    found = job.result()
-                    like = reference.result() if dtype == "float32" else None
-                    wrong = fault(found, like)
-                except StageError as error:
-                    found, wrong = [], str(error)
-                faults += bool(wrong)
-                row[dtype] = {"losses": found, "fault": wrong}
-                ends = f"{found[0]:.4f} to {found[-1]:.4f}" if found else "none"
-                verdict = wrong or "holds"
-                print(f"{method:<15}{dtype:<10}{ends:<20}{verdict}", flush=True)
-            rows[method] = row | {"faults": sum(bool(r["fault"]) for r in row.values())}
-    print(f"{time.monotonic() - started:.0f} s, {faults} faults")
-    check.write(given.out, "step_check", probed, settings(), True, methods=rows)
-    return int(bool(faults))
+    one = functools.partial(measure, sizes=sizes)
+    rows = measuring.measure("methods", one, show, command.lanes)
+    faults = sum(row["faults"] for row in rows.values())
+    print(f"{faults} faults")
+    return int(bool(faults or measuring.broken))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.script(main, Command)

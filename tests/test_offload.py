@@ -159,7 +159,7 @@ class TestMomentsOnTheHost:
         params = jax.tree.map(jnp.asarray, random_params(TINY, scale=0.1))
         state = jax.jit(lambda p: method.init(model, p, {}, None))(params)
         batch = random_batch(model)
-        step = compile_step(method, model, state, batch)
+        step, _ = compile_step(method, model, state, batch)
         state, _ = step(step(state, batch)[0], batch)
         moments = jax.tree.leaves(state["optimizer"])
         assert {offload.is_on_host(x) for x in moments if x.ndim > 1} == {True}

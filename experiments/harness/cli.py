@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from experiments.harness import config as configs
 from experiments.harness.config import ConfigError, slug_of
+from experiments.harness.flags import read as read_flags
 
 if TYPE_CHECKING:
     from experiments.harness.run import Run
@@ -122,12 +123,10 @@ def read[Command](
     Raises:
       TypeError: `command` cannot be one (`experiments.harness.config.check`).
     """
-    import tyro
-
     configs.check(command)
-    return tyro.cli(
-        tyro.conf.FlagCreatePairsOff[command],
-        args=list(sys.argv[1:] if arguments is None else arguments),
+    return read_flags(
+        command,
+        sys.argv[1:] if arguments is None else arguments,
         prog=f"python -m experiments.{slug_of(main)}",
         description=_describe(main),
     )

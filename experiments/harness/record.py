@@ -3,6 +3,19 @@
 `configs/<slug>/records.json` maps names of claims to records. It is written by
 `python -m experiments.claims` only. JAX is imported where something is measured, not
 where records are only read.
+
+A record knows its programs by the hash of their lowered StableHLO, by name:
+
+compile   the program that was compiled
+train     each program of the run's config, as the run lowered it for the GPU of the
+          config. What ran is made of the same functions, in the dtype and with the
+          attention of the machine that ran it; a step that was trained there is noted
+          besides, as `here/NAME`.
+live      each program that the number comes from, as it is lowered for the described
+          GPU that the attached one was. The GPU's own compiler tunes it further.
+
+So any of them but `here/NAME` can be lowered again without the machine that ran it.
+Records from before hashes were noted have none, and their tables say so.
 """
 
 import dataclasses
@@ -14,9 +27,14 @@ import json
 import os
 import pathlib
 import subprocess
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from experiments.harness.claim import Claim, Claims, ClaimsError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = "here/"
+"""Before the name of a program that only the machine of a run had."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +46,18 @@ class Record:
     """compile: device bytes with and without Triton matmuls, the smaller first."""
     definition: dict[str, Any]
     """The claim's definition when it was measured."""
-    program: str
-    """compile: hash of the lowered StableHLO; else of the run's whole config."""
+    programs: dict[str, str] | None = None
+    """Hashes by name, as said above; None where they were not noted."""
+    config: str = ""
+    """train, live: hash of the whole config of the run or the check."""
     versions: dict[str, str]
     device: str
     """What ran the program, or that it was only compiled."""
     commit: str
     """HEAD when it was recorded; "+" if the tree differed from it, "" outside git."""
     date: str
+    moved: str = ""
+    """The day on which its programs were first seen to be others; "" if never."""
 
 
 # Files --------------------------------------------------------------------------------
@@ -72,10 +94,89 @@ def save(claims: Claims, records: dict[str, Record]) -> None:
     os.replace(partial, path)
 
 
-# Measuring ----------------------------------------------------------------------------
+# Programs -----------------------------------------------------------------------------
 
 
-def measured(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
+class Comparison(NamedTuple):
+    """A record's programs beside today's."""
+
+    outcome: Literal["same", "changed", "unknown"]
+    words: str = ""
+    """What changed, or why it cannot be known."""
+
+
+def compare(slug: str, claim: Claim, record: Record) -> Comparison:
+    """Lower the programs of a record again."""
+    import jax
+
+    if not record.programs:
+        return Comparison("unknown", "its program was not noted")
+    if (then := record.versions["jax"]) != (now := jax.__version__):
+        words = f"recorded under jax {then}, which jax {now} cannot confirm"
+        return Comparison("unknown", words)
+    programs, target = _programs(slug, claim, record.device)
+    changed = [
+        name
+        for name, hashed in record.programs.items()
+        if not name.startswith(HERE)
+        and (name not in programs or _hash(programs[name], target) != hashed)
+    ]
+    if not changed:
+        return Comparison("same")
+    names = "" if len(record.programs) == 1 else f" {', '.join(changed)}"
+    return Comparison("changed", f"its program{names} changed since {record.date}")
+
+
+def _programs(slug: str, claim: Claim, device: str) -> tuple[Mapping[str, Any], Any]:
+    """Today's programs that a claim is about, and their target."""
+    from jmem.memory.card import described
+    from jmem.targets import resolve
+
+    if claim.kind == "live":
+        module = importlib.import_module(f"experiments.{claim.experiment}")
+        target = described(device)
+        return module.programs(claim.report[1], target, module.settings()), target
+    module, config = _experiment(slug, claim)
+    target = resolve(claim.target if claim.kind == "compile" else config.gpu)
+    return _build(module.programs, config, target), target
+
+
+@functools.cache
+def _build(build: Callable, config: Any, target: Any) -> Mapping[str, Any]:
+    """Claims about one config share its programs, and so what is made of them."""
+    return build(config, target)
+
+
+@functools.cache
+def _hash(program: Any, target: Any) -> str:
+    from jmem.memory.measure import stablehlo_hash
+
+    return stablehlo_hash(program.lower(target).as_text())
+
+
+@functools.cache
+def _report(program: Any, target: Any, bounds: bool) -> Any:
+    from jmem.memory.measure import measure
+
+    return measure(program, target=target, bounds=bounds, cache=False)
+
+
+def _experiment(slug: str, claim: Claim) -> tuple[Any, Any]:
+    """The experiment's module, and its config as its command line would read it."""
+    from experiments.harness import cli
+
+    module = importlib.import_module(f"experiments.{slug}")
+    preset = ("--preset", claim.preset) if claim.preset else ()
+    words = [*preset, *claim.flags]
+    try:
+        return module, cli.parse(module.Config, slug, words)[1]
+    except SystemExit as error:  # what was wrong has been printed
+        raise ClaimsError(
+            f"experiments.{slug} has no flags {' '.join(words)}"
+        ) from error
+
+
+def measure(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
     """Compile a claim's program and record it.
 
     Args:
@@ -86,8 +187,14 @@ def measured(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
     Raises:
       ClaimsError: the experiment has no such preset, flag, program or quantity.
     """
-    where = (slug, claim.preset, claim.flags, claim.target, claim.program)
-    report = _report(*where, bounds)
+    from jmem.targets import nearest
+
+    programs, target = _programs(slug, claim, "")
+    if (name := claim.program) not in programs:
+        raise ClaimsError(
+            f"experiments.{slug} builds no program {name!r}{nearest(name, programs)}"
+        )
+    report = _report(programs[name], target, bounds)
     field, _, part = claim.quantity.partition("/")
     value = getattr(report, field, None)
     if part and isinstance(value, dict):
@@ -102,7 +209,7 @@ def measured(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
         value=value,
         interval=report.interval if whole else None,
         definition=claim.definition,
-        program=report.stablehlo_hash,
+        programs={name: report.stablehlo_hash},
         versions=report.versions,
         device="compiled ahead of time",
         commit=commit(),
@@ -110,59 +217,10 @@ def measured(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
     )
 
 
-def moved(slug: str, claim: Claim, record: Record) -> str:
-    """Lower a recorded program again: "", or in words how it differs."""
-    import jax
-
-    from jmem.memory.measure import stablehlo_hash
-    from jmem.targets import resolve
-
-    if (then := record.versions["jax"]) != jax.__version__:
-        return f"recorded under jax {then}, which jax {jax.__version__} cannot confirm"
-    program = _program(slug, claim.preset, claim.flags, claim.target, claim.program)
-    now = stablehlo_hash(program.lower(resolve(claim.target)).as_text())
-    return "" if now == record.program else f"its program changed since {record.date}"
+# Runs and checks ----------------------------------------------------------------------
 
 
-@functools.cache
-def _report(slug, preset, flags, target, program, bounds) -> Any:
-    """Claims about one program share its report."""
-    from jmem.memory.measure import measure
-
-    built = _program(slug, preset, flags, target, program)
-    return measure(built, target=target, bounds=bounds, cache=False)
-
-
-def _program(slug, preset, flags, target, name) -> Any:
-    from jmem.targets import nearest, resolve
-
-    module, config = _experiment(slug, preset, flags)
-    programs = module.programs(config, resolve(target))
-    if name not in programs:
-        raise ClaimsError(
-            f"experiments.{slug} builds no program {name!r}{nearest(name, programs)}"
-        )
-    return programs[name]
-
-
-def _experiment(slug: str, preset: str, flags: tuple[str, ...]) -> tuple[Any, Any]:
-    """The experiment's module, and its config as its command line would read it."""
-    from experiments.harness import cli
-
-    module = importlib.import_module(f"experiments.{slug}")
-    words = [*(("--preset", preset) if preset else ()), *flags]
-    try:
-        return module, cli.parse(module.Config, slug, words)[1]
-    except SystemExit as error:  # what was wrong has been printed
-        raise ClaimsError(
-            f"experiments.{slug} has no flags {' '.join(words)}"
-        ) from error
-
-
-# Runs ---------------------------------------------------------------------------------
-
-
-def of_run(run: pathlib.Path) -> dict[str, Any]:
+def read_report(run: pathlib.Path) -> dict[str, Any]:
     """The report of a finished run, from its folder; or of a check, from its file.
 
     Raises:
@@ -185,48 +243,42 @@ def answers(slug: str, claim: Claim, run: pathlib.Path) -> bool:
     """Whether a run is of the claim's config; of a check, whether it has the row."""
     if claim.kind == "train":
         return not _differences(slug, claim, run)[0]
-    value: Any = of_run(run)
+    value: Any = read_report(run)
     for key in claim.report:
         value = value.get(key) if isinstance(value, dict) else None
     return value is not None
 
 
-def reported(slug: str, claim: Claim, run: pathlib.Path) -> Record:
+def take(slug: str, claim: Claim, run: pathlib.Path) -> Record:
     """Take a claim's number out of a finished run of the claim's own config.
 
     Raises:
       ClaimsError: the run had another config, or its report has no such number.
     """
-    report = of_run(run)
-    if claim.kind == "live":
-        module = importlib.import_module(f"experiments.{claim.experiment}")
-        ran = json.dumps(report.get("config"), sort_keys=True)
-        if ran != (wanted := json.dumps(module.settings(), sort_keys=True)):
-            raise ClaimsError(
-                f"--from-run {run}: config={ran}, but {slug}/{claim.name} is about"
-                f" {wanted}"
-            )
-    else:
-        ran = _ran(slug, claim, run)
+    report = read_report(run)
+    check = _check_config if claim.kind == "live" else _run_config
+    config = check(slug, claim, run)
     value: Any = report
+    programs = report.get("programs")
     for key in claim.report:
         if not isinstance(value, dict) or key not in value:
-            known = (
-                ", ".join(map(repr, value)) if isinstance(value, dict) else "nothing"
-            )
+            known = map(repr, value) if isinstance(value, dict) else ("nothing",)
             raise ClaimsError(
                 f"--from-run {run}: report.json has no {key!r} of"
-                f" {'/'.join(claim.report)}; there is {known}"
+                f" {'/'.join(claim.report)}; there is {', '.join(known)}"
             )
         value = value[key]
-    if type(value) not in (int, float):
+        if isinstance(value, dict):  # a row of a check has its own
+            programs = value.get("programs", programs)
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ClaimsError(
             f"--from-run {run}: {'/'.join(claim.report)} is {value!r}, no number"
         )
     return Record(
         value=value,
         definition=claim.definition,
-        program=hashlib.sha256(ran.encode()).hexdigest(),
+        programs=programs,
+        config=hashlib.sha256(config.encode()).hexdigest(),
         versions=report["versions"],
         device=report["device"],
         commit=commit(),
@@ -234,12 +286,20 @@ def reported(slug: str, claim: Claim, run: pathlib.Path) -> Record:
     )
 
 
-def _ran(slug: str, claim: Claim, run: pathlib.Path) -> str:
-    """The config of a run as TOML, if it is the claim's.
+def _check_config(slug: str, claim: Claim, file: pathlib.Path) -> str:
+    """The config of a check as JSON, if it is that of its defaults."""
+    module = importlib.import_module(f"experiments.{claim.experiment}")
+    ran = json.dumps(read_report(file).get("config"), sort_keys=True)
+    if ran != (wanted := json.dumps(module.settings(), sort_keys=True)):
+        raise ClaimsError(
+            f"--from-run {file}: config={ran}, but {slug}/{claim.name} is about"
+            f" {wanted}"
+        )
+    return ran
 
-    Raises:
-      ClaimsError: it is another; names the field.
-    """
+
+def _run_config(slug: str, claim: Claim, run: pathlib.Path) -> str:
+    """The config of a run as TOML, if it is the claim's; else the field is named."""
     from experiments.harness import config as configs
 
     differences, ran = _differences(slug, claim, run)
@@ -255,7 +315,7 @@ def _differences(slug: str, claim: Claim, run: pathlib.Path) -> tuple[list, Any]
     """Fields in which a run's config is not the claim's, and the run's config."""
     from experiments.harness import config as configs
 
-    _, wanted = _experiment(slug, claim.preset, claim.flags)
+    _, wanted = _experiment(slug, claim)
     ran = configs.read(run / "config.toml", wanted)
     return list(configs.differences(wanted, ran)), ran
 
@@ -264,8 +324,7 @@ def commit() -> str:
     """HEAD of the checkout, with "+" if the working tree differs; "" outside git."""
 
     def git(*words: str) -> str:
-        here = pathlib.Path(__file__).parent
-        done = subprocess.run(("git", *words), cwd=here, capture_output=True, text=True)
+        done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=10", "HEAD")

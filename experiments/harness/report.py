@@ -199,6 +199,8 @@ class Report:
     """Tables and notes."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Memory reports by program, as plain values."""
+    programs: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Hash of the lowered StableHLO of each program: `experiments.harness.record`."""
     plots: list[str] = dataclasses.field(default_factory=list)
     """File names of the pictures."""
 
@@ -210,6 +212,7 @@ class Report:
             "tables": {p.title: p.json() for p in self.parts if isinstance(p, Table)},
             "notes": [p for p in self.parts if isinstance(p, str)],
             "memory": self.memory,
+            "programs": self.programs,
             "plots": self.plots,
         }
         return json.dumps(_plain(values), indent=2, ensure_ascii=False) + "\n"

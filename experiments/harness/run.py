@@ -23,6 +23,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from experiments.harness import config as configs
+from experiments.harness.record import HERE
 from experiments.harness.report import Column, GiB, Report, Table, gib, seconds
 from jmem.targets import Target
 from jmem.train.folder import prepare
@@ -153,6 +154,7 @@ class Run(contextlib.AbstractContextManager):
     def record(self, report: Any, name: str, *, reserve: int = GiB) -> None:
         """Keep a program's `jmem.MemoryReport`, and print its size and verdict."""
         self.memory[name] = report
+        self.report.programs[name] = report.stablehlo_hash
         verdict = report.fits(reserve)
         plain = json.loads(report.to_json())
         folder = self.folder / "memory"
@@ -204,6 +206,11 @@ class Run(contextlib.AbstractContextManager):
         self.report.head["status"] = status
         self.report.head["seconds"] = round(time.monotonic() - self._began, 1)
         self.report.head["device"] = None if self.measure_only else device()
+        for plan in sorted(self.folder.glob("*/plan.json")):  # of what was trained here
+            hashed = json.loads(plan.read_text()).get("program")
+            self.report.programs |= (
+                {f"{HERE}{plan.parent.name}": hashed} if hashed else {}
+            )
         write_atomically(self.folder / "report.json", self.report.json())
         write_atomically(self.folder / "report.md", self.report.markdown())
         self._say(f"report: {self.folder / 'report.md'}")

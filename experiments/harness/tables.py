@@ -21,6 +21,8 @@ ROOM = {"24 GB": 20.6, "48 GB": 44.5, "80 GB": 76.1, "141 GB": 138.0}
 `jmem.targets` has them (a test compares), without importing JAX."""
 OUTCOMES = ("holds", "fails", "open", "stale", "not measured", "not checkable")
 """What `verdict` can begin with."""
+EARLIER = "of an earlier program"
+UNKNOWN = "program not noted"
 
 
 def load(root: pathlib.Path) -> Everything:
@@ -145,8 +147,13 @@ def summary(everything: Everything) -> str:
     by_slug = ", ".join(f"{slug} {failing[slug]}" for slug in most)
     numbers = [f"{total[word]} {word.replace('holds', 'hold')}" for word in OUTCOMES]
     numbers[1] = f"{total['fails']} fail" + (f" ({by_slug})" if by_slug else "")
+    doubts = Counter(
+        _doubt(mine) for _, records in everything for mine in records.values()
+    )
     return textwrap.fill(
         f"Of {total.total()} claims, {', '.join(numbers[:-1])} and {numbers[-1]}."
+        f" {doubts[EARLIER]} numbers are {EARLIER} than today's; {doubts[UNKNOWN]}, of"
+        " runs and of a GPU, were recorded before their programs were noted."
         " [docs/claims.md](docs/claims.md) has every one: the paper's number, ours,"
         " what must hold, and how and when it was measured.",
         90,
@@ -217,7 +224,15 @@ def _measured(claim: Claim, mine: Record | None) -> str:
     if mine is None:
         return ""
     how = f"compiled for {claim.target}" if claim.kind == "compile" else mine.device
-    return f"{how}, jax {mine.versions['jax']}, {mine.date}"
+    parts = (how, f"jax {mine.versions['jax']}", mine.date, _doubt(mine))
+    return ", ".join(filter(None, parts))
+
+
+def _doubt(mine: Record) -> str:
+    """What is to be said of the program that was measured; "" of today's."""
+    if mine.moved:
+        return EARLIER
+    return "" if mine.programs else UNKNOWN
 
 
 # Files --------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ What no term explains is a term too; nothing is fitted.
 import dataclasses
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -55,6 +56,8 @@ TERMS = {
 
 OTHER_PLAN = "another plan"
 """A term of plan - prediction: the GPU's plan was made twice, with other bytes."""
+WARM_UP = 3
+"""Runs that `time_runs` does not count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,8 @@ class LiveReport(Saved):
     """By kind, what the GPU's plan holds more than the prediction."""
     fragmentation: int = 0
     """Bytes of the plan that are holes: the peak may need less than the plan."""
+    seconds: tuple[float, ...] = ()
+    """Of further runs, if there were any (`time_runs`)."""
 
     @property
     def own(self) -> bool:
@@ -249,6 +254,29 @@ def live(
     plan = measure(program, target=ATTACHED)
     target = known.name if plan.devices == 1 else f"{known.name}x{plan.devices}"
     return report.compared(measure(program, target=target, cache=False), plan)
+
+
+def time_runs(
+    program: Program, runs: int, trace: str | None = None
+) -> tuple[float, ...]:
+    """Seconds of each of `runs` runs, after `WARM_UP` that are not counted.
+
+    Arguments are real (`Program.make`), and each run goes on from the one before: its
+    first result is the next one's first argument, as a training step's state is.
+    `trace` is the folder of a profile of two more runs.
+    """
+    compiled = program.compile()
+    state, *rest = made(program, 0)
+    seconds = []
+    for _ in range(WARM_UP + runs):
+        begin = time.perf_counter()
+        state, *_ = jax.block_until_ready(compiled(state, *rest))
+        seconds.append(time.perf_counter() - begin)
+    if trace:
+        with jax.profiler.trace(trace):
+            for _ in range(2):
+                state, *_ = jax.block_until_ready(compiled(state, *rest))
+    return tuple(seconds[WARM_UP:])
 
 
 def plan_sums(planned: Any) -> dict[str, int]:

@@ -14,6 +14,7 @@ Set JAX_PLATFORMS=cpu, or use JAX only after.
 """
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -27,9 +28,9 @@ import jaxlib.version
 
 from jmem.memory import worker
 from jmem.memory.card import NoGPUError, attached, gpu
-from jmem.memory.live import LiveReport, live, plan_sums
+from jmem.memory.live import LiveReport, live, plan_sums, time_runs
 from jmem.memory.measure import ATTACHED, measure
-from jmem.memory.report import MemoryReport
+from jmem.memory.report import MemoryReport, sized
 from jmem.program import Program
 
 FRACTION = 0.95
@@ -48,6 +49,8 @@ def confirm(
     target: str,
     cache: str | None = None,
     share: float = 1.0,
+    runs: int = 0,
+    trace: str | None = None,
 ) -> LiveReport:
     """Predicts a program for `target`, plans it on the attached GPU, and runs it once.
 
@@ -58,20 +61,51 @@ def confirm(
       cache: folder of JAX's compilation cache; by default one that goes afterwards.
       share: of the GPU's memory, what this program may take, where others are confirmed
         beside it.
+      runs: further runs that are timed (`jmem.memory.live.time_runs`).
+      trace: folder of a profile of two more.
 
     Raises:
       NoGPUError: there is no GPU.
-      StageError: a stage failed.
+      StageError: a stage failed; where the program is too large for the GPU, that is
+        said first.
     """
     request = {"builder": worker.dotted(builder), "arguments": arguments}
     with _folder(cache) as folder, futures.ThreadPoolExecutor(1) as beside:
         predicted = beside.submit(run_stage, "predict", request, target)
-        planned = json.loads(run_stage("plan", request, folder, share))
-        sums = {"sums": planned["sums"]}
-        ran = run_stage("run", request | sums, folder, share)
+        try:
+            planned = json.loads(run_stage("plan", request, folder, share))
+            more = {"sums": planned["sums"], "runs": runs, "trace": trace}
+            ran = run_stage("run", request | more, folder, share)
+        except StageError as error:
+            raise StageError(f"{_explain(predicted)}{error}") from error
         ahead = MemoryReport.from_json(predicted.result())
     plan = MemoryReport.from_json(planned["report"])
     return LiveReport.from_json(ran).compared(ahead, plan)
+
+
+def _explain(prediction: futures.Future[str]) -> str:
+    """A line on why a program failed, if it was predicted not to fit; else ""."""
+    if prediction.exception() is None:
+        ahead = MemoryReport.from_json(prediction.result())
+        if not ahead.fits(0):
+            return f"does not fit: {sized(ahead.interval[0])} are predicted\n"
+    return ""
+
+
+def call(function: Callable, *arguments: Any, environment: dict[str, str]) -> Any:
+    """What a function returns in a process of its own; all of it as JSON can hold it.
+
+    Raises:
+      StageError: the process failed; the end of what it wrote.
+    """
+    name = worker.dotted(function)
+    answer = ask(
+        *("jmem.memory.protocol", "call"),
+        request=[name, arguments],
+        environment=environment,
+        what=f"{name} of {' '.join(map(str, arguments))}",
+    )
+    return json.loads(answer)
 
 
 def probe() -> dict[str, Any]:
@@ -98,7 +132,11 @@ def _plan(program: Program, request: dict) -> str:
 
 
 def _run(program: Program, request: dict) -> str:
-    return live(program, key=None, predict=False, sums=request["sums"]).to_json()
+    report = live(program, key=None, predict=False, sums=request["sums"])
+    if runs := request["runs"]:
+        seconds = time_runs(program, runs, request["trace"])
+        report = dataclasses.replace(report, seconds=seconds)
+    return report.to_json()
 
 
 STAGES: dict[str, Callable[[Program, dict], str]] = {
@@ -188,8 +226,13 @@ def answer(request: dict) -> str:
 
 def main() -> int:
     """Answers the request on stdin; exit status `NO_GPU` where there is none."""
+    request = json.load(sys.stdin)
     try:
-        print(answer(json.load(sys.stdin)))
+        if sys.argv[1:] == ["call"]:
+            function, arguments = request
+            print(json.dumps(worker.imported(function)(*arguments)))
+        else:
+            print(answer(request))
     except NoGPUError as error:
         print(error)
         return NO_GPU

@@ -8,7 +8,8 @@ resumed run sees what an uninterrupted one would have seen. Metrics are fetched 
 step late: the device never waits for a row to be written.
 
     folder/metrics.jsonl     a row a step, a row an evaluation
-    folder/plan.json         the memory XLA planned for a step, on the device it ran on
+    folder/plan.json         the memory XLA planned for a step, on the device it ran on,
+                             and the hash of its program
     folder/checkpoints/<n>/  the state after n updates (`jmem.train.checkpoint`)
     folder/best/<n>/         the one of the least held-out loss, if it is to be kept
     folder/trace/            XLA profiler trace of some steps, for xprof or Perfetto
@@ -160,7 +161,7 @@ def train[State](
         began = time.perf_counter()
         first = data.batch(start)
         place = choose_placement(model, state)
-        step = compile_step(finetuner, model, state, place(first))
+        step, program = compile_step(finetuner, model, state, place(first))
         held_out_loss = compile_evaluation(
             finetuner, model, state, held_out, evaluate, place
         )
@@ -170,7 +171,7 @@ def train[State](
             folder.name, steps, start=start, unit=first.unit, silent=not progress
         )
         stack.callback(lines.close)
-        plan = describe_plan(step)
+        plan = describe_plan(step, program)
         (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
         lines.note(
             f"compiled in {compiling:.1f} s; XLA plans {plan['bytes'] / 2**30:.2f} GiB "

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jmem.memory.measure import stablehlo_hash
 from jmem.models.contract import Batch
 from jmem.program import by_key
 from jmem.sharding import layout_of
@@ -33,9 +34,10 @@ def choose_placement(model, state) -> Callable[[Batch], Batch]:
     return lambda batch: jax.device_put(batch, layout.batch_shardings(batch, mesh))
 
 
-def compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
+def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, str]:
     """`finetuner.step` for this model, state donated: an executable, not a jit.
 
+    Also the hash of what it was compiled from (`jmem.memory.measure.stablehlo_hash`).
     Lowered for the arrays themselves: of a description JAX (0.12) forgets host memory.
     """
 
@@ -61,11 +63,11 @@ def compile_step(finetuner, model, state, batch) -> jax.stages.Compiled:
         raise TrainingError(
             f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
         )
-    return lowered.compile()
+    return lowered.compile(), stablehlo_hash(lowered.as_text())
 
 
-def describe_plan(step: jax.stages.Compiled) -> dict[str, Any]:
-    """Bytes of XLA's buffer assignment for the step that runs."""
+def describe_plan(step: jax.stages.Compiled, program: str) -> dict[str, Any]:
+    """Bytes of XLA's buffer assignment for the step that runs, and its hash."""
     analysis: Any = step.memory_analysis()
     return {
         "bytes": analysis.total_allocation_bytes,
@@ -74,6 +76,7 @@ def describe_plan(step: jax.stages.Compiled) -> dict[str, Any]:
         "host_bytes": analysis.host_argument_size_in_bytes
         + analysis.host_temp_size_in_bytes,
         "device": jax.devices()[0].device_kind,
+        "program": program,
     }
 
 

@@ -2,10 +2,26 @@
 
 import dataclasses
 
+import jax
 import pytest
 from tiny_decoder import TINY, random_params
 
 import jmem.checkpoints
+from jmem.memory import protocol
+
+
+@pytest.fixture
+def attached(monkeypatch):
+    """A stand-in for an H200 beside which rows are measured; no program is lowered."""
+
+    def call(function, name, rows, *given, environment):
+        assert environment["JAX_PLATFORMS"] == "cpu"  # the GPU belongs to the rows
+        return {row: {row: f"hash of {row}"} for row in rows}
+
+    probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
+    monkeypatch.setattr(protocol, "probe", lambda: probed)
+    monkeypatch.setattr(protocol, "call", call)
+    return probed
 
 
 @pytest.fixture(scope="session")

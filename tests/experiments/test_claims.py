@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import subprocess
@@ -13,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jmem
 from experiments import claims
 from experiments.harness import check, record, tables
 from experiments.harness.claim import Claim, Claims, ClaimsError, Relation, read
 from experiments.harness.run import Run
+from jmem.memory.measure import stablehlo_hash
 from jmem.program import Program
 from jmem.targets import Target, resolve
 
@@ -102,7 +103,7 @@ def a_record(claim: Claim, value: float, **changes) -> record.Record:
     fields = {
         "value": value,
         "definition": claim.definition,
-        "program": "sha256:0",
+        "programs": {"step": "0" * 64},
         "versions": {"jax": "0.12.0.1"},
         "device": "none",
         "commit": "abc",
@@ -244,6 +245,18 @@ class TestTables:
             "compiled for h200, jax 0.12.0.1, 2026-01-02",
         ]
 
+    @pytest.mark.parametrize(
+        ("doubt", "words"),
+        [
+            ({"moved": "2026-02-03"}, "2026-01-02, of an earlier program |"),
+            ({"programs": None}, "2026-01-02, program not noted |"),
+        ],
+    )
+    def test_a_number_of_another_program_or_none_is_marked(self, root, doubt, words):
+        found, records = measured(root, lisa=19.2)
+        records["lisa"] = dataclasses.replace(records["lisa"], **doubt)
+        assert words in tables.table(found, records)
+
     def test_an_interval_is_shown_where_its_ends_differ(self, root):
         found, records = measured(root, lisa=19.2)
         bounds = (int(19.1 * GIB), int(19.25 * GIB))
@@ -268,8 +281,9 @@ class TestTables:
         words = tables.summary(tables.load(root)).replace("\n", " ")
         assert words.startswith(
             "Of 4 claims, 1 hold, 1 fail (lisa 1), 0 open, 0 stale, 1 not measured and"
-            " 1 not checkable. [docs/claims.md](docs/claims.md)"
+            " 1 not checkable. 0 numbers are of an earlier program"
         )
+        assert "[docs/claims.md](docs/claims.md)" in words
 
 
 class TestChoices:
@@ -368,6 +382,7 @@ class TestRecords:
 class ToyConfig:
     side: int = 1024
     """Rows and columns of the array."""
+    gpu: str = "h200"
 
 
 def toy_programs(config: ToyConfig, target: Target) -> dict[str, Program]:
@@ -412,8 +427,24 @@ def toy(tmp_path, monkeypatch):
     module = types.ModuleType("experiments.toy")
     vars(module).update(Config=ToyConfig, programs=toy_programs)
     monkeypatch.setitem(sys.modules, "experiments.toy", module)
-    monkeypatch.setattr(record, "_report", functools.cache(record._report.__wrapped__))
     return a_repository(tmp_path, "toy", TOY)
+
+
+def hash_toy() -> dict[str, str]:
+    """Of the toy experiment's program, by name."""
+    target = resolve("h200")
+    programs = toy_programs(ToyConfig(), target)
+    return {n: stablehlo_hash(p.lower(target).as_text()) for n, p in programs.items()}
+
+
+def change(monkeypatch) -> None:
+    """Gives the toy experiment, and its check, another program."""
+    x = jax.ShapeDtypeStruct((4,), jnp.float32)
+    other = {"add": Program(lambda x: x + 2, (x,))}
+    for module in ("experiments.toy", "experiments.toy_check"):
+        if module in sys.modules:
+            changed = lambda *given: other  # noqa: E731
+            monkeypatch.setattr(sys.modules[module], "programs", changed)
 
 
 def toy_records(root) -> dict[str, record.Record]:
@@ -429,7 +460,7 @@ class TestMeasuring:
         assert found["small"].value == 2 * 512 * 512 * 4
         assert found["add"].versions["jax"] == jax.__version__
         assert found["add"].interval == (2**23, 2**23)
-        assert len(found["add"].program) == 64
+        assert [len(text) for text in (found["add"].programs or {}).values()] == [64]
         assert claims.main(claims.Command(check=True), toy) == 0
         rows = tables.table(*tables.load(toy)[0]).splitlines()[2:]
         assert [row.split(" | ")[5] for row in rows] == [
@@ -449,12 +480,14 @@ class TestMeasuring:
     def test_stale_lists_programs_that_changed(self, toy, monkeypatch, capsys):
         claims.main(claims.Command(only=("toy/add",)), toy)
         assert claims.main(claims.Command(stale=True), toy) == 0
-        changed = lambda config, target: {  # noqa: E731
-            "add": Program(lambda x: x + 2, (jax.ShapeDtypeStruct((4,), jnp.float32),))
-        }
-        monkeypatch.setattr(sys.modules["experiments.toy"], "programs", changed)
+        change(monkeypatch)
         assert claims.main(claims.Command(stale=True), toy) == 1
         assert "toy/add: its program changed" in capsys.readouterr().out
+        assert "of an earlier program |" in claims_page(toy)
+        assert claims.main(claims.Command(check=True), toy) == 0
+        monkeypatch.setattr(sys.modules["experiments.toy"], "programs", toy_programs)
+        assert claims.main(claims.Command(stale=True), toy) == 0
+        assert "of an earlier program |" not in claims_page(toy)
 
     def test_stale_says_when_another_jax_cannot_tell(self, toy, capsys):
         claims.main(claims.Command(only=("toy/add",)), toy)
@@ -506,10 +539,15 @@ class TestMeasuring:
 class TestRuns:
     """`--from-run` believes complete runs of the claimed config only."""
 
-    def a_run(self, root, side=1024, gain: object = 0.25, fails=False) -> pathlib.Path:
+    def a_run(
+        self, root, side=1024, gain: object = 0.25, fails=False, measures=False
+    ) -> pathlib.Path:
         run = Run("toy", ToyConfig(side=side), runs=root / "runs")
         with contextlib.suppress(ZeroDivisionError), run:
             run.table("Methods", ["method", "gain"], [["lisa", gain]])
+            if measures:
+                program = toy_programs(run.config, resolve("h200"))["add"]
+                run.record(jmem.measure(program, target="h200", bounds=False), "add")
             if fails:
                 assert run.folder.is_dir()
                 raise ZeroDivisionError
@@ -531,6 +569,25 @@ class TestRuns:
         assert set(toy_records(toy)) == {"gain"}
         claims.main(claims.Command(from_run=self.a_run(toy, side=8)), toy)
         assert set(toy_records(toy)) == {"gain", "gain-8"}
+
+    def test_a_run_that_noted_its_programs_is_compared(self, toy, monkeypatch, capsys):
+        run = self.a_run(toy, measures=True)
+        claims.main(claims.Command(from_run=run), toy)
+        assert "program not noted" not in claims_page(toy)
+        assert claims.main(claims.Command(stale=True), toy) == 0
+        change(monkeypatch)
+        assert claims.main(claims.Command(stale=True), toy) == 1
+        assert "toy/gain: its program changed since" in capsys.readouterr().out
+        assert "of an earlier program |" in claims_page(toy)
+
+    def test_one_that_noted_none_is_told_and_counted_but_does_not_fail(
+        self, toy, capsys
+    ):
+        claims.main(claims.Command(from_run=self.a_run(toy)), toy)
+        assert "program not noted" in claims_page(toy)
+        assert claims.main(claims.Command(stale=True), toy) == 0
+        out = capsys.readouterr().out
+        assert "1 of kind train: its program was not noted" in out
 
     def test_a_gain_below_the_margin_is_shown_as_a_failure(self, toy):
         claims.main(claims.Command(from_run=self.a_run(toy, gain=0.1)), toy)
@@ -572,7 +629,10 @@ class TestChecks:
     @pytest.fixture
     def live(self, toy, monkeypatch):
         module = types.ModuleType("experiments.toy_check")
-        vars(module).update(settings=lambda: {"side": 1024})
+        vars(module).update(
+            settings=lambda: {"side": 1024},
+            programs=lambda row, target, config: toy_programs(ToyConfig(), target),
+        )
         monkeypatch.setitem(sys.modules, "experiments.toy_check", module)
         path = toy / "configs" / "toy" / "claims.toml"
         path.write_text(path.read_text() + LIVE)
@@ -580,8 +640,10 @@ class TestChecks:
 
     def a_check(self, root, *, case="add", side=1024, complete=True):
         path = root / "runs" / "check.json"
-        probed = {"device": "NVIDIA H200", "versions": {"jax": "0.11.2"}}
-        cases = {case: {"peak_bytes": 8 * 2**20 + 1}}
+        probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
+        (hashed,) = hash_toy().values()
+        row = {"peak_bytes": 8 * 2**20 + 1, "programs": {"add": hashed}}
+        cases = {case: row}
         config = {"side": side}
         check.write(path, "toy_check", probed, config, complete, cases=cases)
         return path
@@ -591,7 +653,17 @@ class TestChecks:
         found = toy_records(live)["peak"]
         assert found.value == 8 * 2**20 + 1
         assert found.device == "NVIDIA H200"
-        assert "| holds | NVIDIA H200, jax 0.11.2, " in claims_page(live)
+        assert found.programs == hash_toy()
+        words = f"| holds | NVIDIA H200, jax {jax.__version__}, "
+        assert words in claims_page(live)
+
+    def test_its_program_is_compared_without_the_card(self, live, monkeypatch, capsys):
+        claims.main(claims.Command(from_run=self.a_check(live)), live)
+        assert claims.main(claims.Command(stale=True), live) == 0
+        change(monkeypatch)
+        assert claims.main(claims.Command(stale=True), live) == 1
+        assert "toy/peak: its program changed since" in capsys.readouterr().out
+        assert "of an earlier program |" in claims_page(live)
 
     def test_rows_that_were_not_asked_for_are_left_as_they_are(self, live):
         claims.main(claims.Command(from_run=self.a_check(live)), live)
@@ -640,7 +712,7 @@ class TestThisRepository:
         """Within 3 %: JAX's versions differ by less, a method gone wrong by more."""
         found, records = CLAIMS[slug]
         (cheap,) = (claim for claim in found.by_name.values() if claim.cheap)
-        again = record.measured(slug, cheap, bounds=False)
+        again = record.measure(slug, cheap, bounds=False)
         assert again.value == pytest.approx(records[cheap.name].value, rel=0.03)
 
     @pytest.mark.parametrize("slug", CLAIMS)

@@ -1,27 +1,18 @@
-"""The rate of decoding: a filled cache is timed, and a ratio is judged."""
+"""The rate of decoding: every cache is timed, and a ratio is judged."""
 
 import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import pytest
 from tiny_decoder import TINY, random_params
 
 from experiments import decode_rate
-from experiments.decode_rate import (
-    POINTS,
-    POLICIES,
-    Point,
-    Rate,
-    below,
-    filled,
-    rates,
-    settings,
-)
-from jmem.kvcache.cache import held
+from experiments.decode_rate import Command, Rate, below, programs, rates, settings
+from experiments.harness import timed
+from experiments.harness.timed import POINTS, POLICIES, Point
 from jmem.models.decoder import Decoder
+from jmem.targets import resolve
 
 MODEL = Decoder(dataclasses.replace(TINY, layers=4, max_positions=128))
 SMALL = {
@@ -33,21 +24,8 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_all_slots_that_a_prompt_fills_are_attended(name):
-    plan = SMALL[name].plan(MODEL, prompt=64, new_tokens=4, batch_size=2)
-    cache = filled(plan, jax.random.key(0))
-    assert {n: (a.shape, a.dtype) for n, a in cache._asdict().items()} == {
-        n: (a.shape, a.dtype) for n, a in plan.arrays().items()
-    }
-    for layer, selected in enumerate(plan.selected):
-        last = jnp.full((2,), plan.prompt - 1, jnp.int32)
-        _, seen = held(plan, cache, last, jnp.int32(layer))
-        assert (np.asarray(seen.sum(axis=-1)) == selected + plan.recent).all()
-
-
 def test_every_policy_is_timed_against_the_full_cache(monkeypatch):
-    monkeypatch.setattr(decode_rate, "POLICIES", SMALL)
+    monkeypatch.setattr(timed, "POLICIES", SMALL)
     params = jax.tree.map(jnp.asarray, random_params(MODEL.config))
     point = Point(prompt=64, batch=2, expect=1.0)
     given = {"limit": 2**40, "steps": 4}
@@ -84,12 +62,14 @@ def test_a_ratio_below_what_is_expected_is_told():
 
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):
     out = tmp_path / "rates.json"
-    assert decode_rate.main(["--out", str(out)]) == 0
-    assert "Nothing was measured" in capsys.readouterr().out
+    assert decode_rate.main(Command(out=out)) == 0
+    assert "decode_rate: no GPU is attached" in capsys.readouterr().out
     assert not out.exists()
 
 
-def test_records_are_written_row_by_row(monkeypatch, capsys, tmp_path):
+def test_records_are_written_point_by_point(monkeypatch, attached, capsys, tmp_path):
+    """A point is measured here, on a CPU that says it were a GPU."""
+
     class Device:
         device_kind = "NVIDIA H200"
 
@@ -98,15 +78,29 @@ def test_records_are_written_row_by_row(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(decode_rate, "gpu", Device)
     monkeypatch.setattr(decode_rate._bench, "copy_bandwidth", lambda: 4.3e12)
-    monkeypatch.setattr(decode_rate, "build", lambda: MODEL)
-    monkeypatch.setattr(decode_rate, "POLICIES", {"full": SMALL["full"]})
-    small = {"8k-b32": dataclasses.replace(POINTS["8k-b32"], prompt=64, batch=1)}
-    monkeypatch.setattr(decode_rate, "POINTS", small)
+    monkeypatch.setattr(timed, "build_reader", lambda target: MODEL)
+    monkeypatch.setattr(timed, "POLICIES", {"full": SMALL["full"]})
+    monkeypatch.setattr(decode_rate, "measure", decode_rate.measure_here)
     monkeypatch.setattr(decode_rate, "STEPS", 2)
+    for name in POINTS:
+        small = dataclasses.replace(POINTS[name], prompt=64, batch=1)
+        monkeypatch.setitem(POINTS, name, small)
     out = tmp_path / "runs" / "rates.json"
-    decode_rate.main(["--out", str(out)])
-    records = json.loads(out.read_text())
-    assert records["device"] == "NVIDIA H200"
-    assert records["rates"]["8k-b32"]["full"]["ratio"] == 1
-    assert (records["status"], records["config"]) == ("complete", settings())
+    decode_rate.main(Command(only=("8k-b32", "32k-b16"), out=out))
+    report = json.loads(out.read_text())
+    assert report["device"] == "NVIDIA H200"
+    assert list(report["rates"]) == ["8k-b32", "32k-b16"]
+    assert report["rates"]["8k-b32"]["full"]["ratio"] == 1
+    assert report["rates"]["8k-b32"]["copy_bytes_per_second"] == 4.3e12
+    assert (report["status"], report["config"]) == ("complete", settings())
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_points_programs_are_a_decoding_step_of_every_policy(monkeypatch):
+    monkeypatch.setattr(timed, "build_reader", lambda target: MODEL)
+    monkeypatch.setattr(timed, "POLICIES", SMALL)
+    point = dataclasses.replace(POINTS["8k-b32"], prompt=64, batch=2)
+    monkeypatch.setitem(POINTS, "8k-b32", point)
+    found = programs("8k-b32", resolve("h200"), {"steps": 4})
+    assert list(found) == list(SMALL)
+    assert {program.args[1].shape for program in found.values()} == {(2,)}

@@ -8,15 +8,20 @@ import dataclasses
 import importlib.util
 import json
 import subprocess
+from pathlib import Path
 
+import jax
 import pytest
 
-from experiments import gpu_check
-from experiments.gpu_check import CASES, Sizes, check, faults, holds, table
+from experiments import decode_rate, gpu_check
+from experiments.gpu_check import Command, check_memory, faults, holds, table
+from experiments.harness.claim import read
+from experiments.harness.record import Record
+from jmem.evaluate.samples import SAMPLES
 from jmem.kernels.windowed_attention.shapes import SHAPES
 from jmem.memory import protocol
-from jmem.memory.card import NoGPUError
 from jmem.memory.live import LOADED, TERMS, UNEXPLAINED, LiveReport
+from jmem.program import Program
 
 MiB = 2**20
 GOOD = LiveReport(
@@ -48,7 +53,7 @@ LOADS = changed(
 
 
 def test_twelve_programs():
-    assert len(CASES) == 12
+    assert len(SAMPLES) == 12
 
 
 @pytest.mark.parametrize(
@@ -83,89 +88,199 @@ def test_the_table_has_a_line_for_each_program_and_both_counts():
     assert "within 3% of the prediction: 1 of 2 as they are, 2 less the named" in text
 
 
-def attach(monkeypatch, device, reports):
-    versions = {"jax": "0.12.0"}
-    probed = {"device": device, "versions": versions}
-    monkeypatch.setattr(protocol, "probe", lambda: probed)
-    monkeypatch.setattr(
-        protocol, "confirm", lambda builder, case, *given, **how: reports[case]
-    )
+def confirming(monkeypatch, reports):
+    """Each program has the report of its name, or raises it."""
+
+    def confirm(builder, check, case, *given, target, share):
+        found = reports[case]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(protocol, "confirm", confirm)
 
 
-def test_without_a_gpu_nothing_is_measured_and_that_is_no_failure(
-    monkeypatch, capsys, tmp_path
-):
-    def probe():
-        raise NoGPUError("no GPU is attached")
+def start(*only, **how) -> int:
+    return check_memory(Command(only=only, **how))
 
-    monkeypatch.setattr(protocol, "probe", probe)
+
+def test_without_a_gpu_nothing_is_measured_and_that_is_no_failure(capsys, tmp_path):
     out = tmp_path / "records.json"
-    assert check(Sizes(), [], None, out) == 0
-    assert "Nothing was measured" in capsys.readouterr().out
-    assert not out.exists()
+    assert gpu_check.main(Command(out=out)) == 0
+    assert "gpu_check: no GPU is attached" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_records_are_written_and_a_number_that_is_off_fails(
-    monkeypatch, capsys, tmp_path
+    monkeypatch, attached, capsys, tmp_path
 ):
     high = changed(peak_bytes=1100 * MiB)
-    attach(monkeypatch, "NVIDIA H200", {"forward": GOOD, "decode": high})
+    confirming(monkeypatch, {"forward": GOOD, "decode": high})
     out = tmp_path / "runs" / "records.json"
-    assert check(Sizes(), ["forward"], None, out) == 0
-    assert check(Sizes(), ["forward", "decode"], None, out) == 1
+    assert start("forward", out=out) == 0
+    assert start("forward", "decode", out=out) == 1
     records = json.loads(out.read_text())
     assert (records["status"], records["device"]) == ("complete", "NVIDIA H200")
     assert records["cases"]["decode"]["terms"] == high.terms
+    assert records["cases"]["decode"]["programs"] == {"decode": "hash of decode"}
     assert records["cases"]["forward"]["off_percent"] == 0
     assert records["config"] == gpu_check.settings()
     assert "peak +9.5% of the plan" in capsys.readouterr().out
 
 
-def test_an_unknown_card_must_be_named(monkeypatch, capsys, tmp_path):
-    attach(monkeypatch, "Unheard", {"forward": GOOD})
-    assert check(Sizes(), ["forward"], None, tmp_path / "records.json") == 2
-    assert "name one by --gpu" in capsys.readouterr().out
-    named = ["--gpu", "h200", "--only", "forward", "--out", str(tmp_path / "named")]
-    assert gpu_check.main(["--parts", "memory", *named]) == 0
+def test_an_unknown_card_must_be_named(monkeypatch, attached, tmp_path):
+    confirming(monkeypatch, {"forward": GOOD})
+    attached["device"] = "Unheard"
+    out = tmp_path / "records.json"
+    with pytest.raises(ValueError, match=r"'Unheard' is not a described .* by --gpu"):
+        start("forward", out=out)
+    assert not out.exists()
+    assert start("forward", out=out, gpu="h200") == 0
 
 
-def test_other_parts_are_run_and_the_worst_status_counts(monkeypatch, tmp_path):
-    attach(monkeypatch, "NVIDIA H200", {"forward": GOOD})
-    commands = []
+def test_other_parts_are_run_and_the_worst_status_counts(
+    monkeypatch, attached, tmp_path
+):
+    confirming(monkeypatch, {"forward": GOOD})
+    seen, statuses = {}, {"step_check": 0, "decode_rate": 3, "step_rate": 1}
+    for name, status in statuses.items():
 
-    def run(command, check):
-        commands.append(command[2:])
-        return subprocess.CompletedProcess(command, len(commands) - 1)
+        def main(command, name=name, status=status):
+            seen[name] = command
+            return status
 
-    monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(getattr(gpu_check, name), "main", main)
+
+    def bench(command, check):
+        seen["bench"] = command
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", bench)
     out = tmp_path / "check.json"
-    assert gpu_check.main(["--only", "forward", "--out", str(out)]) == 3
+    assert gpu_check.main(Command(only=("forward",), out=out)) == 3
     assert out.exists()
-    _, bench, *_ = commands
-    parts = ("training", "kernels", "rates", "steps")
-    for (module, *options), part in zip(commands, parts, strict=True):
-        assert importlib.util.find_spec(module)
-        assert options[-2:] == ["--out", str(tmp_path / f"check-{part}.json")]
-    assert set(bench[2:-2]) <= set(SHAPES)
+    _, _, module, _, *shapes, _, records = seen["bench"]
+    assert importlib.util.find_spec(module)
+    assert set(shapes) <= set(SHAPES)
+    files = [seen[name].out.name for name in statuses] + [Path(records).name]
+    parts = ("training", "rates", "steps", "kernels")
+    assert files == [f"check-{part}.json" for part in parts]
+    assert all(seen[name].only == () for name in statuses)
+
+
+def test_parts_for_which_no_time_is_left_are_told(
+    monkeypatch, attached, capsys, tmp_path
+):
+    clock = iter(range(0, 10_000, 360))  # six minutes at each look
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: next(clock))
+    given = []
+    for name in ("step_check", "decode_rate", "step_rate"):
+        monkeypatch.setattr(
+            getattr(gpu_check, name), "main", lambda command: given.append(command) or 0
+        )
+    command = Command(parts=("training", "rates"), out=tmp_path / "a", minutes=10)
+    assert gpu_check.main(command) == 0
+    assert [one.minutes for one in given] == [4]
+    told = "rates: no time left; the same call goes on with it"
+    assert told in capsys.readouterr().out
 
 
 def test_programs_beside_each_other_share_the_gpu_and_a_broken_one_stops_no_other(
-    monkeypatch, capsys, tmp_path
+    monkeypatch, attached, capsys, tmp_path
 ):
     shares = []
 
-    def confirm(builder, case, *given, target, share):
+    def confirm(builder, check, case, *given, target, share):
         shares.append(share)
         if case == "full":
             raise protocol.StageError("stage 'run' of full failed")
         return GOOD
 
-    attach(monkeypatch, "NVIDIA H200", {})
     monkeypatch.setattr(protocol, "confirm", confirm)
     out = tmp_path / "records.json"
-    assert check(Sizes(), ["full", "lora", "lisa"], None, out, lanes=2) == 1
+    assert start("full", "lora", "lisa", out=out, lanes=2) == 1
     assert shares == [0.5] * 3
     records = json.loads(out.read_text())
     assert set(records["cases"]) == {"lora", "lisa"}
     assert records["status"] == "running"  # and so it is not taken up
     assert "full: stage 'run' of full failed" in capsys.readouterr().out
+
+
+class TestTodo:
+    """What only a GPU renews: not measured, changed, then the oldest."""
+
+    LIVE = """
+    [[claim]]
+    name = "{name}"
+    what = "A number"
+    kind = "live"
+    source = "prediction"
+    experiment = "{experiment}"
+    report = ["rows", "{row}", "ms"]
+    relations = ["ours > 0"]
+    """
+
+    @pytest.fixture
+    def everything(self, tmp_path):
+        (tmp_path / "configs" / "toy").mkdir(parents=True)
+        path = tmp_path / "configs" / "toy" / "claims.toml"
+        rows = {
+            "new": ("step_rate", "lisa"),
+            "old": ("step_rate", "full"),
+            "other": ("gpu_check", "lora"),
+            "changed": ("decode_rate", "8k-b32"),
+            "new too": ("step_rate", "lora"),
+        }
+        path.write_text(
+            "".join(
+                self.LIVE.format(name=name, experiment=experiment, row=row)
+                for name, (experiment, row) in rows.items()
+            )
+        )
+        dates = {"new": "2026-03-01", "old": "2026-01-01", "other": "2026-02-01"}
+        claims = read(path)
+        records = {
+            name: Record(
+                value=1,
+                definition=claims.by_name[name].definition,
+                programs={"step": "0" * 64} if name == "changed" else None,
+                versions={"jax": jax.__version__},
+                device="NVIDIA H200",
+                commit="",
+                date=date,
+            )
+            for name, date in (dates | {"changed": "2026-04-01"}).items()
+        }
+        return [(claims, records)]
+
+    def test_rows_are_listed_oldest_first_with_the_command(
+        self, monkeypatch, everything
+    ):
+        x = jax.ShapeDtypeStruct((4,), "f4")
+        other = {"step": Program(lambda x: x, (x,))}
+        monkeypatch.setattr(decode_rate, "programs", lambda *given: other)
+        lines = [line.split("  ") for line in gpu_check.list_todo(everything)]
+        assert [(first, last.strip()) for first, *_, last in lines] == [
+            ("python -m experiments.step_rate --only lora", "not measured"),
+            (
+                "python -m experiments.decode_rate --only 8k-b32",
+                "of 2026-04-01; its program changed since 2026-04-01",
+            ),
+            (
+                "python -m experiments.step_rate --only full",
+                "of 2026-01-01; its program was not noted",
+            ),
+            (
+                "python -m experiments.gpu_check --parts memory --only lora",
+                "of 2026-02-01; its program was not noted",
+            ),
+            (
+                "python -m experiments.step_rate --only lisa",
+                "of 2026-03-01; its program was not noted",
+            ),
+        ]
+
+    def test_it_needs_no_gpu(self, capsys):
+        assert gpu_check.main(Command(todo=True)) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len({line.split("  ")[0] for line in lines}) >= 21

@@ -91,6 +91,9 @@ def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
     assert (folder / "memory.png").stat().st_size > 10_000
     assert (folder / "loss.png").stat().st_size > 10_000
     assert report["memory"].keys() == {"lora", "lisa"}
+    noted = report["programs"]
+    assert noted.keys() == {"lora", "lisa", "here/lora", "here/lisa"}
+    assert len(set(noted.values())) == 4
 
 
 def test_compares_at_the_best_rate_and_leaves_losses_only(config, tmp_path):

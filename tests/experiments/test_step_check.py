@@ -1,13 +1,13 @@
 """Training steps beside the CPU's: every method learns, and what differs is told."""
 
+import dataclasses
 import json
 
-import jax
 import pytest
 
 from experiments import step_check
-from experiments.step_check import METHODS, Sizes, fault, finetuner, losses
-from jmem.memory import protocol
+from experiments.harness.timed import FINETUNERS
+from experiments.step_check import RATE, Command, Sizes, fault, losses
 from jmem.memory.protocol import StageError
 
 SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
@@ -16,14 +16,14 @@ SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
 def test_copies_at_once_learn_as_one_alone():
     """LISA, over a draw: the first one lasts three steps."""
     alone = losses("lisa", SMALL, "float32")
-    assert fault(losses("lisa", SMALL, "float32", threads=2), alone) == ""
+    copies = dataclasses.replace(SMALL, threads=2)
+    assert fault(losses("lisa", copies, "float32"), alone) == ""
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FINETUNERS)
 def test_every_method_is_made(method):
-    assert type(finetuner(method)).__name__.lower() in (
-        *("full", "lora", "lisa", "lomo", "mixlora"),
-    )
+    made = step_check.make_finetuners(RATE, period=3)[method]
+    assert type(made).__name__.lower() in ("full", "lora", "lisa", "lomo", "mixlora")
 
 
 @pytest.mark.parametrize(
@@ -41,24 +41,26 @@ def test_what_is_wrong_with_losses_is_told(own, reference, says):
 
 
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):
-    assert step_check.main(["--out", str(tmp_path / "check.json")]) == 0
-    assert "Nothing was measured" in capsys.readouterr().out
+    assert step_check.main(Command(out=tmp_path / "check.json")) == 0
+    assert "step_check: no GPU is attached" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_that_crashes_is_a_row_and_a_failure(monkeypatch, capsys, tmp_path):
-    def run(method, sizes, dtype, threads, where):
+def test_a_method_that_crashes_is_a_row_and_a_failure(
+    monkeypatch, attached, capsys, tmp_path
+):
+    def run(method, sizes, dtype, where):
         if (method, where) == ("lisa", "gpu"):
             raise StageError("lisa failed:\nCUDA_ERROR_ILLEGAL_INSTRUCTION")
         return [3.0, 2.0]
 
-    probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
-    monkeypatch.setattr(protocol, "probe", lambda: probed)
     monkeypatch.setattr(step_check, "run", run)
     out = tmp_path / "check.json"
-    assert step_check.main(["--only", "lora", "--out", str(out)]) == 0
-    assert step_check.main(["--only", "lora", "lisa", "--out", str(out)]) == 1
-    methods = json.loads(out.read_text())["methods"]
+    assert step_check.main(Command(only=("lora",), out=out)) == 0
+    assert step_check.main(Command(only=("lora", "lisa"), out=out)) == 1
+    report = json.loads(out.read_text())
+    assert (report["status"], report["config"]) == ("complete", step_check.settings())
+    methods = report["methods"]
     assert (methods["lora"]["faults"], methods["lisa"]["faults"]) == (0, 2)
     assert "ILLEGAL_INSTRUCTION" in methods["lisa"]["float32"]["fault"]
     assert "lora           float32   3.0000 to 2.0000    holds" in (

@@ -1,27 +1,28 @@
-"""The time of a training step: runs feed each other, numbers are judged and kept."""
+"""The time of a training step: numbers are judged and kept."""
 
 import dataclasses
 import json
 
-import jax
 import pytest
-from tiny_decoder import TINY
 
 from experiments import step_rate
-from experiments.step_rate import METHODS, Sizes, Step, build, line, repeated, unmet
-from jmem.finetune.lisa import Lisa
-from jmem.finetune.program import step_program
+from experiments.harness.timed import STEPS, StepSizes
+from experiments.step_rate import Command, line, programs, settings, unmet
 from jmem.memory import protocol
-from jmem.memory.report import MemoryReport
-from jmem.models.decoder import Decoder
-from jmem.targets import GiB
+from jmem.memory.live import TERMS, LiveReport
+from jmem.targets import GiB, resolve
 
-GOOD = Step(
-    method="lisa",
-    predicted=(18 * GiB, 19 * GiB),
-    planned_bytes=18 * GiB,
+GOOD = LiveReport(
+    name="step",
+    device="NVIDIA H200",
+    versions={"jax": "0.12.0"},
     peak_bytes=19 * GiB,
-    own=True,
+    earlier_peak_bytes=GiB,
+    limit_bytes=100 * GiB,
+    planned_bytes=18 * GiB,
+    terms=dict.fromkeys(TERMS, 0),
+    target="h200",
+    interval=(18 * GiB, 19 * GiB),
     seconds=(0.10, 0.08, 0.09),
 )
 
@@ -30,116 +31,78 @@ def other(**more):
     return dataclasses.replace(GOOD, **more)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STEPS)
 def test_every_method_is_a_donated_step_of_the_model(method):
-    program = build(method, dataclasses.asdict(Sizes()), "h200")
+    (program,) = programs(method, resolve("h200"), settings()).values()
     assert program.donate == (0,)
     assert program.args[1].tokens.shape == (1, 1024)
-
-
-def test_a_step_goes_on_from_the_one_before(monkeypatch):
-    monkeypatch.setattr(step_rate, "WARM_UP", 1)
-    program = step_program(Lisa(), Decoder(TINY), batch_size=1, seq_len=8)
-    seen = []
-    compile_ = type(program).compile
-
-    def recorded(self, *given):
-        compiled = compile_(self, *given)
-
-        def call(state, batch):
-            seen.append(int(state["step"]))
-            return compiled(state, batch)
-
-        return call
-
-    monkeypatch.setattr(type(program), "compile", recorded)
-    seconds = repeated(program, 2)
-    assert seen == [0, 1, 2]
-    assert len(seconds) == 2
-    assert min(seconds) > 0
 
 
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        ([GOOD], []),
-        ([GOOD, other(method="lora", seconds=(0.0858,))], []),
-        ([GOOD, other(method="lora", seconds=(0.085,))], ["1.06 times lora's"]),
-        ([GOOD, other(method="full", seconds=(0.1,))], ["0.90 times full's"]),
-        ([other(peak_bytes=20 * GiB)], ["peak +5.3% of the prediction"]),
-        ([other(peak_bytes=17 * GiB)], ["peak -5.6% of the prediction"]),
-        ([other(own=False)], ["not the run's own"]),
+        ({"lisa": GOOD}, []),
+        ({"lisa": GOOD, "lora": other(seconds=(0.0858,))}, []),
+        ({"lisa": GOOD, "lora": other(seconds=(0.085,))}, ["1.06 times lora's"]),
+        ({"lisa": GOOD, "full": other(seconds=(0.1,))}, ["0.90 times full's"]),
+        ({"lisa": other(peak_bytes=20 * GiB)}, ["peak +5.3% of the prediction"]),
+        ({"lisa": other(peak_bytes=17 * GiB)}, ["peak -5.6% of the prediction"]),
+        ({"lisa": other(earlier_peak_bytes=19 * GiB)}, ["not the run's own"]),
     ],
     ids=["good", "near", "slow", "no gain", "above", "below", "early"],
 )
 def test_what_is_not_as_expected_is_told(found, says):
-    words = unmet({one.method: one for one in found})
+    words = unmet(found)
     assert len(words) == len(says)
     assert all(part in whole for part, whole in zip(says, words))
 
 
 def test_a_row_tells_bytes_times_and_tokens():
-    row = line(GOOD, Sizes()).split()
+    row = line("lisa", GOOD, StepSizes()).split()
     assert row[0] == "lisa"
     assert row[-4:] == ["90.0", "80.0", "100.0", "11,378"]
 
 
-class Ahead:
-    """A prediction."""
-
-    interval = (5, 5)
-
-    def fits(self, reserve):
-        return False
-
-
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):
-    assert step_rate.main(["--out", str(tmp_path / "steps.json")]) == 0
-    assert "Nothing was measured" in capsys.readouterr().out
+    assert step_rate.main(Command(out=tmp_path / "steps.json")) == 0
+    assert "step_rate: no GPU is attached" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
-def test_records_are_written_row_by_row(monkeypatch, tmp_path):
-    live = {"planned_bytes": 5, "peak_bytes": 5, "earlier_peak_bytes": 1}
-    probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
+def test_records_are_written_row_by_row(monkeypatch, attached, tmp_path):
     out = tmp_path / "runs" / "steps.json"
     kept = []
 
-    def run(method, *given):
+    def confirm(builder, check, method, *given, runs, trace, target):
         kept.append(len(json.loads(out.read_text())["steps"]) if out.exists() else 0)
-        return {"live": live, "seconds": [1.0, 2.0, 3.0]}
+        assert (check, runs, target) == ("step_rate", step_rate.RUNS, "h200")
+        assert trace == str(tmp_path / "traces" / method)
+        return other(seconds=(1.0, 2.0, 3.0))
 
-    monkeypatch.setattr(protocol, "probe", lambda: probed)
-    monkeypatch.setattr(protocol, "run_stage", lambda *given: "")
-    monkeypatch.setattr(MemoryReport, "from_json", lambda text: Ahead())
-    monkeypatch.setattr(step_rate, "run", run)
-    assert step_rate.main(["--only", "lora", "lisa", "--out", str(out)]) == 0
-    records = json.loads(out.read_text())
+    monkeypatch.setattr(protocol, "confirm", confirm)
+    given = {"out": out, "trace": tmp_path / "traces"}
+    assert step_rate.main(Command(only=("lora", "lisa"), **given)) == 0
+    report = json.loads(out.read_text())
     assert kept == [0, 1]
-    assert list(records["steps"]) == ["lora", "lisa"]
-    assert records["steps"]["lisa"]["seconds"] == [1.0, 2.0, 3.0]
-    assert records["steps"]["lisa"]["ms"] == 2000
-    assert (records["status"], records["device"]) == ("complete", "NVIDIA H200")
-    assert records["config"] == step_rate.settings()
+    assert list(report["steps"]) == ["lora", "lisa"]
+    assert report["steps"]["lisa"]["seconds"] == [1.0, 2.0, 3.0]
+    assert report["steps"]["lisa"]["ms"] == 2000
+    assert report["steps"]["lisa"]["programs"] == {"lisa": "hash of lisa"}
+    assert (report["status"], report["device"]) == ("complete", "NVIDIA H200")
+    assert report["config"] == settings()
 
 
-def test_what_does_not_fit_is_a_row_that_says_so(monkeypatch, capsys, tmp_path):
-    def run(method, *given):
+def test_what_fails_is_told_and_stops_no_other(monkeypatch, attached, capsys, tmp_path):
+    def confirm(builder, check, method, *given, **how):
         if method == "full":
-            raise protocol.StageError("the step of 'full' failed:\nRESOURCE_EXHAUSTED")
-        live = {"planned_bytes": 5, "peak_bytes": 5, "earlier_peak_bytes": 1}
-        return {"live": live, "seconds": [1.0]}
+            raise protocol.StageError("does not fit: 9.00 GiB are predicted\nOOM")
+        return GOOD
 
-    probed = {"device": "NVIDIA H200", "versions": {"jax": jax.__version__}}
-    monkeypatch.setattr(protocol, "probe", lambda: probed)
-    monkeypatch.setattr(protocol, "run_stage", lambda *given: "")
-    monkeypatch.setattr(MemoryReport, "from_json", lambda text: Ahead())
-    monkeypatch.setattr(step_rate, "run", run)
+    monkeypatch.setattr(protocol, "confirm", confirm)
     out = tmp_path / "steps.json"
-    assert step_rate.main(["--only", "full", "lora", "--out", str(out)]) == 1
-    records = json.loads(out.read_text())
-    assert list(records["steps"]) == ["lora"]
-    assert records["status"] == "running"  # and so it is not taken up
+    assert step_rate.main(Command(only=("full", "lora"), out=out)) == 1
+    report = json.loads(out.read_text())
+    assert list(report["steps"]) == ["lora"]
+    assert report["status"] == "running"  # and so it is not taken up
     printed = capsys.readouterr().out
-    assert "full             does not fit: 0.00 GiB are predicted" in printed
-    assert "RESOURCE_EXHAUSTED" in printed
+    assert "full: does not fit: 9.00 GiB are predicted" in printed

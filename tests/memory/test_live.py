@@ -23,6 +23,7 @@ from jmem.memory.live import (
     live,
     plan_sums,
     terms,
+    time_runs,
 )
 from jmem.memory.measure import measure
 from jmem.program import HOST, Program
@@ -244,6 +245,33 @@ def test_the_program_makes_its_own_arguments(device):
     run(Program(fn, (spec,), make=make), key=3)
     jax.effects_barrier()
     assert seen == [pytest.approx(float(make(jax.random.key(3))[0].sum()))]
+
+
+def test_a_timed_run_goes_on_from_the_one_before(monkeypatch):
+    monkeypatch.setattr(module, "WARM_UP", 1)
+    program = Program(
+        lambda count, step: (count + step, step),
+        (jax.ShapeDtypeStruct((), "i4"),) * 2,
+        donate=(0,),
+        make=lambda key: (jnp.int32(5), jnp.int32(2)),
+    )
+    seen = []
+    compile_ = Program.compile
+
+    def watch(self):
+        compiled = compile_(self)
+
+        def call(count, step):
+            seen.append(int(count))
+            return compiled(count, step)
+
+        return call
+
+    monkeypatch.setattr(Program, "compile", watch)
+    seconds = time_runs(program, 2)
+    assert seen == [5, 7, 9]
+    assert len(seconds) == 2
+    assert min(seconds) > 0
 
 
 def test_static_arguments_are_not_passed_again(device):

@@ -1,4 +1,4 @@
-"""The programs of `experiments.gpu_check`, tiny: accounted for to the byte, no GPU."""
+"""The programs of `jmem.evaluate.samples`, tiny: accounted for to the byte, no GPU."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny_decoder import TINY
 
-from experiments.gpu_check import CASES, Sizes, build, cache_plan
+from jmem.evaluate.samples import SAMPLES, Sizes, build, plan_cache
 from jmem.memory import kinds
 from jmem.memory.live import made
 from jmem.memory.measure import NO_TRITON, measure
@@ -44,7 +44,7 @@ CUBLAS = ("unremat", "accumulated", "lora", "lisa", "gpt2")
 @pytest.fixture(
     params=[
         pytest.param(case, id=case, marks=[pytest.mark.compat] * (case in OLDEST))
-        for case in CASES
+        for case in SAMPLES
     ]
 )
 def case(request, monkeypatch):
@@ -54,7 +54,7 @@ def case(request, monkeypatch):
 
 
 def test_every_byte_is_accounted_for(case):
-    program = build(case, dataclasses.asdict(SIZES), "h200")
+    program = build(case, "h200", SIZES)
     leaves = [leaf for *_, leaf in program.leaves()]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert [like(leaf) for leaf in jax.tree.leaves(made(program, None))] == [
@@ -124,7 +124,7 @@ def kernel_calls(report):
     assert any("mosaic_gpu" in call for call in report.calls)
 
 
-CACHE = cache_plan(Decoder(SMALL, dtype="bfloat16"), SIZES).bytes()
+CACHE = plan_cache(Decoder(SMALL, dtype="bfloat16"), SIZES).bytes()
 PROMISES = {
     "decode": one_cache,
     "rebuilt": two_caches,

@@ -67,6 +67,38 @@ def test_one_report_of_three_stages(attached):
     assert report.off() == 0
 
 
+def test_further_runs_are_timed(attached, monkeypatch):
+    monkeypatch.setattr(
+        protocol, "time_runs", lambda program, runs, trace: (0.5,) * runs
+    )
+    report = confirm(increment, 1024, target="h200", runs=3)
+    assert report.seconds == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "says"), [(200, "does not fit: 200.00 GiB"), (1, "stage 'plan'")]
+)
+def test_what_fails_is_told_with_whether_it_fits(monkeypatch, predicted, says):
+    def run(stage, request, where, share=1.0):
+        if stage == "predict":
+            return json.dumps(predicted * 2**30)
+        raise StageError("stage 'plan' failed: RESOURCE_EXHAUSTED")
+
+    class Ahead:
+        def __init__(self, text):
+            self.interval = (int(text), int(text))
+
+        def fits(self, reserve):
+            return self.interval[0] < 139 * 2**30
+
+    monkeypatch.setattr(protocol, "run_stage", run)
+    monkeypatch.setattr(protocol.MemoryReport, "from_json", Ahead)
+    with pytest.raises(StageError) as raised:
+        confirm(increment, 8, target="h200")
+    assert str(raised.value).startswith(says)
+    assert "RESOURCE_EXHAUSTED" in str(raised.value)
+
+
 class TestProcesses:
     """Real ones; JAX_PLATFORMS=cpu hides a GPU from them."""
 
@@ -77,6 +109,8 @@ class TestProcesses:
             "def build(length):\n"
             "    x = jax.ShapeDtypeStruct((length,), 'f4')\n"
             "    return jmem.Program(lambda x: x + 1, (x,))\n"
+            "def add(first, second):\n"
+            "    return {'sum': first + second}\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -87,6 +121,12 @@ class TestProcesses:
     def test_without_a_gpu_a_stage_says_so(self, module):
         with pytest.raises(NoGPUError, match="no GPU is attached"):
             confirm(module.build, 8, target="h200")
+
+    def test_a_function_is_called_in_another_process(self, module):
+        told = environment("predict", "")
+        assert protocol.call(module.add, 1, 2, environment=told) == {"sum": 3}
+        with pytest.raises(StageError, match=r"elsewhere:add of 1 x failed:"):
+            protocol.call(module.add, 1, "x", environment=told)
 
     def test_a_stage_that_fails_is_named_with_its_last_lines(self):
         request = {"builder": "elsewhere:build", "arguments": ["long"]}
