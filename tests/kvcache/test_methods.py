@@ -171,6 +171,7 @@ def test_bytes_in_both_memories_are_the_compiler_s(program):
     assert report.by_label["kv cache"] == plan.device_bytes()
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("name", list(CACHES))
 def test_the_bytes_of_every_cache_are_the_compiler_s(name):
     model = Decoder(dataclasses.replace(TINY, layers=4), dtype=jnp.bfloat16)
