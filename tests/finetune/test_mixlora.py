@@ -176,7 +176,7 @@ class TestSeveral:
         for seed in range(10):
             state, _ = step(state, random_batch(tiny, seed))
         for number in range(2):  # nothing but its own part is not zero
-            own = finetuner._stored(finetuner.mixture(state, number), number)
+            own = finetuner.storage.store(finetuner.mixture(state, number), number)
             stored = jax.tree.map(lambda leaf, n=number: leaf[:, n], state["adapters"])
             chex.assert_trees_all_equal(own, stored)
 

@@ -116,7 +116,7 @@ class TestLora:
     def test_one_of_two_maps_of_a_name_is_adapted(self, model, params, batch):
         """Its product alone changes, as if merged into that kernel; steps train it."""
         lora = Lora(rank=2, maps=("cross/q",), adamw=AdamW(learning_rate=1e-2))
-        state = lora.init(model, params, jax.random.key(1))
+        state = lora.init(model, params, {}, jax.random.key(1))
         assert set(find_maps(params["blocks"])) > {"attention/q", "cross/q"}
         step = jax.jit(lora.step, static_argnums=0)
         losses = []
@@ -128,7 +128,7 @@ class TestLora:
             "cross": {"q": {"lora_a": 3, "lora_b": 3}}
         }
 
-        merged = lora.merged(state)["blocks"]
+        merged = lora.merged(state)[0]["blocks"]
         moved = {
             name
             for name, leaf in find_maps(merged).items()
@@ -159,7 +159,7 @@ class TestLora:
 
     def test_dora_and_dropout_know_both(self, model, params, batch):
         lora = Lora(rank=2, dora=True, dropout=0.5, maps=("q", "cross/*"))
-        state = lora.init(model, params, jax.random.key(1))
+        state = lora.init(model, params, {}, jax.random.key(1))
         names = {"attention/q", *(f"cross/{name}" for name in "qkvo")}
         assert find_maps(state["lora"]).keys() == set()  # they are no kernels
         found = {f"{place}/{n}" for place, own in state["lora"].items() for n in own}
@@ -202,7 +202,7 @@ def test_a_fused_step_tells_both_apart(model, params, batch):
     found = []
     for update in ("separate", "fused"):
         lisa = Lisa(update=update, adamw=adamw, active_layers=1)
-        state = lisa.init(model, params, jax.random.key(1))
+        state = lisa.init(model, params, {}, jax.random.key(1))
         step = jax.jit(lisa.step, static_argnums=0)
         state, _ = step(model, state, batch)
         state, metrics = step(model, state, batch)
@@ -237,7 +237,7 @@ def test_a_fused_step_refuses_a_map_that_is_read_twice(batch):
     """It would keep the second reading's gradient only."""
     model = TwiceDecoder(SMALL)
     lisa = Lisa(update="fused", adamw=AdamW(max_grad_norm=0), active_layers=1)
-    state = lisa.init(model, model.init(jax.random.key(0)), jax.random.key(1))
+    state = lisa.init(model, model.init(jax.random.key(0)), {}, jax.random.key(1))
     with pytest.raises(ValueError, match="reads the linear map 'attention/q' twice"):
         jax.eval_shape(functools.partial(lisa.step, model), state, batch)
 
