@@ -247,7 +247,7 @@ def test_moments_are_stored_as_asked_for_and_only_for_slots(tiny_config, moment_
     model = Decoder(tiny_config, dtype=jnp.bfloat16)
     lisa = Lisa(active_layers=2, adamw=AdamW(moment_dtype=moment_dtype))
     state = jax.eval_shape(
-        lambda key: lisa.init(model, model.init(key), key), jax.random.key(0)
+        lambda key: lisa.init(model, model.init(key), {}, key), jax.random.key(0)
     )
     moments = {"outside": state["outside"], "blocks": state["blocks"]}
     floating = [
