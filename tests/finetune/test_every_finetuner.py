@@ -16,44 +16,18 @@ import pytest
 from tiny_decoder import TINY
 
 from jmem.finetune.adamw import AdamW
+from jmem.finetune.family import FINETUNERS
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
-from jmem.finetune.lomo import Lomo
-from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
 from jmem.models.next_token import next_token_loss
 from jmem.nn import quantised
 from jmem.targets import resolve
 
-ADAMW = AdamW(learning_rate=3e-3)
-FINETUNERS = {
-    "full": Full(adamw=ADAMW),
-    "lora": Lora(rank=2, adamw=ADAMW),
-    "lora of some maps, fused": Lora(
-        rank=3,
-        alpha=1.0,
-        maps=("v", "up"),
-        adamw=dataclasses.replace(ADAMW, max_grad_norm=0.0),
-    ),
-    "dora": Lora(rank=2, dora=True, adamw=ADAMW),
-    "qlora": Lora(rank=2, base="nf4", adamw=ADAMW),
-    "qlora, double": Lora(rank=2, base="nf4-double", dora=True, adamw=ADAMW),
-    "lisa": Lisa(active_layers=2, period=2, adamw=ADAMW),
-    "lisa persisting": Lisa(active_layers=1, period=2, moments="persist", adamw=ADAMW),
-    "lisa persisting on the host": Lisa(
-        period=2, moments="persist", persist_in="host", adamw=ADAMW
-    ),
-    "lisa, tables' moments on the host": Lisa(
-        outside_moments="host", adamw=dataclasses.replace(ADAMW, max_grad_norm=0)
-    ),
-    "lisa, tables' moments factored": Lisa(
-        outside_moments="factored", adamw=dataclasses.replace(ADAMW, max_grad_norm=0)
-    ),
-    "lomo": Lomo(variant="lomo", learning_rate=1.0),
-    "adalomo": Lomo(learning_rate=3e-2),
-    "embedding": Lisa(active_layers=0, period=2, adamw=ADAMW),
-}
+MERGING = {name: member for name, member in FINETUNERS.items() if member.merges}
+every = pytest.mark.parametrize("name", FINETUNERS)
+every_merging = pytest.mark.parametrize("name", MERGING)
 
 
 @pytest.fixture
@@ -83,14 +57,20 @@ def jitted(finetuner, model):
     return init, jax.jit(step, donate_argnums=0)
 
 
-@pytest.mark.parametrize("finetuner", FINETUNERS.values(), ids=list(FINETUNERS))
-class TestEveryFinetuner:
-    @pytest.fixture
-    def start(self, finetuner, tiny, initial_params):
-        """A new state from copied parameters, and its jitted step, which takes it."""
-        init, step = jitted(finetuner, tiny)
-        return lambda: (init(initial_params), step)
+@pytest.fixture
+def finetuner(name):
+    return FINETUNERS[name].finetuner
 
+
+@pytest.fixture
+def start(finetuner, tiny, initial_params):
+    """A new state from copied parameters, and its jitted step, which takes it."""
+    init, step = jitted(finetuner, tiny)
+    return lambda: (init(initial_params), step)
+
+
+@every_merging
+class TestEveryThatMerges:
     def test_a_new_state_is_the_model_it_came_from(self, finetuner, start, tiny_params):
         """Over a base in four bits, that of its values."""
         state, _ = start()
@@ -102,16 +82,6 @@ class TestEveryFinetuner:
         chex.assert_trees_all_equal(params, tiny_params)
         assert stats == {}
         assert state["step"] == 0
-
-    def test_learns_a_batch_by_heart_in_one_program(self, start, tiny, random_batch):
-        state, step = start()
-        batch, losses = random_batch(tiny), []
-        for _ in range(20):
-            state, metrics = step(state, batch)
-            losses.append(float(metrics["loss"]))
-        assert losses[-1] < losses[0] - 0.01
-        assert state["step"] == 20
-        assert step._cache_size() == 1
 
     def test_merged_weights_have_the_loss_of_the_state(
         self, finetuner, start, tiny, random_batch
@@ -125,17 +95,30 @@ class TestEveryFinetuner:
         )
         np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
 
-    def test_metrics_are_what_the_loop_logs(self, finetuner, start, tiny, random_batch):
+
+@every
+class TestEveryFinetuner:
+    def test_learns_a_batch_by_heart_in_one_program(self, start, tiny, random_batch):
+        state, step = start()
+        batch, losses = random_batch(tiny), []
+        for _ in range(20):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert losses[-1] < losses[0] - 0.01
+        assert state["step"] == 20
+        assert step._cache_size() == 1
+
+    def test_metrics_are_what_the_loop_logs(self, name, start, tiny, random_batch):
         state, step = start()
         _, metrics = step(state, random_batch(tiny))
         assert {"loss", "lr", "grad_norm"} <= metrics.keys()
-        np.testing.assert_allclose(metrics["lr"], finetuner.adamw.learning_rate)
+        np.testing.assert_allclose(metrics["lr"], FINETUNERS[name].adamw.learning_rate)
 
     def test_labels_cover_the_state_but_counters(self, finetuner, tiny):
         program = step_program(finetuner, tiny, batch_size=2, seq_len=8)
         labels = zip(program.leaf_labels(), program.leaves(), strict=True)
         unlabelled = {path for label, (_, path, _) in labels if label is None}
-        assert unlabelled <= {"step", "key"}
+        assert unlabelled <= {"step", "key", "steps", "active"}  # counters, switches
 
     @pytest.mark.usefixtures("compiled_anew")
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -150,7 +133,9 @@ class TestEveryFinetuner:
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         assert plan.alias_size_in_bytes == held
 
-    def test_moments_are_float32_beside_bfloat16_weights(self, finetuner, tiny_config):
+    def test_moments_are_float32_beside_bfloat16_weights(
+        self, name, finetuner, tiny_config
+    ):
         model = Decoder(tiny_config, dtype=jnp.bfloat16)
         state = step_program(finetuner, model, batch_size=1, seq_len=4).args[0]
         moments = [
@@ -159,7 +144,7 @@ class TestEveryFinetuner:
             for leaf in jax.tree.leaves(state.get(name, ()))
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         ]
-        assert bool(moments) is (finetuner is not FINETUNERS["lomo"])  # it has none
+        assert bool(moments) is FINETUNERS[name].moments
         assert {str(leaf.dtype) for leaf in moments} <= {"float32"}
 
     def test_is_deterministic(self, start, tiny, random_batch):
@@ -189,3 +174,31 @@ def test_lisa_needs_less_than_full_and_temporaries_do_not_hold_all_gradients():
     assert full.temp_size_in_bytes > weights  # all gradients
     assert lisa.temp_size_in_bytes < weights / 2
     assert lisa.total_allocation_bytes < full.total_allocation_bytes / 3
+
+
+def test_what_does_not_merge_says_so(initial_params, tiny):
+    for name in FINETUNERS.keys() - MERGING.keys():
+        finetuner = FINETUNERS[name].finetuner
+        with pytest.raises(ValueError, match="cannot be merged"):
+            finetuner.merged(jitted(finetuner, tiny)[0](initial_params))
+
+
+@every
+def test_statistics_are_carried_or_refused(name, tiny, initial_params):
+    member, stats = FINETUNERS[name], {"mean": jnp.zeros(3)}
+
+    def init(params):
+        return member.finetuner.init(tiny, params, stats, jax.random.key(0))
+
+    if member.statistics:
+        assert jax.eval_shape(init, initial_params)["stats"].keys() == {"mean"}
+    else:
+        with pytest.raises(ValueError, match="keeps statistics or draws noise"):
+            jax.eval_shape(init, initial_params)
+
+
+def test_another_optimizer_is_that_of_the_finetuner():
+    other = AdamW(learning_rate=0.5, max_grad_norm=0.0)
+    for name, member in FINETUNERS.items():
+        moved = dataclasses.replace(member, finetuner=member.at(other))
+        assert (moved.adamw == other) is ("lomo" not in name)
