@@ -53,7 +53,7 @@ from jmem.checkpoints.files import (
 from jmem.checkpoints.mixlora import Mixture, load_mixlora, save_mixlora
 from jmem.checkpoints.peft import Adapter, load_adapter, save_adapter
 from jmem.models import zoo
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,7 +18,7 @@ import numpy as np
 from jmem.checkpoints import fields, names, rotary
 from jmem.checkpoints.fields import unsupported
 from jmem.checkpoints.files import CheckpointError
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 
 ARCHITECTURES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",

@@ -18,7 +18,7 @@ import numpy as np
 
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.names import Leaf, Naming, family, leaves
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 from jmem.nn.maps import insert
 from jmem.nn.quantised import (
     GGUF,

@@ -19,7 +19,7 @@ from jmem.checkpoints import fields
 from jmem.checkpoints.fields import unsupported
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.gguf import Gguf
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 from jmem.nn.rope import Llama3Scaling, Rope
 
 ARCHITECTURES = ("llama", "qwen2")

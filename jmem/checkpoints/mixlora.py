@@ -44,7 +44,7 @@ from jmem.checkpoints.files import CheckpointError
 from jmem.checkpoints.huggingface import ACTIVATIONS
 from jmem.checkpoints.modules import Module, Stack, modules
 from jmem.checkpoints.names import family
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 from jmem.nn.maps import insert
 from jmem.program import by_key
 

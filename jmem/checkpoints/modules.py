@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 from jmem.checkpoints.names import leaves
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 
 _PREFIX = "base_model.model."
 """PEFT's two wrappers around a model."""

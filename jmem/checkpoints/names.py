@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from jmem.checkpoints.files import CheckpointError
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 
 Naming = Literal["huggingface", "gguf"]
 

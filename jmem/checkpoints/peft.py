@@ -39,7 +39,7 @@ from jmem.checkpoints import adapter_files, fields, lowrank
 from jmem.checkpoints.fields import unsupported
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.modules import Module, holds, modules, suffixes, target
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 from jmem.program import by_key
 
 _FUSED, _PARTS = "c_attn", 3

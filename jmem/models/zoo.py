@@ -6,7 +6,7 @@ the parameter counts against those the model cards state.
 
 import difflib
 
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 from jmem.nn.rope import Llama3Scaling
 
 

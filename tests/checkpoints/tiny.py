@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from tiny_decoder import TINY
 
-from jmem.models.decoder import DecoderConfig
+from jmem.models.config import DecoderConfig
 from jmem.nn.rope import Llama3Scaling
 
 VARIANTS = {
