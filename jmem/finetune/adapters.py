@@ -7,7 +7,7 @@ Memory   L*B*T*M activations, one block's internals and one layer's gradients.
 Exact    The update that follows a whole backward pass. What is lost is anything that
          looks at all gradients first (clipping by a norm) or adds several
          (accumulation).
-See      jmem/finetune/mixlora.py, jmem/finetune/lora.py, tests/finetune/
+See      jmem/finetune/mixlora/, jmem/finetune/lora.py, tests/finetune/
 """
 
 from collections.abc import Callable

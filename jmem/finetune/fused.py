@@ -13,7 +13,7 @@ Exact    The update is the one that follows a whole backward pass, in other orde
 Fence    XLA's scheduler may make all dW before it uses the first, whatever barriers
          say. A loop whose trip count only the data knows is the one thing that it keeps
          in order, and whose carried weights and moments it updates in place.
-See      jmem/finetune/lisa.py, tests/finetune/test_fused.py
+See      jmem/finetune/lisa/, tests/finetune/test_fused.py
 """
 
 from typing import Any, NamedTuple
@@ -192,113 +192,144 @@ class _Blocks(Walk):
             for path in stacks
             if path.endswith("/kernel")
         }
-        small = [path for path in stacks if path not in kernels.values()]
+        small = tuple(path for path in stacks if path not in kernels.values())
         one = jnp.float32(1)
-
-        def layer_params(p, layer):
-            """Of one layer, by what is trained of it and by what is not."""
-            return join(nested(p, chosen), _row(rest, layer))
-
-        def frozen(layer, x, dx, p):
-            p = layer_params(p, layer)
-            _, transpose = jax.vjp(lambda x: self.block(p, x, layer, self.ops), x)
-            return transpose((dx, one))[0]
-
-        def trained(layer, place, x, dx, p, stacks, states):
-            def tapped(taps, leaves, x):
-                read = {}
-
-                def linear(name, leaf, h):
-                    if name not in kernels:
-                        return self.ops.linear(name, leaf, h)
-                    if name in read:
-                        raise ValueError(
-                            f"fused_step: a block reads the linear map {name!r} twice, "
-                            "and its gradient is made of one reading. Use the step "
-                            "that is not fused."
-                        )
-                    read[name] = h
-                    return dense(name, leaf, h) + taps[name]
-
-                both = layer_params(p | leaves, layer)
-                return self.block(
-                    both, x, layer, self.ops._replace(linear=linear)
-                ), read
-
-            taps = {
-                name: jnp.zeros((*x.shape[:-1], p[path].shape[-1]), x.dtype)
-                for name, path in kernels.items()
-            }
-            leaves = {path: p[path] for path in small}
-            _, transpose, read = jax.vjp(tapped, taps, leaves, x, has_aux=True)
-            if unread := sorted(kernels.keys() - read.keys()):
-                raise ValueError(
-                    f"fused_step: a block does not read {unread} by `ops.linear`, so "
-                    "nothing is known of their gradients. Use the step that is not "
-                    "fused."
-                )
-            d_taps, d_leaves, dx = transpose((dx, one))
-            t, square = counts[place], jnp.float32(0)
-            stacks, states = dict(stacks), dict(states)
-            for name, path in kernels.items():
-                stacks[path], states[path], more = self.kernel(
-                    *(path, stacks[path], states[path]),
-                    *(flat(read[name]), flat(d_taps[name]), dx, layer, place),
-                    *(_at(rates[path], layer), t),
-                )
-                square += more
-            for path in small:
-                own = _row(states[path], place)
-                rate = _at(rates[path], layer)
-                w, own, more = self.whole(
-                    path, p[path], own, d_leaves[path], rate, t, layer
-                )
-                stacks[path] = put_row(stacks[path], layer, w)
-                states[path] = put_row(states[path], place, own)
-                square += more
-            return dx, stacks, states, square
-
-        def step(carry, xs):
-            layer, place, x = xs
-            dx, stacks, states, square = carry
-            # A stack that one branch reads and the other moves is copied by XLA 0.12
-            # where its rows are gathered (4.4 GiB, LLaMA-2-70B on 8 GPUs).
-            row = None if self.layout is None else _row(stacks, layer)
-
-            def read():
-                return _row(stacks, layer) if row is None else row
-
-            if not counts.shape[0]:
-                dx = frozen(layer, x, dx, read()) if whole else dx
-                return (dx, stacks, states, square), None
-
-            def still():
-                def onward():
-                    return frozen(layer, x, dx, read())
-
-                below = (
-                    onward()
-                    if whole
-                    else jax.lax.cond(layer > lowest, onward, lambda: dx)
-                )
-                return below, stacks, states, jnp.float32(0)
-
-            dx, stacks, states, more = jax.lax.cond(
-                place >= 0,
-                lambda: trained(layer, place, x, dx, read(), stacks, states),
-                still,
-            )
-            return (dx, stacks, states, square + more), None
-
         layers = jnp.arange(len(row_of), dtype=jnp.int32)
         lowest = 0 if whole else jnp.min(jnp.where(row_of >= 0, layers, len(row_of)))
+        backward = _Backward(
+            *(self, chosen, rest, counts, rates, kernels, small, whole, lowest, one)
+        )
         (dx, stacks, states, square), _ = jax.lax.scan(
-            step,
+            backward.step,
             (dx, stacks, states, jnp.float32(0)),
             (layers, row_of, inputs),
             reverse=True,
         )
         return dx, nested(stacks, chosen), nested(states, chosen), square
+
+
+class _Backward(NamedTuple):
+    """One layer after another, from the last: what all of them know."""
+
+    walk: _Blocks
+    chosen: Any
+    """Trained parameters of all blocks; only their structure is used."""
+    rest: Any
+    """Those that are not trained."""
+    counts: jax.Array
+    """Number of this update, by row of the states."""
+    rates: dict
+    """By path, as all that follow."""
+    kernels: dict[str, str]
+    """The path of each trained linear map's kernel, by the map's name."""
+    small: tuple[str, ...]
+    """Paths of all other trained leaves: norms, biases."""
+    whole: bool
+    """Whether dx is wanted at the bottom."""
+    lowest: Any
+    """The lowest layer that has a row."""
+    one: jax.Array
+    """The cotangent of a block's losses."""
+
+    def step(self, carry, xs):
+        """The body of a scan: (dx, stacks, states, square) before and after a layer."""
+        layer, place, x = xs
+        dx, stacks, states, square = carry
+        # A stack that one branch reads and the other moves is copied by XLA 0.12
+        # where its rows are gathered (4.4 GiB, LLaMA-2-70B on 8 GPUs).
+        row = None if self.walk.layout is None else _row(stacks, layer)
+
+        def read():
+            return _row(stacks, layer) if row is None else row
+
+        if not self.counts.shape[0]:
+            dx = self.pass_by(layer, x, dx, read()) if self.whole else dx
+            return (dx, stacks, states, square), None
+
+        def still():
+            def onward():
+                return self.pass_by(layer, x, dx, read())
+
+            below = (
+                onward()
+                if self.whole
+                else jax.lax.cond(layer > self.lowest, onward, lambda: dx)
+            )
+            return below, stacks, states, jnp.float32(0)
+
+        dx, stacks, states, more = jax.lax.cond(
+            place >= 0,
+            lambda: self.train(layer, place, x, dx, read(), stacks, states),
+            still,
+        )
+        return (dx, stacks, states, square + more), None
+
+    def pass_by(self, layer, x, dx, p):
+        """The gradient of a frozen block's input, by that of its output."""
+        p = self.join(p, layer)
+        _, transpose = jax.vjp(lambda x: self.walk.block(p, x, layer, self.walk.ops), x)
+        return transpose((dx, self.one))[0]
+
+    def train(self, layer, place, x, dx, p, stacks, states):
+        """As `pass_by`, and the block moves: (dx, stacks, states, square)."""
+        taps = {
+            name: jnp.zeros((*x.shape[:-1], p[path].shape[-1]), x.dtype)
+            for name, path in self.kernels.items()
+        }
+        leaves = {path: p[path] for path in self.small}
+
+        def tapped(taps, leaves, x):
+            return self.run_tapped(taps, self.join(p | leaves, layer), x, layer)
+
+        _, transpose, read = jax.vjp(tapped, taps, leaves, x, has_aux=True)
+        if unread := sorted(self.kernels.keys() - read.keys()):
+            raise ValueError(
+                f"fused_step: a block does not read {unread} by `ops.linear`, so "
+                "nothing is known of their gradients. Use the step that is not fused."
+            )
+        d_taps, d_leaves, dx = transpose((dx, self.one))
+        t, square = self.counts[place], jnp.float32(0)
+        stacks, states = dict(stacks), dict(states)
+        for name, path in self.kernels.items():
+            stacks[path], states[path], more = self.walk.kernel(
+                *(path, stacks[path], states[path]),
+                *(flat(read[name]), flat(d_taps[name]), dx, layer, place),
+                *(_at(self.rates[path], layer), t),
+            )
+            square += more
+        for path in self.small:
+            own = _row(states[path], place)
+            rate = _at(self.rates[path], layer)
+            w, own, more = self.walk.whole(
+                path, p[path], own, d_leaves[path], rate, t, layer
+            )
+            stacks[path] = put_row(stacks[path], layer, w)
+            states[path] = put_row(states[path], place, own)
+            square += more
+        return dx, stacks, states, square
+
+    def run_tapped(self, taps, p, x, layer):
+        """A block with a zero added to each trained map, and what the maps read."""
+        read = {}
+
+        def linear(name, leaf, h):
+            if name not in self.kernels:
+                return self.walk.ops.linear(name, leaf, h)
+            if name in read:
+                raise ValueError(
+                    f"fused_step: a block reads the linear map {name!r} twice, "
+                    "and its gradient is made of one reading. Use the step "
+                    "that is not fused."
+                )
+            read[name] = h
+            return dense(name, leaf, h) + taps[name]
+
+        ops = self.walk.ops._replace(linear=linear)
+        return self.walk.block(p, x, layer, ops), read
+
+    def join(self, p, layer):
+        """One layer's parameters, of what is trained of it and what is not."""
+        return join(nested(p, self.chosen), _row(self.rest, layer))
 
 
 def _divisor(size: int, most: int) -> int:

@@ -4,7 +4,7 @@ Idea    The official code runs the down projection (or, its first form, all thre
         of the base once for each of a token's slots, and leaves the backward pass to
         the framework. These are static JAX forms of that: the same function, with the
         memory that it costs there.
-See     jmem/finetune/mixlora.py, experiments/mixlora.py
+See     jmem/finetune/mixlora/, experiments/mixlora.py
 """
 
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ Models   J mixtures train over one base: x is [J*B, T, M], and rows of one mixtu
          its own adapters only. Leaves carry J before their own axes.
 Source   Li et al., MixLoRA, 2024, arXiv:2404.15159; its official code runs down once a
          slot, and every expert in turn.
-See      jmem/finetune/mixlora.py, tests/finetune/test_mixture.py
+See      jmem/finetune/mixlora/, tests/finetune/test_mixture.py
 """
 
 import dataclasses
