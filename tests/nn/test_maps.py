@@ -25,6 +25,7 @@ from jmem.nn.maps import MAPS, choose_maps, find_maps
 from jmem.nn.mlp import MLP
 from jmem.nn.rope import Rope
 from jmem.nn.stack import run_stack
+from jmem.sharding import rule_of
 
 SMALL = dataclasses.replace(TINY, layers=2, head_dim=4, intermediate=24)
 PLACES = ("attention", "cross")
@@ -166,6 +167,12 @@ class TestLora:
         assert found == names
         _, metrics = jax.jit(lora.step, static_argnums=0)(model, state, batch)
         assert np.isfinite(metrics["loss"])
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "lora_a", "lora_b", "packed"])
+def test_a_mesh_divides_both_alike(leaf):
+    one, other = (rule_of(f"blocks/{place}/q/{leaf}") for place in PLACES)
+    assert one is other is not None
 
 
 def test_packed_maps_are_those_of_both_places(params):
