@@ -16,7 +16,7 @@ class Document(TypedDict):
     """
 
     text: str
-    """Not empty, and encodable as UTF-8."""
+    """The text: not empty, and encodable as UTF-8."""
     source: str
     """Where it came from, for messages and records: `train.jsonl:17`, `topic:del`."""
     loss_spans: NotRequired[list[tuple[int, int]]]

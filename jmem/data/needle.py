@@ -40,7 +40,7 @@ class Wording:
     question: str = "\n\nThe secret number of {name} is"
     """The end of the prompt; the answer follows it as it does in the needle."""
     header: str = ""
-    """Before the haystack: the start of a chat template, say."""
+    """Text before the haystack: the start of a chat template, say."""
 
     def __post_init__(self):
         if self.needle.count("{number}") != 1 or "{number}" in self.question:

@@ -1,4 +1,4 @@
-"""From a file of one's own, or Python's documentation, to batches of both kinds.
+"""Training and held-out batches of a user's file, or of Python's documentation.
 
 source = TextSource(data="mine.jsonl", prompt="question", completion="answer")
 training, held_out = source.batches(
