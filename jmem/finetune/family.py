@@ -39,19 +39,21 @@ class Member:
     """Whether it keeps AdamW's moments, or those of rows and columns."""
 
     @property
-    def adamw(self) -> AdamW:
-        """What says its rates."""
+    def adamw(self) -> Any:
+        """What says its rates: its `AdamW`; without one, the fine-tuner itself."""
         own = self.finetuner
-        return own.mixtures[0].adamw if isinstance(own, MixLora) else own.adamw
+        if isinstance(own, MixLora):
+            return own.mixtures[0].adamw
+        return getattr(own, "adamw", own)
 
     def at(self, adamw: AdamW) -> Any:
-        """The fine-tuner with another optimizer; LOMO, which has its own, as it is."""
+        """The fine-tuner with another optimizer; one that has its own as it is."""
         own = self.finetuner
-        if isinstance(own, Lomo):
-            return own
         if isinstance(own, MixLora):
             mixtures = (dataclasses.replace(m, adamw=adamw) for m in own.mixtures)
             return dataclasses.replace(own, mixtures=tuple(mixtures))
+        if isinstance(own, Lomo) or not hasattr(own, "adamw"):
+            return own
         return dataclasses.replace(own, adamw=adamw)
 
 
