@@ -297,6 +297,32 @@ def by_layer(
     return figure
 
 
+def by_index(
+    curves: Mapping[str, Sequence[float]],
+    marked: int,
+    *,
+    mark: str,
+    index_label: str,
+    label: str,
+    title: str = "",
+) -> "Figure":
+    """Shares by a whole number, a curve each; a dashed line says what `marked` is."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, axes = _figure(8.0, 4.2)
+    axes.axvline(marked, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
+    place = {"xycoords": ("data", "axes fraction"), "color": INK, "fontsize": 9}
+    axes.annotate(f" {mark}", (marked, 0.02), **place)
+    for index, (name, values) in enumerate(curves.items()):
+        axes.plot(range(len(values)), values, label=name, **curve(index))
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(axes, index_label, label, title)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
 def cells(
     panels: Mapping[str, Sequence[Sequence[tuple[int, int]]]],
     *,

@@ -82,15 +82,6 @@ def share(value: float) -> str:
     return f"{100 * value:g} %"
 
 
-def label(method: str, budget: float) -> str:
-    """A method at a share of the bytes, as tables name it.
-
-    >>> label("snapkv", 0.125)
-    'snapkv 12.5 %'
-    """
-    return f"{method} {share(budget)}"
-
-
 def seconds(value: float | None) -> str:
     """A duration: seconds with one decimal, minutes from two minutes on.
 

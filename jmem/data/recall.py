@@ -228,6 +228,32 @@ class Recall:
         return np.all(same | ~rows.answered[:, slot], axis=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """Batches of texts by number, to train on: `jmem.train.loop.Data`."""
+
+    recall: Recall
+    rows: int
+    """Texts of a batch."""
+    questions: int
+    """On each of them."""
+    seed: tuple[int, ...]
+    kinds: tuple[Kind, ...] = ("find", "majority")
+
+    @property
+    def digest(self) -> str:
+        return str(self)
+
+    def batch(self, step: int) -> Batch:
+        rows = self.recall.sample(
+            self.rows,
+            seed=(*self.seed, step),
+            kinds=self.kinds,
+            questions=self.questions,
+        )
+        return rows.batch
+
+
 def _distinct(
     random: np.random.Generator, rows: int, size: int, count: int
 ) -> np.ndarray:

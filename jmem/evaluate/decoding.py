@@ -48,21 +48,14 @@ def answers(
       ValueError: nothing to answer from, a plan for other rows, shorter prompts or
         fewer steps, more positions than the model has, or `rows` that do not divide B.
     """
-    work = "answers", model, params, plans, tokens, lengths, steps, filters or {}, rows
-    found = {}
-    for name, context in _contexts(*work):
-        produced, _ = extend(
-            model,
-            params,
-            context.logits,
-            context.lengths,
-            context.cache,
-            jax.random.key(0),
-            plan=context.plan,
-            steps=steps,
-        )
-        found[name] = np.asarray(produced)
-    return found
+    read = read_all(
+        *(model, params, plans, tokens, lengths),
+        steps=steps,
+        filters=filters,
+        rows=rows,
+        where="answers",
+    )
+    return {name: continue_text(model, params, own, steps) for name, own in read}
 
 
 def losses(
@@ -84,12 +77,68 @@ def losses(
     not for `filters`, which cut it before. Else as `answers`, with N steps.
     """
     continuation = jnp.asarray(continuation)
-    steps = continuation.shape[1]
-    work = "losses", model, params, plans, tokens, lengths, steps, filters or {}, rows
-    return {
-        name: np.asarray(_teacher_forced(model, params, *context, continuation)[0])
-        for name, context in _contexts(*work)
-    }
+    read = read_all(
+        *(model, params, plans, tokens, lengths),
+        steps=continuation.shape[1],
+        filters=filters,
+        rows=rows,
+        where="losses",
+    )
+    return {name: follow_text(model, params, own, continuation) for name, own in read}
+
+
+# From what was kept -------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """Prompts that were read, and the cache that one plan keeps of them."""
+
+    plan: Plan
+    logits: Float[Array, "B V"]
+    """After each prompt's last token."""
+    lengths: Int[Array, " B"]
+    cache: Any
+    last: Int[Array, " B"]
+    """Each prompt's last token."""
+    positions: Int[np.ndarray, "B N"] | None = None
+    """Of a filter: where in the prompt its tokens stood; -1 behind the last."""
+
+
+def continue_text(
+    model, params: dict, context: Context, steps: int, *, reread_last: bool = False
+) -> Int[np.ndarray, "B steps"]:
+    """Greedy tokens after prompts that were read; consumes the context's cache.
+
+    The first one is that of full attention, whatever the cache keeps. With
+    `reread_last` it is not: the prompt's last token is decoded once more, at its own
+    position, from what was kept; its keys and values take the slots that they already
+    have. (What a filter leaves was cut before it was read at all.)
+    """
+    logits, lengths = context.logits, context.lengths
+    again = reread_last and context.positions is None
+    if again:
+        logits = jax.nn.one_hot(context.last, logits.shape[1])
+        lengths = lengths - 1
+    produced, _ = extend(
+        *(model, params, logits, lengths, context.cache, jax.random.key(0)),
+        plan=context.plan,
+        steps=steps + again,
+    )
+    return np.asarray(produced)[:, int(again) :]
+
+
+def follow_text(
+    model,
+    params: dict,
+    context: Context,
+    continuation: Int[Array | np.ndarray, "B N"],
+) -> Float[np.ndarray, "B N"]:
+    """Losses of a given text after prompts that were read, in nats, as `losses`.
+
+    Consumes the context's cache.
+    """
+    given = jnp.asarray(continuation)
+    return np.asarray(_teacher_forced(model, params, *context[:4], given)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"), donate_argnames="cache")
@@ -122,31 +171,24 @@ def _teacher_forced(
 # One prefill for all ------------------------------------------------------------------
 
 
-class Context(NamedTuple):
-    """Prompts that were read, and the cache that one plan keeps of them."""
-
-    plan: Plan
-    logits: Float[Array, "B V"]
-    """After each prompt's last token."""
-    lengths: Int[Array, " B"]
-    cache: Any
-
-
-def _contexts(
-    where: str,
+def read_all(
     model,
     params: dict,
     plans: Mapping[str, Plan],
     tokens: Int[Array | np.ndarray, "B T"],
     lengths: Int[Array | np.ndarray, " B"],
+    *,
     steps: int,
-    filters: Mapping[str, Shorten],
-    rows: int | None,
+    filters: Mapping[str, Shorten] | None = None,
+    rows: int | None = None,
+    where: str = "read_all",
 ) -> Iterator[tuple[str, Context]]:
     """One plan after the other, then one filter; each cache is made when its turn is.
 
-    Whoever takes a cache may donate it.
+    Whoever takes a cache may donate it. Arguments and refusals are those of `answers`,
+    which speak for `where`.
     """
+    filters = filters or {}
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     own = np.asarray(lengths)
     _check(where, model, plans, filters, own, tokens.shape[1], steps, rows)
@@ -154,15 +196,23 @@ def _contexts(
     given = model, params, tokens, lengths, rows
     logits, read, chosen = _read(*given, tuple(plans.values()), (*filters.values(),))
     caches = dict(zip(plans, read, strict=True))
+    last = take_last(tokens, lengths)
     for name, plan in plans.items():
-        yield name, Context(plan, logits, lengths, plan.method.join(caches.pop(name)))
+        cache = plan.method.join(caches.pop(name))
+        yield name, Context(plan, logits, lengths, cache, last)
     for name, kept in zip(filters, chosen, strict=True):
         short, own = keep_tokens(tokens, kept)
         plan = Full().plan(
             model, prompt=kept.shape[1], new_tokens=steps, batch_size=len(lengths)
         )
         after, (again,), _ = _read(model, params, short, own, rows, (plan,))
-        yield name, Context(plan, after, own, plan.method.join(again))
+        cache, last = plan.method.join(again), take_last(short, own)
+        yield name, Context(plan, after, own, cache, last, np.asarray(kept))
+
+
+def take_last(tokens: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Each row's last token."""
+    return jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
 
 
 def _read(

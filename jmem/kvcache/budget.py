@@ -1,15 +1,16 @@
 """A method cut to a number of bytes, so that methods are compared at equal memory.
 
 A policy's `capacity` counts tokens, and not all count the same ones: some the observed
-tokens, some the new ones, some a mean over layers. Bytes are common to all.
+tokens, some the new ones, some a mean over layers; what shortens a prompt counts the
+tokens that it leaves. Bytes are common to all.
 
     budget = Full().plan(model, prompt=2048, new_tokens=64).bytes() // 8
     fitted(SnapKV(), model, budget, prompt=2048, new_tokens=64)   # SnapKV(capacity=...)
 """
 
-import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
-from jmem.kvcache.method import CacheMethod
+from jmem.kvcache.plan import Plan
 from jmem.targets import Target
 
 REACH = 256
@@ -17,7 +18,36 @@ REACH = 256
 half a token a layer and a window: far fewer."""
 
 
-def fitted[Method: CacheMethod](
+@runtime_checkable
+class Sized(Protocol):
+    """What fills a cache of some bytes: a `CacheMethod`, or a `Shorten` before one."""
+
+    @property
+    def filter(self) -> Any:
+        """What shortens a prompt before it is read; None where nothing does."""
+
+    def resize(self, capacity: int) -> Any:
+        """The same with another capacity, in tokens; asked only where it has one.
+
+        Raises:
+          ValueError: it cannot do with so few.
+        """
+        ...
+
+    def plan(
+        self,
+        model,
+        *,
+        prompt: int,
+        new_tokens: int,
+        batch_size: int = 1,
+        target: Target | None = None,
+    ) -> Plan:
+        """The sizes of its cache."""
+        ...
+
+
+def fitted[Method: Sized](
     policy: Method,
     model,
     nbytes: int,
@@ -32,7 +62,8 @@ def fitted[Method: CacheMethod](
     No larger than `prompt + new_tokens`, which is all there is to keep. The model and
     the sizes are those of `CacheMethod.plan`, by which bytes of the device are counted,
     and so is `target`, for whose kernel slots are rounded up. A policy without a
-    capacity, as `Full`, comes back as it is, if it fits.
+    capacity, as `Full`, comes back as it is, if it fits. What shortens a prompt keeps
+    as many tokens as a full cache of those bytes has room for.
 
     Raises:
       ValueError: no capacity fits, or the policy and the model do not go together at
@@ -51,7 +82,8 @@ def fitted[Method: CacheMethod](
 
     name, what = type(policy).__name__, f"{prompt:,} + {new_tokens:,} tokens"
     what += f" a row, {batch_size:,} rows" if batch_size > 1 else ""
-    if not hasattr(policy, "capacity"):
+    given = getattr(policy, "capacity", None)
+    if given is None:
         if (least := size(policy)) > nbytes:
             raise ValueError(
                 f"fitted: nbytes={nbytes:,}, but {name} takes {least:,} bytes for "
@@ -60,8 +92,7 @@ def fitted[Method: CacheMethod](
             )
         return policy
 
-    def at(capacity: int) -> Method:
-        return dataclasses.replace(policy, **{"capacity": capacity})
+    at = policy.resize
 
     def allowed(capacity: int) -> bool:
         try:
@@ -75,7 +106,7 @@ def fitted[Method: CacheMethod](
 
     most = prompt + new_tokens
     if not allowed(most):  # a short prompt, of which the policy keeps all anyway
-        most = max(most, vars(policy)["capacity"])
+        most = max(most, given)
     size(at(most))  # what is wrong with the policy itself is said by itself
     if fits(most):
         return at(most)

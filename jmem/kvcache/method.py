@@ -70,6 +70,15 @@ class CacheMethod(abc.ABC):
         on `target` (None: the CPU).
         """
 
+    @property
+    def filter(self) -> None:
+        """What shortens a prompt before it is read: nothing does."""
+        return None
+
+    def resize(self, capacity: int) -> Any:
+        """The same with another `capacity`, its field; see `jmem.kvcache.budget`."""
+        return dataclasses.replace(self, **{"capacity": capacity})  # pyright: ignore
+
     @abc.abstractmethod
     def begin(self, plan: Any) -> Any:
         """The cache that holds no token, every array in its memory (`Plan.zeros`)."""

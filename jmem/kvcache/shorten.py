@@ -9,16 +9,20 @@ and of caches (`jmem.generate.reading.prefill_for_all`).
 """
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jmem.kvcache.full import Full
 from jmem.kvcache.method import Read
+from jmem.kvcache.plan import Plan
+from jmem.program import Program
 
 
 class Shortened(NamedTuple):
@@ -79,6 +83,42 @@ class Shorten(abc.ABC):
     def basis(self) -> str:
         """Whose scores they are, as a refusal names them."""
         return type(self).__name__
+
+    # As a method among others that are compared (`jmem.kvcache.budget`).
+
+    @property
+    def filter(self) -> "Shorten":
+        """What shortens a prompt before it is read."""
+        return self
+
+    @property
+    def capacity(self) -> int:
+        """Tokens kept, by the name that caches have for it."""
+        return self.tokens
+
+    def resize(self, capacity: int) -> Any:
+        """The same that keeps at most `capacity` tokens."""
+        return dataclasses.replace(self, **{"tokens": capacity})  # pyright: ignore
+
+    def plan(self, model, *, prompt: int, **sizes: Any) -> Plan:
+        """A full cache of what it leaves of a prompt; else as `CacheMethod.plan`."""
+        return Full().plan(model, prompt=min(prompt, self.tokens), **sizes)
+
+    def program(self, model, *, prompt: int, batch_size: int = 1) -> Program:
+        """`choose` over prompts of that length, given all weights, to be measured."""
+
+        def make(key):
+            shape = (batch_size, prompt)
+            tokens = jax.random.randint(key, shape, 0, model.config.vocab_size)
+            return model.init(key), tokens, jnp.full((batch_size,), prompt, jnp.int32)
+
+        def choose(params, tokens, lengths):
+            return self.choose(model, params, tokens, lengths)
+
+        self.check(model)
+        labels = {"weights": (0, ""), "batch": [(1, ""), (2, "")]}
+        args = jax.eval_shape(make, jax.random.key(0))
+        return Program(choose, args, labels=labels, make=make)
 
     def begin(self, tokens: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """What `follow` gets in the first layer."""

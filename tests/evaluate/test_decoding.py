@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_decoder import TINY, random_params
 
-from jmem.evaluate.decoding import answers, losses
+from jmem.evaluate.decoding import answers, continue_text, losses, read_all
 from jmem.generate import decode, reading
 from jmem.generate.decode import generate
 from jmem.kvcache.full import Full
@@ -129,6 +129,26 @@ def test_a_filter_that_keeps_all_has_the_losses_of_the_full_cache():
     found = losses(MODEL, params(), plans(), prompts(), LENGTHS, after, filters=filters)
     np.testing.assert_allclose(found["all"], found["full"], atol=2e-5)
     assert np.abs(found["few"] - found["full"])[:, 0].min() > 1e-3
+
+
+def test_a_last_token_read_again_changes_nothing_where_nothing_was_dropped():
+    """And lets the first token too be answered from what a cut cache kept."""
+    filters = {"few": FILTERS["few"]}
+
+    def continued(**how):
+        given = MODEL, params(), plans(), prompts(), LENGTHS
+        read = read_all(*given, steps=STEPS, filters=filters)
+        return {
+            name: continue_text(MODEL, params(), context, STEPS, **how)
+            for name, context in read
+        }
+
+    once, again = continued(), continued(reread_last=True)
+    for name in ("full", "few"):  # a filter's prompt is cut before it is read at all
+        np.testing.assert_array_equal(again[name], once[name])
+    cut = "streaming_llm"
+    np.testing.assert_array_equal(once[cut][:, 0], once["full"][:, 0])
+    assert (again[cut][:, 0] != once["full"][:, 0]).any(), "not from the cut cache"
 
 
 REFUSED: dict[str, tuple[dict, str]] = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import byte_tokenizer as byte_tokens
 import jax
 import pytest
 from tiny_decoder import TINY, random_params
@@ -27,15 +28,7 @@ def attached(monkeypatch):
 @pytest.fixture(scope="session")
 def byte_tokenizer():
     """A token a byte, and the end token: 257 in all."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer
+    return byte_tokens.byte_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,11 @@ from tiny_decoder import TINY, random_params
 
 import jmem.checkpoints
 from experiments import gemfilter
-from experiments.harness import cli
+from experiments.harness import cli, filters
 from experiments.harness.models import dimensions
 from experiments.harness.run import Run
 from jmem.data.needle import Haystack
-from jmem.evaluate import needle
+from jmem.evaluate import compare, needle
 from jmem.kvcache.gemfilter import (
     GemFilter,
     calibrate_filter_layer,
@@ -35,30 +36,27 @@ PRESETS = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(tmp_path_factory, byte_tokenizer):
     """A Hugging Face folder of a random tiny Llama that reads bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: token for token, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     dims = dataclasses.replace(TINY, vocab_size=264, layers=3, max_positions=256)
     folder = tmp_path_factory.mktemp("own") / "model"
-    jmem.checkpoints.save(random_params(dims, scale=0.1), dims, folder, tokenizer)
+    params = random_params(dims, scale=0.1)
+    jmem.checkpoints.save(params, dims, folder, byte_tokenizer)
     return folder
 
 
-@pytest.fixture(scope="module")
-def corpus():
+@pytest.fixture(scope="module", autouse=True)
+def little_text():
+    """As much of Python's documentation as a tiny model needs, read once."""
     found = jmem.data.python_reference()
-    return found._replace(training=found.training[-2:])
+    little = found._replace(training=found.training[-2:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jmem.data, "python_reference", lambda: little)
+        yield
 
 
-@pytest.fixture
-def config(checkpoint, corpus, monkeypatch):
-    monkeypatch.setattr(jmem.data, "python_reference", lambda: corpus)
+@pytest.fixture(scope="module")
+def config(checkpoint):
     return gemfilter.Config(
         model=str(checkpoint),
         gemfilter=GemFilter(layer=1, tokens=32),
@@ -96,11 +94,23 @@ def cases(config, lengths, seeds):
     return needle.grid(haystack, lengths=lengths, depths=config.depths, seeds=seeds)
 
 
-def test_a_run_of_ones_own_checkpoint(config, tmp_path, monkeypatch):
-    for name in ("report_memory", "report_time", "report_kept"):
-        monkeypatch.setattr(gemfilter, name, lambda *parts: None)
-    folder = run(config, tmp_path)
-    found = tables(folder)
+def run_without_the_rest(config, tmp_path, **more):
+    """All but memory, time, and the answer from staged weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("report_memory", "report_kept"):
+            patch.setattr(gemfilter, name, lambda *parts: None)
+        patch.setattr(filters, "report_time", lambda *parts, **more: None)
+        return run(config, tmp_path, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """The folder of a run of one's own checkpoint."""
+    return run_without_the_rest(config, tmp_path_factory.mktemp("finished"))
+
+
+def test_a_run_of_ones_own_checkpoint(config, finished):
+    found = tables(finished)
     checkpoint = jmem.checkpoints.load(config.model)
     model, params = Decoder(checkpoint.config), checkpoint.params()
 
@@ -110,7 +120,7 @@ def test_a_run_of_ones_own_checkpoint(config, tmp_path, monkeypatch):
     recall = calibrate_filter_layer(model, params, gem, prompts, spans)
     rows = found["Recall of the needle by layer"].values()
     np.testing.assert_allclose([row["50 % kept"] for row in rows], recall, rtol=1e-6)
-    layer = gemfilter.chosen(recall)
+    layer = filters.choose_layer(recall)
 
     rows = found["Needles answered"]
     kinds = ("snapkv", *gemfilter.variants(config, layer=0, tokens=16))
@@ -127,19 +137,38 @@ def test_a_run_of_ones_own_checkpoint(config, tmp_path, monkeypatch):
     assert rows["ends 50 %"]["last token kept"] == 1.0
     assert rows["full"]["needle kept"] is None
     for picture in ("recall", "needles"):
-        assert (folder / f"{picture}.png").stat().st_size > 10_000
+        assert (finished / f"{picture}.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(gemfilter, "layer_recall", None)
-    monkeypatch.setattr(gemfilter, "answers", None)
-    assert run(config, tmp_path, resume=folder) == folder  # and asks nothing twice
-    assert tables(folder)["Needles answered"] == rows
+
+def test_a_finished_run_asks_nothing_twice(config, finished, tmp_path, monkeypatch):
+    again = shutil.copytree(finished, tmp_path / "again")
+    monkeypatch.setattr(filters, "layer_recall", None)
+    monkeypatch.setattr(compare, "read_all", None)
+    assert run_without_the_rest(config, tmp_path, resume=again) == again
+    assert tables(again) == tables(finished)
+
+
+def test_every_contender_has_the_tokens_or_the_bytes_of_a_share(config):
+    """In whole windows, so that all filters keep as many."""
+    config = dataclasses.replace(config, shares=(0.44,), lengths=(150,))
+    bench = gemfilter.open_bench(config)
+    _, contenders = gemfilter.contend(config, bench, bench.tasks[0], layer=1)
+    most = contenders["as given 44 %"].plan.bytes()
+    for name, contender in contenders.items():
+        if contender.filter is not None:
+            assert contender.filter.tokens == 64
+        elif name != "full":
+            assert 0.97 * most < contender.plan.bytes() <= most
 
 
 def test_an_answer_from_staged_weights_and_the_time_to_it(config, tmp_path):
     bench = gemfilter.open_bench(config)
     params = bench.checkpoint.params()
+    gem, prompts = GemFilter(layer=1, tokens=32), [bench.tasks[0].rows[0]]
     with Run("gemfilter", config, runs=tmp_path) as started:
-        gemfilter.report_time(config, started, bench, params, 1)
+        filters.report_time(
+            *(started, bench.model, params, gem, prompts), kept=[80], name="second"
+        )
         gemfilter.report_kept(config, started, bench, params, 1)
     found = tables(started.folder)
     (times,) = found["Seconds to the first token on cpu"].values()
@@ -186,8 +215,8 @@ def test_memory_of_the_phases(config, tmp_path, monkeypatch):
 
 
 def test_the_layer_is_the_first_that_finds_or_else_the_best():
-    assert gemfilter.chosen(np.array([0.2, 0.96, 0.94, 1.0])) == 1
-    assert gemfilter.chosen(np.array([0.2, 0.5, 0.9, 0.9])) == 2
+    assert filters.choose_layer(np.array([0.2, 0.96, 0.94, 1.0])) == 1
+    assert filters.choose_layer(np.array([0.2, 0.5, 0.9, 0.9])) == 2
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -209,15 +238,16 @@ REFUSED = {
     "unknown model": ({"model": "llama3.1-8"}, "did you mean 'llama3.1-8b'"),
     "no such checkpoint": ({"model": "./nowhere"}, "nowhere"),
     "no weights": ({"model": "llama3.1-8b"}, "llama3.1-8b"),
-    "too long": ({"lengths": (250,)}, r"250 tokens and answers of \d+ exceed the 256"),
+    "too long": ({"lengths": (250,)}, r"250 tokens with \d+ to follow exceed the 256"),
     "too short": ({"lengths": (40,)}, "length=40 must lie in"),
     "no room for ends": (
         {"keep_last": 90},
-        "shares=0.5 of a prompt of 160 tokens: GemFilter: .*keep_last=90",
+        r"shares=0\.5 of the full cache for 160 \+ \d+ tokens is too little for ends"
+        r"(.|\n)*keep_last=90",
     ),
     "no room for SnapKV": (
         {"snapkv": SnapKV(window=100, capacity=200)},
-        "shares=0.5 of a prompt of 160 tokens: fitted: .* too small for SnapKV",
+        r"shares=0\.5 .* is too little for snapkv(.|\n)* too small for SnapKV",
     ),
 }
 
@@ -237,9 +267,9 @@ def test_refuses_before_weights_are_read(
     [
         ({"window": 0}, "window=0; need >= 1"),
         ({"chunk": -1}, "chunk=-1; need >= 0"),
-        ({"shares": ()}, r"shares=\(\) must name at least one"),
+        ({"shares": ()}, r"shares=\(\); need one or more"),
         ({"depths": (0.5, 0.5)}, "none twice"),
-        ({"shares": (1.0,)}, r"shares=1.0 must lie within \(0, 1\)"),
+        ({"shares": (1.0,)}, r"shares=\(1\.0,\); need each > 0 and < 1"),
         ({"calibration_seeds": (1,)}, r"share \{1\} with seeds"),
     ],
 )

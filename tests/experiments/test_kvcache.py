@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
+import shutil
 
 import numpy as np
 import pytest
@@ -16,16 +16,18 @@ import jmem
 import jmem.checkpoints
 import jmem.data
 from experiments import kvcache
-from experiments.harness import cli
+from experiments.harness import cli, comparison, needles
 from experiments.harness import config as configs
 from experiments.harness.journal import Journal
 from experiments.harness.run import Run
-from jmem.kvcache.full import Full
+from experiments.harness.settings import Compiled
+from jmem.evaluate import compare
+from jmem.evaluate.continuation import Continuations
+from jmem.evaluate.programs import plan_caches
 from jmem.kvcache.gemfilter import GemFilter
 from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.windowkv import WindowKV
-from jmem.models.decoder import Decoder
 from jmem.targets import resolve
 
 PRESETS = ("llama31_8b_128k", "llama31_8b_8k", "llama3_8b", "long", "qwen25_15b")
@@ -51,7 +53,7 @@ def little_text():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(checkpoint):
     return kvcache.Config(
         model=str(checkpoint),
@@ -69,7 +71,7 @@ def config(checkpoint):
         longbench_tokens=100,
         batch_size=2,
         read_rows=1,
-        compiled=kvcache.Compiled(prompt=96, new_tokens=8),
+        compiled=Compiled(prompt=96, new_tokens=8),
     )
 
 
@@ -96,10 +98,11 @@ ROW = {
 }
 
 
-def test_every_policy_is_compared_and_a_finished_run_is_not_run_again(
-    config, tmp_path, monkeypatch
-):
-    file = tmp_path / "rows.jsonl"
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A config with little to do of everything, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("finished")
+    file = folder / "rows.jsonl"
     rows = [ROW, ROW | {"context": "a cat."}, ROW]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = dataclasses.replace(
@@ -109,47 +112,91 @@ def test_every_policy_is_compared_and_a_finished_run_is_not_run_again(
         lengths=(120,),
         longbench=(file,),
     )
-    folder = run(config, tmp_path)
-    first = report_of(folder)
-    assert first["status"] == "complete"
+    return config, run(config, folder)
+
+
+def test_every_policy_is_compared(finished):
+    _, folder = finished
+    report = report_of(folder)
+    assert report["status"] == "complete"
     names = ["full", "snapkv 50 %", "gemfilter 50 %"]
     for title in ("Needles kept", "Loss of a continuation", "LongBench"):
-        assert list(first["tables"][title]) == names
-    for row in first["tables"]["Loss of a continuation"].values():
+        assert list(report["tables"][title]) == names
+    for row in report["tables"]["Loss of a continuation"].values():
         assert row["perplexity"] == pytest.approx(np.exp(row["loss"]))
-    scores = first["tables"]["LongBench"]["full"]
+    scores = report["tables"]["LongBench"]["full"]
     assert scores.keys() == {"hotpotqa (3)", "mean"}
-    needles = first["tables"]["Needles kept"]
+    needles = report["tables"]["Needles kept"]
     assert needles["full"]["of full"] == 1
     assert 0.4 < needles["gemfilter 50 %"]["of full"] <= 0.5
-    for picture in first["plots"]:
+    for picture in report["plots"]:
         assert (folder / picture).stat().st_size > 10_000
-    assert "TOO FEW" in " ".join(first["notes"])  # it has learnt nothing
-
-    monkeypatch.setattr(kvcache, "answers", None)
-    monkeypatch.setattr(kvcache, "losses", None)
-    again = report_of(run(config, tmp_path, resume=folder))
-    assert again["tables"] == first["tables"]
+    assert "TOO FEW" in " ".join(report["notes"])  # it has learnt nothing
 
 
-def test_a_stopped_run_tells_what_it_has(config, tmp_path, monkeypatch):
-    config = dataclasses.replace(config, only=("snapkv",), passages=0)
-    done = kvcache.answers
+def test_a_finished_run_is_not_run_again(finished, tmp_path, monkeypatch):
+    config, folder = finished
+    again = shutil.copytree(folder, tmp_path / "again")
+    monkeypatch.setattr(compare, "read_all", None)
+    resumed = report_of(run(config, tmp_path, resume=again))
+    assert resumed["tables"] == report_of(folder)["tables"]
 
-    def answers(*given, **more):
-        if given[3].shape[1] == 160:
-            raise KeyboardInterrupt
-        return done(*given, **more)
 
-    monkeypatch.setattr(kvcache, "answers", answers)
+def test_a_stopped_run_tells_what_it_has_and_goes_on(finished, tmp_path, monkeypatch):
+    """It stops before the passages: only needles are known, and only those told."""
+    config, folder = finished
+    stopped = shutil.copytree(folder, tmp_path / "stopped")
+    path = stopped / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert json.loads(lines[0])[0] == "needles 120 0"
+    path.write_text(lines[0])
+
+    def stop(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Continuations, "produce", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path)
-    [folder] = (tmp_path / "kvcache").iterdir()
-    report = report_of(folder)
+        run(config, tmp_path, resume=stopped)
+    report = report_of(stopped)
     assert report["status"] == "interrupted"
-    assert report["tables"]["Needles kept"]["full"].keys() >= {"at 120", "120"}
-    lines = (folder / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)[0] for line in lines] == ["needles 120 0"]
+    assert (
+        report["tables"]["Needles kept"] == report_of(folder)["tables"]["Needles kept"]
+    )
+    assert path.read_text() == lines[0]
+
+
+def test_of_a_task_that_was_stopped_the_first_cases_are_told(config, tmp_path):
+    bench = kvcache.open_bench(dataclasses.replace(config, only=("snapkv",)))
+    task = bench.needles[0].task
+    asked = []
+
+    def read_all(model, params, plans, *given, **more):
+        return ((name, None) for name in plans)
+
+    def produce(model, params, context, prompts):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(prompts.places)
+        return np.zeros((len(prompts.tokens), task.steps), np.int32)
+
+    told = []
+
+    def report(outcomes):
+        told.extend(outcomes)
+        return []
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Run("kvcache", config, runs=tmp_path) as started,
+    ):
+        patch.setattr(compare, "read_all", read_all)
+        patch.setattr(task, "produce", produce)
+        trial = comparison.prepare(task, bench.model, {}, (), batch_size=1)
+        with pytest.raises(KeyboardInterrupt):
+            comparison.examine(started, bench.model, {}, [trial], report)
+    [outcome] = told
+    assert outcome.places == [0]
+    assert outcome.scores["full"].tolist() == [False]
 
 
 def test_a_torn_result_is_made_again(tmp_path):
@@ -163,45 +210,33 @@ def test_a_torn_result_is_made_again(tmp_path):
     assert [json.loads(line)[0] for line in path.read_text().splitlines()] == ["a", "b"]
 
 
-def test_no_contender_has_more_bytes_and_none_could_have_more_room(config):
-    model = Decoder(MODEL)
-    size: Any = {"prompt": 160, "new_tokens": 9, "batch_size": 2}
-    found = kvcache.contenders(config, model, **size)
-    assert len(found) == 1 + 5 * 2
-    whole = Full().plan(model, **size).bytes()
-    slot = whole / (160 + 9)
-    for name, contender in found.items():
-        room = contender.share * whole - contender.plan.bytes()
-        assert room >= 0, name
-        # WindowKV takes whole windows, and PyramidKV's steps are rounded.
-        most = {"windowkv": 8, "pyramidkv": 2}.get(contender.method, 1)
-        assert room < 1.1 * most * slot, name
-        if contender.gem is not None:
-            assert contender.plan.prompt == contender.gem.tokens
-            assert (contender.gem.tokens + 9 + 1) * slot > contender.share * whole
-
-
-def fabricated(config):
-    """A bench, and results of needles as if a model had answered."""
-    bench = kvcache.open_bench(config)
+def fabricate(config):
+    """Outcomes of needles as if a model had answered."""
     hits = {
         # At 120 tokens depths 0 and 1, then at 160.
         "full": [True, True, True, False],
         "snapkv 25 %": [True, False, False, True],
         "snapkv 50 %": [True, True, True, False],
     }
-    done = []
-    for number, work in enumerate(bench.needles):
-        part = slice(2 * number, 2 * number + 2)
-        done.append((work, {name: rows[part] for name, rows in hits.items()}))
-    return bench, done
+    return [
+        comparison.Outcome(
+            *(task, contenders, [0, 1]),
+            {
+                name: np.array(rows[2 * number : 2 * number + 2])
+                for name, rows in hits.items()
+            },
+        )
+        for number, (task, contenders) in enumerate(kvcache.open_bench(config).needles)
+    ]
 
 
 def test_shares_are_of_what_the_full_cache_finds(config, tmp_path):
     config = dataclasses.replace(config, only=("snapkv",))
-    bench, done = fabricated(config)
+    outcomes = fabricate(config)
     with Run("kvcache", config, runs=tmp_path) as started:
-        [panel] = kvcache.report_needles(config, started, bench, done)
+        [panel] = needles.report_kept(
+            *(started, outcomes, ["snapkv"], config.shares), note="Here."
+        )
     report = report_of(started.folder)
     table = report["tables"]["Needles kept"]
     assert (table["full"]["hits"], table["full"]["of"]) == (3, 3)
@@ -219,6 +254,7 @@ def test_shares_are_of_what_the_full_cache_finds(config, tmp_path):
     )
     points = panel.curves["snapkv"]
     assert [point[1] for point in points] == [1 / 3, 1]
+    assert panel.reference == 1
 
 
 def test_measuring_loads_no_weights_and_finds_the_planned_bytes(
@@ -259,9 +295,9 @@ REFUSED = {
         {"shares": (0.05,), "only": ("gemfilter",), "lengths": (), "passages": 1},
         "too little for gemfilter",
     ),
-    "layer": ({"gemfilter": GemFilter(layer=4)}, r"gemfilter\.layer=4 is not below"),
+    "layer": ({"gemfilter": GemFilter(layer=4)}, r"layer=4 is not below"),
     "group": ({"windowkv": WindowKV(group=3)}, "group=3 does not divide"),
-    "passages": ({"passages": 10**6}, "passages=1000000, but the held-out text"),
+    "passages": ({"passages": 10**6}, "passages=1000000, but the text has only"),
     "no file": ({"longbench": (pathlib.Path("nowhere.jsonl"),)}, "nowhere.jsonl"),
     "nothing": ({"lengths": (), "passages": 0}, "no work"),
 }
@@ -286,9 +322,9 @@ def test_refuses_a_malformed_file(config, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"shares": (0.5, 1.0)}, r"shares=1\.0 must lie within \(0, 1\)"),
-        ({"shares": ()}, "shares is empty"),
-        ({"seeds": (1, 1)}, r"seeds=\(1, 1\) names one of them twice"),
+        ({"shares": (0.5, 1.0)}, r"shares=\(0\.5, 1\.0\); need each > 0 and < 1"),
+        ({"shares": ()}, r"shares=\(\); need one or more"),
+        ({"seeds": (1, 1)}, r"seeds=\(1, 1\); need .*none twice"),
         ({"batch_size": 0}, "batch_size=0; need >= 1"),
         ({"continuation": 1}, "continuation=1; need >= 2"),
         ({"passages": -1}, "passages=-1; need >= 0"),
@@ -300,11 +336,9 @@ def test_refuses_settings(changes, message):
 
 
 def test_refuses_compiled_sizes():
-    with pytest.raises(ValueError, match=r"compiled\.chunk=0"):
-        kvcache.Compiled(chunk=0)
-    config = kvcache.Config(compiled=kvcache.Compiled(prompt=8192))
+    config = kvcache.Config(compiled=Compiled(prompt=8192))
     with pytest.raises(ValueError, match=r"prompt=8192 .* exceed the 8,192 positions"):
-        kvcache.build(config, resolve("h200"))
+        kvcache.programs(config, resolve("h200"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -314,8 +348,9 @@ def test_presets_are_read_and_their_plans_made(name, tmp_path):
     saved.write_text(configs.write(config))
     assert configs.read(saved, kvcache.Config()) == config
     target = resolve(config.gpu)
-    model = kvcache.build(config, target)
-    plans = kvcache.cache_plans(model, **kvcache._asked(config), target=target)
+    asked, methods = config.compiled, {"full": config.full} | config.methods
+    model = asked.build(target, config)
+    plans = plan_caches(model, methods, **asked.sizes, target=target)
     full = plans.pop("full").bytes()
     assert all(plan.bytes() < full for plan in plans.values())
 

@@ -7,21 +7,17 @@ import functools
 import json
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import TINY, random_params
+from tiny_decoder import TINY
 
 import jmem
 from experiments import windowkv
-from experiments.harness import cli
+from experiments.harness import cli, recall
 from experiments.harness.run import Run
 from jmem.data.recall import Recall
-from jmem.evaluate.decoding import answers
+from jmem.evaluate.contenders import share_of_full
 from jmem.kvcache import task
-from jmem.kvcache.full import Full
-from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.windowkv import WindowKV
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
@@ -69,7 +65,7 @@ def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
     quick = functools.partial(task.train, steps=3, batch_size=4)
     monkeypatch.setattr(task, "train", quick)
     monkeypatch.setattr(task, "accuracy", functools.partial(task.accuracy, count=2))
-    monkeypatch.setattr(windowkv, "LESSONS", windowkv.LESSONS[:1])
+    monkeypatch.setattr(recall, "STEPS", recall.STEPS[:1])
     monkeypatch.setattr(
         windowkv,
         "policies",
@@ -99,11 +95,13 @@ def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
     classified = report["tables"]["Classifier of tasks"]["byte n-grams"]
     assert 0 <= classified["held-out templates"] <= 1
     assert (folder / "recall.png").stat().st_size > 10_000
-    assert "find: batch 2 of 2" in capsys.readouterr().out
+    assert "find: 2 of 4" in capsys.readouterr().out
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 4  # which a stopped run would not ask again
 
 
 def test_measuring_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(windowkv, "learn", None)
+    monkeypatch.setattr(recall.Small, "learn", None)
     once = functools.partial(jmem.measure, bounds=False)
     monkeypatch.setattr(jmem, "measure", once)
     folder, report = run(CONFIG, tmp_path, measure_only=True)
@@ -115,26 +113,6 @@ def test_measuring_trains_nothing(tmp_path, monkeypatch):
         for part in ("prefill", "decode")
     }
     assert (folder / "memory.png").stat().st_size > 10_000
-
-
-class TestAnswers:
-    MODEL = Decoder(dataclasses.replace(TINY, layers=2))
-
-    def test_of_a_full_cache_are_those_of_the_plain_model(self):
-        """Reading the last token again changes nothing where nothing was dropped."""
-        params = jax.tree.map(jnp.asarray, random_params(self.MODEL.config, scale=0.3))
-        prompts = np.random.default_rng(0).integers(0, 48, (3, 20)).astype(np.int32)
-        size: Any = {"prompt": 20, "new_tokens": 5, "batch_size": 3}
-        cut = StreamingLLM(capacity=6, first=1)
-        plans = tuple(policy.plan(self.MODEL, **size) for policy in (Full(), cut))
-        given = self.MODEL, params
-        whole, streamed = windowkv.answers(*given, plans, prompts, steps=4)
-        lengths = np.full(3, 20, np.int32)
-        named = {"full": plans[0], "cut": plans[1]}
-        plain = answers(*given, named, prompts, lengths, steps=5)
-        np.testing.assert_array_equal(whole, plain["full"][:, :4])
-        np.testing.assert_array_equal(plain["cut"][:, 0], plain["full"][:, 0])
-        assert (streamed[:, 0] != whole[:, 0]).any(), "the first is not from the cut"
 
 
 def found(code: list[list[int]], paper: list[list[int]]) -> dict[str, Any]:
@@ -161,14 +139,14 @@ ALL, NONE, HALF = [1] * 8, [0] * 8, [1, 0] * 4
     ],
 )
 def test_what_is_recommended_follows_the_numbers(code, paper, words):
-    assert words in windowkv.recommendation(CONFIG, found(code, paper))
+    assert words in windowkv.recommend(CONFIG, found(code, paper))
 
 
 def test_a_difference_must_be_more_than_chance():
-    assert windowkv.better(8, 0) == "official_code"
-    assert windowkv.better(0, 8) == "paper"
-    assert windowkv.better(5, 3) is None
-    assert windowkv.better(0, 0) is None
+    assert windowkv.find_better(8, 0) == "official_code"
+    assert windowkv.find_better(0, 8) == "paper"
+    assert windowkv.find_better(5, 3) is None
+    assert windowkv.find_better(0, 0) is None
 
 
 def test_code_and_paper_differ_in_which_tokens_count_and_in_nothing_else():
@@ -183,7 +161,7 @@ def test_every_budget_is_in_bytes_of_the_prompt():
     """And room for the answer is there besides, for all alike."""
     model = Decoder(CONFIG.small.config(CONFIG.recall))
     config = dataclasses.replace(CONFIG, shares=(0.25, 0.5))
-    own = windowkv.contenders(config, model, "find")
+    own = windowkv.contend(config, model, "find").contenders
     whole = own["full"].plan
     answer = whole.bytes() * CONFIG.recall.value // (whole.prompt + whole.new_tokens)
     names = ("streaming_llm", "snapkv", "snapkv unpooled", "pyramidkv")
@@ -193,6 +171,15 @@ def test_every_budget_is_in_bytes_of_the_prompt():
         if name != "full":
             room = contender.share * (whole.bytes() - answer) + answer
             assert 0.8 * room < contender.plan.bytes() <= room + 8
+            assert share_of_full(own, name) <= contender.share
+
+
+def test_no_question_is_drawn_twice():
+    sizes: Any = {"count": 8, "batch_size": 4, "seed": 0}
+    asked = recall.draw_questions(CONFIG.recall, "find", **sizes)
+    assert len({tuple(row) for row in asked.rows}) == 8
+    again = recall.draw_questions(CONFIG.recall, "find", **sizes)
+    np.testing.assert_array_equal(asked.asked.tokens, again.asked.tokens)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -209,10 +196,10 @@ def test_every_preset_builds_its_programs(name):
     [
         ({"tested": 0}, "tested=0; need >= 1"),
         ({"tested": 10}, "tested=10 is no multiple of batch_size=4"),
-        ({"shares": ()}, "must name one or more"),
+        ({"shares": ()}, r"shares=\(\); need one or more"),
         ({"shares": (0.5, 0.5)}, "none twice"),
-        ({"shares": (1.0,)}, r"shares=1.0 must lie within \(0, 1\)"),
-        ({"small": windowkv.Small(effort=0.0)}, "small.effort=0.0 must be positive"),
+        ({"shares": (1.0,)}, r"shares=\(1\.0,\); need each > 0 and < 1"),
+        ({"small": windowkv.Small(effort=0.0)}, "Small: effort=0.0; need > 0"),
     ],
 )
 def test_refusals(given, words):
@@ -223,7 +210,7 @@ def test_refusals(given, words):
 def test_a_budget_below_what_a_policy_observes_is_refused_before_training(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(windowkv, "learn", None)
+    monkeypatch.setattr(recall.Small, "learn", None)
     config = dataclasses.replace(CONFIG, shares=(0.02,))
     with pytest.raises(ValueError, match=r"shares=0\.02 .* too little for snapkv"):
         run(config, tmp_path)

@@ -171,6 +171,14 @@ class GemFilter(Shorten):
         mine = read.layer == self.layer
         return jax.lax.cond(mine, lambda: self.choose_in(read), lambda: chosen)
 
+    def resize(self, capacity: int) -> "GemFilter":
+        """The same that keeps the whole windows of `capacity` tokens."""
+        return dataclasses.replace(self, tokens=capacity // self.window * self.window)
+
+    def program(self, model, *, prompt: int, batch_size: int = 1) -> Program:
+        """`filter_program`: it is given only the weights that it reads."""
+        return filter_program(model, self, prompt=prompt, batch_size=batch_size)
+
     def check(self, model) -> None:
         if self.layer >= model.config.layers:
             raise ValueError(
