@@ -40,7 +40,7 @@ from typing import Any, Literal
 
 from experiments import decode_rate, step_check, step_rate
 from experiments.harness import check, cli, record, tables
-from jmem.evaluate.samples import SAMPLES, Sizes
+from jmem.finetune.samples import SAMPLES, Sizes
 from jmem.memory import protocol
 from jmem.memory.live import LiveReport
 from jmem.program import Program

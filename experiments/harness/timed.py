@@ -6,7 +6,7 @@
     POINTS       experiments.decode_rate  prompts and rows at which each of POLICIES,
                                           the caches, is decoded from
 
-SAMPLES are those of `jmem.evaluate.samples`. Each check is a module that has
+SAMPLES are those of `jmem.finetune.samples`. Each check is a module that has
 `programs(row, target, config)`: the programs of a row, by name, for a described GPU.
 Nothing is on any device before somebody runs them.
 """

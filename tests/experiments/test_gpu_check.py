@@ -17,7 +17,7 @@ from experiments import decode_rate, gpu_check
 from experiments.gpu_check import Command, check_memory, faults, holds, table
 from experiments.harness.claim import read
 from experiments.harness.record import Record
-from jmem.evaluate.samples import SAMPLES
+from jmem.finetune.samples import SAMPLES
 from jmem.kernels.windowed_attention.shapes import SHAPES
 from jmem.memory import protocol
 from jmem.memory.live import LOADED, TERMS, UNEXPLAINED, LiveReport

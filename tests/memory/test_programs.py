@@ -1,4 +1,4 @@
-"""The programs of `jmem.evaluate.samples`, tiny: accounted for to the byte, no GPU."""
+"""The programs of `jmem.finetune.samples`, tiny: accounted for to the byte, no GPU."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import pytest
 from tiny_decoder import TINY
 
-from jmem.evaluate.samples import SAMPLES, Sizes, build, plan_cache
+from jmem.finetune.samples import SAMPLES, Sizes, build, plan_cache
 from jmem.memory import kinds
 from jmem.memory.live import made
 from jmem.memory.measure import NO_TRITON, measure
