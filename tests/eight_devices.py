@@ -88,7 +88,7 @@ def trained(finetuner, model):
     state, losses = start(finetuner, model), []
     place = choose_placement(model, state)
     # The step that `train` runs: compiled once for both, by JAX's cache.
-    step = compile_step(finetuner, model, state, place(Batches().batch(0)))
+    step, _ = compile_step(finetuner, model, state, place(Batches().batch(0)))
     for number in range(STEPS):
         state, metrics = step(state, place(Batches().batch(number)))
         losses.append(float(metrics["loss"]))
