@@ -1,6 +1,8 @@
 """Settings every test shares: one CPU process, strict shapes, no stray threads."""
 
+import gc
 import os
+import pathlib
 
 import balance
 import kept
@@ -20,8 +22,23 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+MOST_MAPPINGS = 20_000
+"""Of the 65,530 mappings of memory that Linux allows a process. Every program that JAX
+keeps takes some, and XLA (0.12) crashes where it gets none for the next one."""
+
+
 def pytest_configure(config):
     config.pluginmanager.register(balance.Balance(), "balance")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Between files compiled programs are let go of, if there are many."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
