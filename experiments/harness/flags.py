@@ -53,6 +53,8 @@ def read[Command](
 
 def _options(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of this type."""
+    if isinstance(hint, typing.TypeAliasType):
+        return _options(hint.__value__)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is bool:
         return {"action": "store_true"}

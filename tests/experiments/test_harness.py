@@ -538,6 +538,7 @@ class Memory:
     devices: int = 1
     host_bytes: int = 0
     compile_seconds: float = 1.5
+    stablehlo_hash: str = "0123"
 
     @property
     def device_bytes(self):
@@ -547,7 +548,7 @@ class Memory:
         return self.device_bytes <= self.usable_bytes - reserve
 
     def to_json(self):
-        fields = ("interval", "argument_bytes", "by_label", "stablehlo_hash")
+        fields = ("interval", "argument_bytes", "by_label")
         more = {"device_bytes": self.device_bytes} | dict.fromkeys(fields)
         return json.dumps(dataclasses.asdict(self) | more)
 
