@@ -24,19 +24,19 @@ def json_lines(path: Path) -> Iterator[Row]:
     Raises:
       DataError: a line that is not UTF-8 or not JSON.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            text = decode(line, path, first_line=number)
-            if not text.strip():
-                continue
-            try:
-                yield place, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{place}: not JSON ({_reason(error)}). A .jsonl file holds one "
-                    "object a line; an array must be written out one element a line."
-                ) from error
+    # Read at once: a caller that refuses a row would leave the file open.
+    for number, line in enumerate(io.BytesIO(path.read_bytes()), start=1):
+        place = f"{path}:{number}"
+        text = decode(line, path, first_line=number)
+        if not text.strip():
+            continue
+        try:
+            yield place, json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{place}: not JSON ({_reason(error)}). A .jsonl file holds one "
+                "object a line; an array must be written out one element a line."
+            ) from error
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
