@@ -266,37 +266,6 @@ def against_bytes(
     return figure
 
 
-def by_layer(
-    curves: Mapping[str, Sequence[float]],
-    layer: int,
-    *,
-    x_label: str,
-    label: str,
-    title: str = "",
-) -> "Figure":
-    """A share for every layer, a curve each; a line at the `layer` that is used."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    figure, axes = _figure(8.0, 4.2)
-    axes.axvline(layer, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
-    axes.annotate(
-        f" layer {layer} is used",
-        (layer, 0.02),
-        color=INK,
-        fontsize=9,
-        xycoords=("data", "axes fraction"),
-    )
-    for index, (name, values) in enumerate(curves.items()):
-        style = curve(index, markersize=5)
-        axes.plot(range(len(values)), values, label=name, **style)
-    axes.set_ylim(0, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(axes, x_label, label, title)
-    axes.legend(frameon=False, loc="upper left")
-    return figure
-
-
 def by_index(
     curves: Mapping[str, Sequence[float]],
     marked: int,

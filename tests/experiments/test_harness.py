@@ -771,7 +771,9 @@ class TestPictures:
 
     def test_a_curve_for_each_share_and_the_layer_that_is_used(self):
         curves = {"12.5 % kept": [0.1, 0.6, 1.0], "50 % kept": [0.5, 1.0, 1.0]}
-        figure = plots.by_layer(curves, 2, x_label="layer", label="recall", title="x")
+        figure = plots.by_index(
+            *(curves, 2), mark="layer 2 is used", index_label="layer", label="recall"
+        )
         assert self.texts(figure) == [" layer 2 is used"]
         [axes] = figure.axes
         drawn = [np.asarray(line.get_ydata()).tolist() for line in axes.lines]
