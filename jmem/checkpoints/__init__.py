@@ -33,6 +33,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jmem.checkpoints import (
+    files,
     gguf,
     huggingface,
     layout,
@@ -41,15 +42,7 @@ from jmem.checkpoints import (
     smollm2,
 )
 from jmem.checkpoints import tokenizer as tokenizer_files
-from jmem.checkpoints.files import (
-    CheckpointError,
-    LazyTensor,
-    must_be_free,
-    parse_json,
-    read_whole,
-    staged,
-    write_text,
-)
+from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.mixlora import Mixture, load_mixlora, save_mixlora
 from jmem.checkpoints.peft import Adapter, load_adapter, save_adapter
 from jmem.models import zoo
@@ -217,7 +210,7 @@ def save(
         )
     tensors = layout.disassemble(config, params)
     dtype = layout.widest(tensors)
-    must_be_free(path)
+    files.must_be_free(path)
     raw = huggingface.render_config(config, dtype, eos_ids)
     texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
     beside = {} if like is None else like.tokenizer_files
@@ -227,10 +220,10 @@ def save(
         beside = tokenizer_files.with_config(beside, config.max_positions, special)
     texts |= beside
     nbytes = layout.total_bytes(tensors) + sum(map(len, texts.values()))
-    with staged(path, nbytes) as stage:
+    with files.staged(path, nbytes) as stage:
         stage.mkdir()
         for name, text in texts.items():
-            write_text(stage / name, text)
+            files.write_text(stage / name, text)
         safetensors.write_folder(stage, tensors, max_shard_bytes)
 
 
@@ -241,24 +234,20 @@ def _end_token(tokenizer: "Tokenizer", eos_ids: tuple[int, ...]) -> dict[str, st
 
 
 def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
-    is_folder = os.path.isdir(path)
-    folder = path if is_folder else path.parent
-    where = folder / "config.json"
-    raw = parse_json(read_whole(where, _CONFIG_LIMIT), str(where))
+    folder, read = path, safetensors.read_folder
+    if not os.path.isdir(path):
+        folder, read = path.parent, safetensors.read_file
+    where, text = folder / "config.json", folder / "tokenizer.json"
+    raw = files.read_json(where, _CONFIG_LIMIT)
     config = huggingface.parse_config(raw, str(where))
-    tensors = (
-        safetensors.read_folder(path) if is_folder else safetensors.read_file(path)
-    )
-    found = _matched(path, config, expect, tensors, "huggingface")
-    text = folder / "tokenizer.json"
+    found = _matched(path, config, expect, read(path), "huggingface")
+    size = config.vocab_size
     return Checkpoint(
         path=path,
         config=config,
         dtype=_stored_dtype(found),
-        tokenizer=tokenizer_files.from_json(text, config.vocab_size)
-        if text.exists()
-        else None,
-        eos_ids=_stated_eos(raw, config.vocab_size, folder),
+        tokenizer=tokenizer_files.from_json(text, size) if text.exists() else None,
+        eos_ids=_stated_eos(raw, size, folder),
         tokenizer_files=tokenizer_files.files_beside(folder),
         tensors=found,
     )
@@ -266,17 +255,17 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
 
 def _open_gguf(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     source = gguf.read_file(path)
-    config = llamacpp.parse_config(source)
+    config, metadata = llamacpp.parse_config(source), source.metadata
     tensors = llamacpp.decoder_tensors(source, config)
     found = _matched(path, config, expect, tensors, "gguf")
     return Checkpoint(
         path=path,
         config=config,
         dtype=_stored_dtype(found),
-        tokenizer=tokenizer_files.from_gguf(source.metadata, config.vocab_size, path),
+        tokenizer=tokenizer_files.from_gguf(metadata, config.vocab_size, path),
         eos_ids=llamacpp.parse_eos(source, config.vocab_size),
         tokenizer_files=tokenizer_files.files_of_gguf(
-            source.metadata, config.max_positions, path
+            metadata, config.max_positions, path
         ),
         tensors=found,
     )
@@ -292,7 +281,7 @@ def _stated_eos(
     ids = huggingface.parse_eos(raw, vocab_size, str(folder / "config.json"))
     path = folder / "generation_config.json"
     if path.exists():
-        more = parse_json(read_whole(path, _CONFIG_LIMIT), str(path))
+        more = files.read_json(path, _CONFIG_LIMIT)
         ids += huggingface.parse_eos(more, vocab_size, str(path))
     return tuple(dict.fromkeys(ids))
 

@@ -5,17 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jmem.checkpoints import layout, safetensors
-from jmem.checkpoints.fields import unsupported
-from jmem.checkpoints.files import (
-    CheckpointError,
-    LazyTensor,
-    must_be_free,
-    parse_json,
-    read_whole,
-    staged,
-    write_text,
-)
+from jmem.checkpoints import files, layout, safetensors
+from jmem.checkpoints.fields import Fields
+from jmem.checkpoints.files import CheckpointError, LazyTensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -25,14 +17,24 @@ _CONFIG_LIMIT = 1 << 24
 """Longest adapter_config.json, in bytes."""
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """The fields of adapter_config.json, and its place for error messages.
+def read_config(folder: Path) -> Fields:
+    """The fields of adapter_config.json.
 
     Raises:
       CheckpointError: it is absent, too long, or not a JSON object.
     """
     where = folder / CONFIG
-    return parse_json(read_whole(where, _CONFIG_LIMIT), str(where)), str(where)
+    return Fields(files.read_json(where, _CONFIG_LIMIT), str(where))
+
+
+def read_settings(given: Fields) -> dict[str, Any]:
+    """rank, alpha, rslora and dropout, which every kind has."""
+    return {
+        "rank": given.size("r"),
+        "alpha": given.number("lora_alpha"),
+        "rslora": given.flag("use_rslora"),
+        "dropout": given.probability("lora_dropout", 0.0),
+    }
 
 
 def read_weights(folder: Path, way_out: str) -> dict[str, LazyTensor]:
@@ -50,15 +52,15 @@ def read_weights(folder: Path, way_out: str) -> dict[str, LazyTensor]:
     return safetensors.read_file(folder / WEIGHTS)
 
 
-def base_of(raw: Mapping[str, Any], where: str) -> str | None:
+def base_of(given: Fields) -> str | None:
     """The model that an adapter was trained on, as its configuration says.
 
     Raises:
       CheckpointError: it says something that is no name.
     """
-    base = raw.get("base_model_name_or_path")
+    base = given.get("base_model_name_or_path")
     if not isinstance(base, str | None):
-        raise unsupported(where, "base_model_name_or_path", base, "a name")
+        raise given.refusal("base_model_name_or_path", base, "a name")
     return base
 
 
@@ -73,8 +75,10 @@ def write(folder: Path, raw: Mapping[str, Any], tensors: Sequence[LazyTensor]) -
     Raises:
       CheckpointError: it exists and is not empty, or cannot be written.
     """
-    must_be_free(folder)
-    with staged(folder, layout.total_bytes(tensors)) as stage:
+    files.must_be_free(folder)
+    with files.staged(folder, layout.total_bytes(tensors)) as stage:
         stage.mkdir()
-        write_text(stage / CONFIG, json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        files.write_text(
+            stage / CONFIG, json.dumps(raw, indent=2, sort_keys=True) + "\n"
+        )
         safetensors.write(stage / WEIGHTS, tensors)

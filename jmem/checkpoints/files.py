@@ -55,15 +55,13 @@ def open_file(path: Path) -> tuple[BufferedReader, int]:
       CheckpointError: absent, unreadable, or not a regular file (a pipe would hang).
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a regular file.")
-        # The caller closes it.
-        file = open(path, "rb")  # noqa: SIM115
-        return file, os.fstat(file.fileno()).st_size
+        if stat.S_ISREG(os.stat(path).st_mode):
+            # The caller closes it.
+            file = open(path, "rb")  # noqa: SIM115
+            return file, os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path}: cannot be read ({error}).") from error
+    raise CheckpointError(f"{path}: not a regular file.")
 
 
 def read_span(path: Path, offset: int, length: int) -> np.ndarray:
@@ -127,6 +125,11 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
             f"{where}: holds a JSON {type(value).__name__}, not an object."
         )
     return value
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes (`parse_json`)."""
+    return parse_json(read_whole(path, limit), str(path))
 
 
 def must_be_free(folder: Path) -> None:

@@ -29,24 +29,23 @@ def joined(pairs: Sequence[Pair | None]) -> Pair:
     None of them is None where they have magnitudes.
     """
     present = [pair for pair in pairs if pair is not None]
+    a, b = present[0]["lora_a"], present[0]["lora_b"]
+    zeros = {"lora_a": np.zeros_like(a), "lora_b": np.zeros_like(b)}
+    filled = [pair or zeros for pair in pairs]
+    if all(pair["lora_a"].tobytes() == a.tobytes() for pair in present):
+        b = np.concatenate([pair["lora_b"] for pair in filled], axis=-1)
+    else:
+        layers, rank, outputs = b.shape
+        blocks = np.zeros((layers, len(pairs), rank, len(pairs), outputs), b.dtype)
+        for i, pair in enumerate(filled):
+            blocks[:, i, :, i] = pair["lora_b"]
+        a = np.concatenate([pair["lora_a"] for pair in filled], axis=-1)
+        b = blocks.reshape(layers, len(pairs) * rank, len(pairs) * outputs)
+    found = {"lora_a": a, "lora_b": b}
     if "magnitude" in present[0]:
         lengths = [pair["magnitude"] for pair in present]
-        bare = [_without(pair) for pair in present]
-        return joined(bare) | {"magnitude": np.concatenate(lengths, axis=-1)}
-    a, b = present[0]["lora_a"], present[0]["lora_b"]
-    if all(pair["lora_a"].tobytes() == a.tobytes() for pair in present):
-        thirds = [
-            np.zeros_like(b) if pair is None else pair["lora_b"] for pair in pairs
-        ]
-        return {"lora_a": a, "lora_b": np.concatenate(thirds, axis=-1)}
-    stacked = [np.zeros_like(a) if pair is None else pair["lora_a"] for pair in pairs]
-    layers, rank, outputs = b.shape
-    blocks = np.zeros((layers, len(pairs), rank, len(pairs), outputs), b.dtype)
-    for i, pair in enumerate(pairs):
-        if pair is not None:
-            blocks[:, i, :, i] = pair["lora_b"]
-    whole = blocks.reshape(layers, len(pairs) * rank, len(pairs) * outputs)
-    return {"lora_a": np.concatenate(stacked, axis=-1), "lora_b": whole}
+        found["magnitude"] = np.concatenate(lengths, axis=-1)
+    return found
 
 
 def cut(pair: Pair, parts: int, rank: int) -> list[Pair | None]:
@@ -54,36 +53,22 @@ def cut(pair: Pair, parts: int, rank: int) -> list[Pair | None]:
 
     One with a magnitude does learn, and stays.
     """
-    if "magnitude" in pair:
-        bare, zeros = _without(pair), _zeros(pair, parts, rank)
-        found = [own or zeros for own in cut(bare, parts, rank)]
-        lengths = np.split(pair["magnitude"], parts, axis=-1)
-        return [own | {"magnitude": part} for own, part in zip(found, lengths)]
     a, b = pair["lora_a"], pair["lora_b"]
+    found = [{"lora_a": a, "lora_b": third} for third in np.split(b, parts, axis=-1)]
+    learns = [True] * parts
     if a.shape[-1] == parts * rank:
         blocks = _blocks(b, parts, rank)
         own = [
             {"lora_a": piece, "lora_b": blocks[i, i]}
             for i, piece in enumerate(np.split(a, parts, axis=-1))
         ]
-        alive = [one if any(map(np.any, one.values())) else None for one in own]
+        alive = [any(map(np.any, one.values())) for one in own]
         if any(alive) and not blocks[~np.eye(parts, dtype=bool)].any():
-            return alive
-    return [{"lora_a": a, "lora_b": third} for third in np.split(b, parts, axis=-1)]
-
-
-def _without(pair: Pair) -> Pair:
-    return {name: value for name, value in pair.items() if name != "magnitude"}
-
-
-def _zeros(pair: Pair, parts: int, rank: int) -> Pair:
-    a, b = pair["lora_a"], pair["lora_b"]
-    layers, inputs, _ = a.shape
-    outputs = b.shape[-1] // parts
-    return {
-        "lora_a": np.zeros((layers, inputs, rank), a.dtype),
-        "lora_b": np.zeros((layers, rank, outputs), b.dtype),
-    }
+            found, learns = own, alive
+    if "magnitude" in pair:
+        lengths = np.split(pair["magnitude"], parts, axis=-1)
+        return [one | {"magnitude": part} for one, part in zip(found, lengths)]
+    return [one if alive else None for one, alive in zip(found, learns)]
 
 
 def _blocks(

@@ -62,8 +62,8 @@ def read_file(path: Path) -> Gguf:
                 "version 2 or 3, little-endian."
             )
         tensor_count, field_count = header.number("Q"), header.number("Q")
-        metadata = dict(header.unique(_fields(header, field_count), "metadata key"))
-        infos = dict(header.unique(_infos(header, tensor_count), "tensor"))
+        metadata = header.collect(_fields(header, field_count), "metadata key")
+        infos = header.collect(_infos(header, tensor_count), "tensor")
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{path}: is one of {metadata['split.count']} parts. Merge them first with "
@@ -149,13 +149,14 @@ class _Header:
                 "truncated or damaged; copy it again."
             )
 
-    def unique(self, pairs: Iterator[tuple[str, Any]], what: str):
-        seen = set()
+    def collect(self, pairs: Iterator[tuple[str, Any]], what: str) -> dict[str, Any]:
+        """The pairs as a dict; refuses a name that appears twice."""
+        found = {}
         for name, value in pairs:
-            if name in seen:
+            if name in found:
                 raise CheckpointError(f"{self.path}: {what} {name!r} appears twice.")
-            seen.add(name)
-            yield name, value
+            found[name] = value
+        return found
 
 
 def _fields(header: _Header, count: int) -> Iterator[tuple[str, Any]]:

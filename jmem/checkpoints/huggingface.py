@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jmem.checkpoints import fields, names, rotary
-from jmem.checkpoints.fields import unsupported
+from jmem.checkpoints import names, rotary
+from jmem.checkpoints.fields import Fields
 from jmem.checkpoints.files import CheckpointError
 from jmem.models.config import DecoderConfig
 
@@ -29,6 +29,28 @@ ARCHITECTURES: Mapping[str, str] = {
     "opt": "OPTForCausalLM",
 }
 """Supported model_type, and the one class of it that is a language model."""
+
+_SIZES: Mapping[str, str] = {
+    "heads": "num_attention_heads",
+    "hidden": "hidden_size",
+    "vocab_size": "vocab_size",
+    "layers": "num_hidden_layers",
+    "kv_heads": "num_key_value_heads",
+    "intermediate": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+"""Sizes that every kind states, and what most of them call these."""
+_OWN_SIZES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "heads": "n_head",
+        "hidden": "n_embd",
+        "layers": "n_layer",
+        "intermediate": "n_inner",
+        "max_positions": "n_positions",
+    },
+    "opt": {"intermediate": "ffn_dim"},
+}
+"""What others call them."""
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -75,140 +97,124 @@ def parse_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
       CheckpointError: an architecture or field that `Decoder` does not compute, or a
         value out of range; names the field, its value and what is supported.
     """
-    kind = raw.get("model_type")
+    given = Fields(raw, where)
+    kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise unsupported(where, "model_type", kind, " or ".join(ARCHITECTURES))
-    classes = raw.get("architectures") or [ARCHITECTURES[kind]]
+        raise given.refusal("model_type", kind, " or ".join(ARCHITECTURES))
+    classes = given.get("architectures") or [ARCHITECTURES[kind]]
     if classes != [ARCHITECTURES[kind]]:
-        raise unsupported(where, "architectures", classes, f"[{ARCHITECTURES[kind]}]")
-    fields.neutral(raw, _NEUTRAL[kind], where)
-    fields.neutral(raw, _ALL_NEUTRAL, where)
-    parse = {"gpt2": _gpt2, "opt": _opt, "phi": _phi}.get(kind, _llama)
-    try:
-        return DecoderConfig(**parse(raw, kind, where))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise given.refusal("architectures", classes, f"[{ARCHITECTURES[kind]}]")
+    given.check_neutral(_NEUTRAL[kind])
+    given.check_neutral(_ALL_NEUTRAL)
+    parse = {"gpt2": _parse_gpt2, "opt": _parse_opt, "phi": _parse_phi}
+    sizes = _parse_sizes(given, kind)
+    own = parse.get(kind, _parse_llama)(given, kind, sizes)
+    with given.named():
+        return DecoderConfig(**(sizes | own))
 
 
-def _llama(raw: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    """Fields of llama, mistral and qwen2."""
-    heads = fields.size(raw, "num_attention_heads", where)
-    hidden = fields.size(raw, "hidden_size", where)
-    # Other kinds have a constant as default, and always state the field.
-    kv_heads = heads if kind == "llama" else None
+def _size_names(kind: str) -> dict[str, str]:
+    """A kind's name for each of the sizes that it states."""
+    found = {**_SIZES, **_OWN_SIZES.get(kind, {})}
+    if kind in ("gpt2", "opt"):
+        del found["kv_heads"]  # as many as there are heads
+    return found
+
+
+def _parse_sizes(given: Fields, kind: str) -> dict[str, Any]:
+    """The sizes, by our names of them."""
+    sizes: dict[str, Any] = {}
+    for field, name in _size_names(kind).items():
+        default = None
+        if field == "kv_heads" and kind in ("llama", "phi"):
+            # Mistral and Qwen2 have a constant as default, and always state the field.
+            default = sizes["heads"]
+        if field == "intermediate" and kind == "gpt2":
+            default = 4 * sizes["hidden"]
+        sizes[field] = given.size(name, default)
+    return sizes
+
+
+def _parse_llama(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of llama, mistral and qwen2 beside their sizes."""
+    hidden, heads = sizes["hidden"], sizes["heads"]
     head_dim = hidden // heads if hidden % heads == 0 else None
-    max_positions = fields.size(raw, "max_position_embeddings", where)
-    theta, scaling, share = rotary.parse(raw, max_positions, where)
+    theta, scaling, share = rotary.parse(given, sizes["max_positions"])
     if share != 1:
-        raise unsupported(where, "partial_rotary_factor", share, "1.0")
+        raise given.refusal("partial_rotary_factor", share, "1.0")
     return {
-        "vocab_size": fields.size(raw, "vocab_size", where),
-        "layers": fields.size(raw, "num_hidden_layers", where),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": fields.size(raw, "num_key_value_heads", where, kv_heads),
-        "head_dim": fields.size(raw, "head_dim", where, head_dim),
-        "intermediate": fields.size(raw, "intermediate_size", where),
-        "max_positions": max_positions,
+        "head_dim": given.size("head_dim", head_dim),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "sliding_window": _window(raw, kind, max_positions, where),
-        "rms_eps": fields.number(raw, "rms_norm_eps", where),
-        "tied": bool(raw.get("tie_word_embeddings", False)),
+        "sliding_window": _window(given, kind, sizes["max_positions"]),
+        "rms_eps": given.number("rms_norm_eps"),
+        "tied": bool(given.get("tie_word_embeddings", False)),
         "qkv_bias": kind == "qwen2",
     }
 
 
-def _phi(raw: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    del kind
-    heads = fields.size(raw, "num_attention_heads", where)
-    hidden = fields.size(raw, "hidden_size", where)
-    head_dim = _head_dim(hidden, heads, "num_attention_heads", where)
-    max_positions = fields.size(raw, "max_position_embeddings", where)
-    theta, scaling, share = rotary.parse(raw, max_positions, where, share=0.5)
-    rotary_dim = int(head_dim * share)
-    return _plain(raw, "hidden_act", "gelu_new", where) | {
-        "vocab_size": fields.size(raw, "vocab_size", where),
-        "layers": fields.size(raw, "num_hidden_layers", where),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": fields.size(raw, "num_key_value_heads", where, heads),
-        "head_dim": head_dim,
-        "intermediate": fields.size(raw, "intermediate_size", where),
-        "max_positions": max_positions,
+def _parse_phi(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    found = _parse_plain(given, kind, sizes)
+    theta, scaling, share = rotary.parse(given, sizes["max_positions"], share=0.5)
+    rotary_dim = int(found["head_dim"] * share)
+    return found | {
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rotary_dim": None if rotary_dim == head_dim else rotary_dim,
-        "rms_eps": fields.number(raw, "layer_norm_eps", where, 1e-5),
+        "rotary_dim": None if rotary_dim == found["head_dim"] else rotary_dim,
+        "rms_eps": given.number("layer_norm_eps", 1e-5),
         "parallel": True,
         "head_bias": True,
     }
 
 
-def _gpt2(raw: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    del kind
-    heads = fields.size(raw, "n_head", where)
-    hidden = fields.size(raw, "n_embd", where)
-    found = _plain(raw, "activation_function", "gelu_new", where) | {
-        "vocab_size": fields.size(raw, "vocab_size", where),
-        "layers": fields.size(raw, "n_layer", where),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": _head_dim(hidden, heads, "n_head", where),
-        "intermediate": fields.size(raw, "n_inner", where, 4 * hidden),
-        "max_positions": fields.size(raw, "n_positions", where),
-        "positions": "learned",
-        "rms_eps": fields.number(raw, "layer_norm_epsilon", where, 1e-5),
-        "tied": bool(raw.get("tie_word_embeddings", True)),
-    }
+def _parse_gpt2(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    found = _parse_learned(given, kind, sizes)
     if found["activation"] == "relu":  # its tensors would be taken for OPT's
         supported = "gelu_new, gelu or silu"
-        raise unsupported(where, "activation_function", "relu", supported)
-    return found
+        raise given.refusal("activation_function", "relu", supported)
+    eps = given.number("layer_norm_epsilon", 1e-5)
+    return found | {"rms_eps": eps}
 
 
-def _opt(raw: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
-    del kind
-    heads = fields.size(raw, "num_attention_heads", where)
-    hidden = fields.size(raw, "hidden_size", where)
-    width = fields.size(raw, "word_embed_proj_dim", where, hidden)
+def _parse_opt(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    hidden = sizes["hidden"]
+    width = given.size("word_embed_proj_dim", hidden)
     if width != hidden:
         supported = f"{hidden}, the hidden_size (opt-350m projects)"
-        raise unsupported(where, "word_embed_proj_dim", width, supported)
-    bias = raw.get("enable_bias", True)
+        raise given.refusal("word_embed_proj_dim", width, supported)
+    bias = given.get("enable_bias", True)
     if type(bias) is not bool:
-        raise unsupported(where, "enable_bias", bias, "true or false")
-    activation = raw.get("activation_function", "relu")
+        raise given.refusal("enable_bias", bias, "true or false")
+    activation = given.get("activation_function", "relu")
     if activation != "relu":  # its tensors would be taken for GPT-2's
-        raise unsupported(where, "activation_function", activation, "'relu'")
-    return _plain(raw, "activation_function", "relu", where) | {
-        "vocab_size": fields.size(raw, "vocab_size", where),
-        "layers": fields.size(raw, "num_hidden_layers", where),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": heads,
-        "head_dim": _head_dim(hidden, heads, "num_attention_heads", where),
-        "intermediate": fields.size(raw, "ffn_dim", where),
-        "max_positions": fields.size(raw, "max_position_embeddings", where),
+        raise given.refusal("activation_function", activation, "'relu'")
+    biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), bias)
+    return _parse_learned(given, kind, sizes) | biases
+
+
+def _parse_learned(
+    given: Fields, kind: str, sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """What gpt2 and opt share: a learned table of positions, keys for every head."""
+    return _parse_plain(given, kind, sizes) | {
+        "kv_heads": sizes["heads"],
         "positions": "learned",
-        "tied": bool(raw.get("tie_word_embeddings", True)),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "mlp_bias": bias,
+        "tied": bool(given.get("tie_word_embeddings", True)),
     }
 
 
-def _plain(
-    raw: Mapping[str, Any], field: str, default: str, where: str
-) -> dict[str, Any]:
+def _parse_plain(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What phi, gpt2 and opt share: LayerNorms, an MLP of two maps, biases."""
-    activation = raw.get(field, default)
+    hidden, heads = sizes["hidden"], sizes["heads"]
+    if hidden % heads:
+        supported = f"a divisor of the width, {hidden}"
+        raise given.refusal(_size_names(kind)["heads"], heads, supported)
+    field = "hidden_act" if kind == "phi" else "activation_function"
+    activation = given.get(field, "relu" if kind == "opt" else "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise unsupported(where, field, activation, " or ".join(ACTIVATIONS))
+        raise given.refusal(field, activation, " or ".join(ACTIVATIONS))
     return {
+        "head_dim": hidden // heads,
         "norm": "layer",
         "gated": False,
         "activation": ACTIVATIONS[activation],
@@ -218,23 +224,17 @@ def _plain(
     }
 
 
-def _head_dim(hidden: int, heads: int, field: str, where: str) -> int:
-    if hidden % heads:
-        supported = f"a divisor of the width, {hidden}"
-        raise unsupported(where, field, heads, supported)
-    return hidden // heads
-
-
 def parse_eos(raw: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
     """Ids that end a text: `eos_token_id`, which may be one, several or none.
 
     Raises:
       CheckpointError: anything else, or an id beyond the vocabulary.
     """
-    value = raw.get("eos_token_id")
+    given = Fields(raw, where)
+    value = given.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise unsupported(where, "eos_token_id", value, f"ids below {vocab_size}")
+        raise given.refusal("eos_token_id", value, f"ids below {vocab_size}")
     return tuple(ids)
 
 
@@ -254,12 +254,12 @@ def render_config(
     kind = names.family(config)
     if kind == "llama":
         kind = _llama_kind(config)
-    own = {"gpt2": _gpt2_fields, "opt": _opt_fields, "phi": _phi_fields}
+    sizes = {name: getattr(config, field) for field, name in _size_names(kind).items()}
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        **own.get(kind, _llama_fields)(config),
+        **sizes,
+        **_own_fields(config, kind),
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "eos_token_id": list(eos_ids)
@@ -280,89 +280,57 @@ def _llama_kind(config: DecoderConfig) -> str:
     return "mistral"
 
 
-def _shared_fields(config: DecoderConfig) -> dict[str, Any]:
-    """Fields that llama, mistral, qwen2 and phi write alike."""
-    return {
-        "num_hidden_layers": config.layers,
-        "hidden_size": config.hidden,
-        "intermediate_size": config.intermediate,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "max_position_embeddings": config.max_positions,
+def _own_fields(config: DecoderConfig, kind: str) -> dict[str, Any]:
+    """What a kind writes beside its sizes."""
+    if kind == "gpt2":
+        return {
+            "activation_function": config.activation,
+            "layer_norm_epsilon": config.rms_eps,
+        }
+    if kind == "opt":
+        return {
+            "word_embed_proj_dim": config.hidden,
+            "activation_function": config.activation,
+            "do_layer_norm_before": True,
+            "enable_bias": config.mlp_bias,
+        }
+    found = {
         "rope_theta": config.rope_theta,
         "rope_scaling": rotary.render(config.rope_scaling),
-    }
-
-
-def _llama_fields(config: DecoderConfig) -> dict[str, Any]:
-    window = config.sliding_window
-    return _shared_fields(config) | {
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_eps,
-        **({} if window is None else {"sliding_window": window}),
-    }
-
-
-def _phi_fields(config: DecoderConfig) -> dict[str, Any]:
-    turning = config.rope.channels
-    share = turning / config.head_dim
-    if int(share * config.head_dim) < turning:  # read so, it would lose a channel
-        share = math.nextafter(share, 1.0)
-    return _shared_fields(config) | {
-        "partial_rotary_factor": share,
         "hidden_act": config.activation,
-        "layer_norm_eps": config.rms_eps,
     }
+    if kind == "phi":
+        turning = config.rope.channels
+        share = turning / config.head_dim
+        if int(share * config.head_dim) < turning:  # read so, it would lose a channel
+            share = math.nextafter(share, 1.0)
+        return found | {
+            "partial_rotary_factor": share,
+            "layer_norm_eps": config.rms_eps,
+        }
+    if config.sliding_window is not None:
+        found["sliding_window"] = config.sliding_window
+    return found | {"head_dim": config.head_dim, "rms_norm_eps": config.rms_eps}
 
 
-def _gpt2_fields(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "n_layer": config.layers,
-        "n_embd": config.hidden,
-        "n_inner": config.intermediate,
-        "n_head": config.heads,
-        "n_positions": config.max_positions,
-        "activation_function": config.activation,
-        "layer_norm_epsilon": config.rms_eps,
-    }
-
-
-def _opt_fields(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": config.layers,
-        "hidden_size": config.hidden,
-        "word_embed_proj_dim": config.hidden,
-        "ffn_dim": config.intermediate,
-        "num_attention_heads": config.heads,
-        "max_position_embeddings": config.max_positions,
-        "activation_function": config.activation,
-        "do_layer_norm_before": True,
-        "enable_bias": config.mlp_bias,
-    }
-
-
-def _window(
-    raw: Mapping[str, Any], kind: str, max_positions: int, where: str
-) -> int | None:
+def _window(given: Fields, kind: str, max_positions: int) -> int | None:
     """The sliding window in positions; None if it covers all `max_positions`."""
-    layer_types = raw.get("layer_types") or ["full_attention"]
+    layer_types = given.get("layer_types") or ["full_attention"]
     if not isinstance(layer_types, list) or any(
         layer != "full_attention" for layer in layer_types
     ):
-        raise unsupported(where, "layer_types", layer_types, "full_attention")
+        raise given.refusal("layer_types", layer_types, "full_attention")
     # MistralConfig's default is 4096; Llama has none, Qwen2's is behind a switch.
-    window = raw.get("sliding_window", 4096 if kind == "mistral" else None)
-    if kind == "llama" or (kind == "qwen2" and not raw.get("use_sliding_window")):
+    window = given.get("sliding_window", 4096 if kind == "mistral" else None)
+    if kind == "llama" or (kind == "qwen2" and not given.get("use_sliding_window")):
         return None
     if window is None:
         return None
-    window = fields.size({"sliding_window": window}, "sliding_window", where)
+    window = given.size("sliding_window", 4096)
     if window >= max_positions:
         return None
     if kind == "qwen2":  # in the layers from max_window_layers on
-        raise unsupported(
-            where,
+        raise given.refusal(
             "sliding_window",
             window,
             "a window in every layer (mistral) or none. Up to the window's length it "

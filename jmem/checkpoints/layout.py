@@ -10,6 +10,7 @@ Memory   `assemble` fills one stacked leaf at a time, in place on the device: th
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,8 @@ import numpy as np
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.names import Leaf, Naming, family, leaves
 from jmem.models.config import DecoderConfig
+from jmem.nn import quantised
 from jmem.nn.maps import insert
-from jmem.nn.quantised import (
-    GGUF,
-    KINDS,
-    PACKERS,
-    check_blocks,
-    check_packer,
-    packed_rows,
-)
 from jmem.program import by_key
 
 WEIGHT_DTYPES = tuple(np.dtype(d) for d in ("float32", ml_dtypes.bfloat16, "float16"))
@@ -43,6 +37,39 @@ _NOT_PARAMETERS = re.compile(
 def _bare(name: str) -> str:
     """The tensor's name in a file of the model without its language-model head."""
     return re.sub(r"^(model|transformer)\.", "", name)
+
+
+def take(
+    tensors: Mapping[str, LazyTensor],
+    name: str,
+    shape: tuple[int, ...],
+    where: str,
+    needs: str,
+    otherwise: str,
+    kind: str = "weights",
+) -> LazyTensor:
+    """The tensor of this name and shape, of a dtype that weights have.
+
+    `where` is the file that should hold it. Of the message, `needs` says what demands
+    the shape ("; r=4 needs shape"), and `otherwise` what a file without it may be.
+
+    Raises:
+      CheckpointError: there is none, or it has another shape or dtype.
+    """
+    tensor = tensors.get(name)
+    where = f"{tensor.origin if tensor else where}: tensor {name!r}"
+    if tensor is None or tensor.shape != shape:
+        given = "is missing" if tensor is None else f"has shape {tensor.shape}"
+        raise CheckpointError(f"{where} {given}{needs} {shape}. {otherwise}")
+    check_dtype(where, tensor.dtype, kind)
+    return tensor
+
+
+def check_dtype(what: str, dtype: np.dtype, kind: str = "weights") -> None:
+    """Refuses a dtype that weights do not have; `what` has it."""
+    if dtype not in WEIGHT_DTYPES:
+        known = _listed(WEIGHT_DTYPES)
+        raise CheckpointError(f"{what} has dtype {dtype}; {kind} are {known}.")
 
 
 def match(
@@ -69,25 +96,15 @@ def match(
         members = []
         for name in leaf.names(naming, config.layers):
             name = _bare(name) if bare else name
-            tensor = tensors.get(name)
-            if tensor is None:
-                raise CheckpointError(
-                    f"{origin}: tensor {name!r} is missing; {where} needs it with "
-                    f"shape {leaf.stored_shape}. It is the checkpoint of another "
-                    "model, or not whole."
+            needs = f", but {where} needs"
+            if name not in tensors:
+                needs = f"; {where} needs it with shape"
+            members.append(
+                take(
+                    *(tensors, name, leaf.stored_shape, origin, needs),
+                    "It is the checkpoint of another model, or not whole.",
                 )
-            if tensor.shape != leaf.stored_shape:
-                raise CheckpointError(
-                    f"{tensor.origin}: tensor {name!r} has shape {tensor.shape}, but "
-                    f"{where} needs {leaf.stored_shape}. It is the checkpoint of "
-                    "another model."
-                )
-            if tensor.dtype not in WEIGHT_DTYPES:
-                raise CheckpointError(
-                    f"{tensor.origin}: tensor {name!r} has dtype {tensor.dtype}; "
-                    f"weights are {_listed(WEIGHT_DTYPES)}. Dequantise it first."
-                )
-            members.append(tensor)
+            )
             used.add(name)
         found[leaf.path] = tuple(members)
     for name, tensor in tensors.items():
@@ -139,32 +156,29 @@ def assemble(
         kinds = sorted({t.kind or str(t.dtype) for t in tensors})
         raise CheckpointError(
             f"{tensors[0].origin}: no linear map can stay packed, as its tensors are "
-            f"of the types {', '.join(kinds)}. Supported are {', '.join(GGUF)}. Load "
-            f"it with packed=False, or quantise it, packed={next(iter(PACKERS))!r}."
+            f"of the types {', '.join(kinds)}. Supported are "
+            f"{', '.join(quantised.GGUF)}. Load it with packed=False, or quantise it, "
+            f"packed={next(iter(quantised.PACKERS))!r}."
         )
     for leaf in leaves(config):
         members = found[leaf.path]
-        parts = None
+        rows = (leaf.taken_from(_cast(tensor, dtype)) for tensor in members)
+        module, _, name = leaf.path.rpartition("/")
         if leaf.path in stay:
             parts = _packed(members)
         elif kind is not None and _is_map(leaf):
-            kernels = (leaf.taken_from(_cast(tensor, dtype)) for tensor in members)
-            parts = _quantised(kernels, (len(members), *leaf.shape), kind)
-        if parts is not None:
-            for name, value in parts.items():
-                insert(params, leaf.path.removesuffix("kernel") + name, value)
-            continue
-        if leaf.stacked:
-            rows = (leaf.taken_from(_cast(tensor, dtype)) for tensor in members)
-            value = _stacked(rows, (len(members), *leaf.shape), dtype)
+            parts = _quantised(rows, (len(members), *leaf.shape), kind)
+        elif leaf.stacked:
+            parts = {name: _stacked(rows, (len(members), *leaf.shape), dtype)}
         else:
-            value = jnp.array(leaf.taken_from(_cast(members[0], dtype)))
-        insert(params, leaf.path, value.block_until_ready())
+            parts = {name: jnp.array(next(rows))}
+        for name, value in parts.items():
+            insert(params, f"{module}/{name}", value.block_until_ready())
     return params
 
 
 def _can_stay(leaf: Leaf, found: Mapping[str, tuple[LazyTensor, ...]]) -> bool:
-    return _is_map(leaf) and all(t.kind in GGUF for t in found[leaf.path])
+    return _is_map(leaf) and all(t.kind in quantised.GGUF for t in found[leaf.path])
 
 
 def _is_map(leaf: Leaf) -> bool:
@@ -173,10 +187,10 @@ def _is_map(leaf: Leaf) -> bool:
 
 def _check_kind(config: DecoderConfig, kind: str) -> None:
     """Refuses a type that no kernel, or none of this model, can be packed to."""
-    check_packer("params", "packed", kind)
+    quantised.check_packer("params", "packed", kind)
     for leaf in filter(_is_map, leaves(config)):
         name = leaf.path.removeprefix("blocks/").removesuffix("/kernel")
-        check_blocks("params", name, kind, leaf.shape[0])
+        quantised.check_blocks("params", name, kind, leaf.shape[0])
 
 
 def _quantised(
@@ -185,7 +199,7 @@ def _quantised(
     """The leaf "packed" and its flag, of kernels [in, out] quantised one by one."""
     layers, inputs, outputs = shape
     rows = (_quantise(kind, kernel) for kernel in kernels)
-    packed = layers, outputs, KINDS[kind].row_bytes(inputs)
+    packed = layers, outputs, quantised.KINDS[kind].row_bytes(inputs)
     return {
         "packed": _stacked(rows, packed, np.dtype(np.uint8)),
         f"kind/{kind}": jnp.ones((layers,), jnp.bool),
@@ -194,14 +208,14 @@ def _quantised(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantise(kind: str, kernel: jax.Array) -> jax.Array:
-    return packed_rows(kind, kernel.T)
+    return quantised.packed_rows(kind, kernel.T)
 
 
 def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
     """The leaf "packed" and its flags "kind/...", of tensors kept as their bytes."""
     outputs, inputs = members[0].shape
     kinds = [tensor.kind for tensor in members]
-    width = max(KINDS[kind].row_bytes(inputs) for kind in kinds)
+    width = max(quantised.KINDS[kind].row_bytes(inputs) for kind in kinds)
 
     def row(tensor: LazyTensor) -> np.ndarray:
         assert tensor.read_packed is not None  # it has a kind
@@ -244,6 +258,19 @@ def _cast(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
+def check_leaf(
+    what: str, value: Any, shape: tuple[int, ...], needs: str, kind: str = "weights"
+) -> None:
+    """Refuses a leaf that is to be saved: missing, of another shape or dtype.
+
+    `what` names it, `needs` says what demands the shape.
+    """
+    if value is None or value.shape != shape:
+        given = "is missing" if value is None else f"has shape {value.shape}"
+        raise CheckpointError(f"{what} {given}, but {needs} {shape}.")
+    check_dtype(what, value.dtype, kind)
+
+
 def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
     """The tree's tensors under Hugging Face names, each copied to the host when read.
 
@@ -262,17 +289,7 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
     for leaf in leaves(config):
         shape = (config.layers, *leaf.shape) if leaf.stacked else leaf.shape
         value = given.pop(leaf.path, None)
-        if value is None or value.shape != shape:
-            raise CheckpointError(
-                f"save: parameter {leaf.path!r} "
-                + ("is missing" if value is None else f"has shape {value.shape}")
-                + f", but config needs shape {shape}."
-            )
-        if value.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"save: parameter {leaf.path!r} has dtype {value.dtype}; weights are "
-                f"{_listed(WEIGHT_DTYPES)}."
-            )
+        check_leaf(f"save: parameter {leaf.path!r}", value, shape, "config needs shape")
         for layer, name in enumerate(leaf.names("huggingface", config.layers)):
             stored.setdefault(name, []).append((leaf, value, layer))
     if given:

@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jmem.checkpoints import fields
-from jmem.checkpoints.fields import unsupported
+from jmem.checkpoints.fields import Fields
 from jmem.checkpoints.files import CheckpointError, LazyTensor
 from jmem.checkpoints.gguf import Gguf
 from jmem.models.config import DecoderConfig
@@ -48,50 +47,42 @@ def parse_config(source: Gguf) -> DecoderConfig:
       CheckpointError: an architecture or key that `Decoder` does not compute, or a
         value missing or out of range; names the key and its value.
     """
-    where, metadata, tensors = str(source.path), source.metadata, source.tensors
+    metadata, tensors = Fields(source.metadata, str(source.path)), source.tensors
     kind = metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         supported = " or ".join(ARCHITECTURES)
-        raise unsupported(where, "general.architecture", kind, supported)
-    fields.neutral(metadata, _NEUTRAL, where, prefix=f"{kind}.")
-
-    def size(key: str, default: int | None = None) -> int:
-        return fields.size(metadata, f"{kind}.{key}", where, default)
-
-    hidden, heads = size("embedding_length"), size("attention.head_count")
+        raise metadata.refusal("general.architecture", kind, supported)
+    given = dataclasses.replace(metadata, prefix=f"{kind}.")
+    given.check_neutral(_NEUTRAL)
+    hidden, heads = given.size("embedding_length"), given.size("attention.head_count")
     even = hidden // heads if hidden % heads == 0 else None
-    head_dim = size("attention.key_length", even)
+    head_dim = given.size("attention.key_length", even)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := size(key, head_dim)) != head_dim:
-            raise unsupported(where, f"{kind}.{key}", value, f"{head_dim}, as for keys")
-    max_positions = size("context_length")
-    window = metadata.get(f"{kind}.attention.sliding_window") or max_positions
+        if (value := given.size(key, head_dim)) != head_dim:
+            raise given.refusal(key, value, f"{head_dim}, as for keys")
+    max_positions = given.size("context_length")
+    window = given.get("attention.sliding_window") or max_positions
     if type(window) is not int or window < max_positions:
-        key = f"{kind}.attention.sliding_window"
-        raise unsupported(where, key, window, f"full attention, or {max_positions}")
-    theta = fields.number(metadata, f"{kind}.rope.freq_base", where, 10_000.0)
-    eps = f"{kind}.attention.layer_norm_rms_epsilon"
+        supported = f"full attention, or {max_positions}"
+        raise given.refusal("attention.sliding_window", window, supported)
+    theta = given.number("rope.freq_base", 10_000.0)
     table = tensors.get("token_embd.weight")
-    try:
+    with given.named():
         return DecoderConfig(
-            vocab_size=size("vocab_size", table.shape[0] if table else None),
-            layers=size("block_count"),
+            vocab_size=given.size("vocab_size", table.shape[0] if table else None),
+            layers=given.size("block_count"),
             hidden=hidden,
             heads=heads,
-            kv_heads=size("attention.head_count_kv", heads),
+            kv_heads=given.size("attention.head_count_kv", heads),
             head_dim=head_dim,
-            intermediate=size("feed_forward_length"),
+            intermediate=given.size("feed_forward_length"),
             max_positions=max_positions,
             rope_theta=theta,
             rope_scaling=_scaling(source, head_dim, theta),
-            rms_eps=fields.number(metadata, eps, where),
+            rms_eps=given.number("attention.layer_norm_rms_epsilon"),
             tied="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,
         )
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _scaling(source: Gguf, head_dim: int, theta: float) -> Llama3Scaling | None:
@@ -125,15 +116,13 @@ def parse_eos(source: Gguf, vocab_size: int) -> tuple[int, ...]:
     Raises:
       CheckpointError: an id beyond the vocabulary.
     """
-    ids = []
-    for name in ("eos", "eot"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = source.metadata.get(key)
+    given, ids = Fields(source.metadata, str(source.path), "tokenizer.ggml."), []
+    for key in ("eos_token_id", "eot_token_id"):
+        value = given.get(key)
         if value is None or value in ids:
             continue
         if type(value) is not int or not 0 <= value < vocab_size:
-            where = str(source.path)
-            raise unsupported(where, key, value, f"ids below {vocab_size}")
+            raise given.refusal(key, value, f"ids below {vocab_size}")
         ids.append(value)
     return tuple(ids)
 

@@ -19,8 +19,6 @@ from jmem.checkpoints.modules import Module, Stack
 from jmem.nn.maps import insert
 from jmem.program import by_key
 
-_DTYPES = ", ".join(map(str, layout.WEIGHT_DTYPES))
-
 
 def check(
     stacks: Iterable[Stack],
@@ -45,19 +43,12 @@ def check(
     used = set()
     for stack in stacks:
         for name in stack.names:
-            tensor = tensors.get(name)
-            if tensor is None or tensor.shape != stack.shape:
-                given = "is missing" if tensor is None else f"has shape {tensor.shape}"
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} {given}; {stack.because} and this base "
-                    f"need shape {stack.shape}. It is not whole, or the adapter of "
-                    "another base." + trained_on
-                )
-            if tensor.dtype not in layout.WEIGHT_DTYPES:
-                raise CheckpointError(
-                    f"{where}: tensor {name!r} has dtype {tensor.dtype}; adapters are "
-                    f"{_DTYPES}."
-                )
+            layout.take(
+                *(tensors, name, stack.shape, where),
+                f"; {stack.because} and this base need shape",
+                f"It is not whole, or the adapter of another base.{trained_on}",
+                "adapters",
+            )
         used.update(stack.names)
     for name in tensors:
         if name not in used:
@@ -143,10 +134,13 @@ def disassemble(
         (v.shape[-1] // experts[k] for k, v in given.items() if k in experts), None
     )
     ranks, tensors = {}, []
+    needed: dict[str, tuple[int, ...]]
     for one in known:
-        pairs = [
-            _taken(given, one, path, rank, layers, who, dora) for path in one.paths
-        ]
+        (inputs, outputs), width = one.shape, one.experts * (rank or 0)
+        needed = {"lora_a": (layers, inputs, width), "lora_b": (layers, width, outputs)}
+        if dora:
+            needed["magnitude"] = (layers, outputs)
+        pairs = [_taken(given, path, needed, who) for path in one.paths]
         if not any(pairs):
             continue
         pair = _joined(one, pairs, who)
@@ -162,37 +156,20 @@ def disassemble(
 
 
 def _taken(
-    given: dict[str, Any],
-    one: Module,
-    path: str,
-    rank: int | None,
-    layers: int,
-    who: str,
-    dora: bool,
+    given: dict[str, Any], path: str, needed: Mapping[str, tuple[int, ...]], who: str
 ) -> dict[str, Any]:
-    """Takes A, B and magnitude of the map at `path` out of `given`, if it has any."""
-    inputs, outputs = one.shape
-    width = one.experts * (rank or 0)
-    needed: dict[str, tuple[int, ...]] = {
-        "lora_a": (layers, inputs, width),
-        "lora_b": (layers, width, outputs),
-    }
-    if dora:
-        needed["magnitude"] = (layers, outputs)
+    """Takes the leaves that are `needed` of the map at `path` out of `given`.
+
+    {} if it has none of them, and so no adapter.
+    """
     pair = {half: given.pop(f"{path}/{half}", None) for half in needed}
     if all(value is None for value in pair.values()):
         return {}
+    needs = "config, and one rank and kind for all maps, need"
     for half, value in pair.items():
-        if value is None or value.shape != needed[half]:
-            raise CheckpointError(
-                f"{who}: {path}/{half} "
-                + ("is missing" if value is None else f"has shape {value.shape}")
-                + f"; config, and one rank and kind for all maps, need {needed[half]}."
-            )
-        if value.dtype not in layout.WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{who}: {path}/{half} has dtype {value.dtype}; adapters are {_DTYPES}."
-            )
+        layout.check_leaf(
+            *(f"{who}: {path}/{half}", value, needed[half], needs, "adapters")
+        )
     return pair
 
 

@@ -30,7 +30,7 @@ Source   TUDB-Labs/MoE-PEFT 40f8cb7: adapters/mixlora/{config,model}.py,
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmem.checkpoints import adapter_files, fields, layout, lowrank
-from jmem.checkpoints.fields import unsupported
+from jmem.checkpoints import adapter_files, layout, lowrank
+from jmem.checkpoints.fields import Fields, is_empty
 from jmem.checkpoints.files import CheckpointError
 from jmem.checkpoints.huggingface import ACTIVATIONS
-from jmem.checkpoints.modules import Module, Stack, modules
+from jmem.checkpoints.modules import Module, Stack, modules, such_as
 from jmem.checkpoints.names import family
 from jmem.models.config import DecoderConfig
 from jmem.nn.maps import insert
@@ -108,17 +108,18 @@ def load_mixlora(folder: str | os.PathLike[str], config: DecoderConfig) -> Mixtu
         else (names the field), or belongs to another base (names tensor and shapes).
     """
     folder = Path(folder)
-    raw, where = adapter_files.read_config(folder)
-    _check_family(config, where)
-    settings = _settings(raw, config, where)
-    base = adapter_files.base_of(raw, where)
-    chosen = _chosen(raw, config, where)
+    given = adapter_files.read_config(folder)
+    _check_family(config, given.where)
+    settings = _settings(given, config)
+    base = adapter_files.base_of(given)
+    chosen = _chosen(given, config)
     tensors = adapter_files.read_weights(folder, _CONVERT)
 
     rank, experts = settings["rank"], settings["experts"]
     router = _router(config, experts)
     # The router comes first: it bounds how many names the experts may have.
-    stacks = itertools.chain([router], _stacks(chosen, experts, rank))
+    adapted = (s for one in chosen for s in _named(one, experts).stacks(rank))
+    stacks = itertools.chain([router], adapted)
     file = str(folder / adapter_files.WEIGHTS)
     lowrank.check(stacks, tensors, file, base, _NO_PLACE)
     ranks = {_named(one, experts): rank for one in chosen}
@@ -214,7 +215,7 @@ def save_mixlora(
             else {"top_p": float(top_p), "temperature": 0.0}
         ),
     }
-    _settings(raw, config, who)
+    _settings(Fields(raw, who), config)  # refuses what is none
     adapter_files.write(Path(folder), raw, tensors)
 
 
@@ -226,90 +227,77 @@ def _check_family(config: DecoderConfig, where: str) -> None:
         )
 
 
-def _settings(
-    raw: Mapping[str, Any], config: DecoderConfig, where: str
-) -> dict[str, Any]:
+def _settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
     """`Mixture.settings` without maps; refuses by name what it cannot express."""
-    if raw.get("peft_type") != "MIXLORA":
-        raise unsupported(where, "peft_type", raw.get("peft_type"), "MIXLORA")
-    strategy = raw.get("routing_strategy")
+    if given.get("peft_type") != "MIXLORA":
+        raise given.refusal("peft_type", given.get("peft_type"), "MIXLORA")
+    strategy = given.get("routing_strategy")
     if not isinstance(strategy, str) or strategy not in _STRATEGIES:
         old = " (older folders: MixLoRA's misc/legacy_weights_convertor.py)"
         rule = " or ".join(_STRATEGIES) + (old if strategy == "mixtral" else "")
-        raise unsupported(where, "routing_strategy", strategy, rule)
-    fields.neutral(raw, _NEUTRAL, where)
-    fields.nothing_more(
-        raw,
+        raise given.refusal("routing_strategy", strategy, rule)
+    given.check_neutral(_NEUTRAL)
+    given.check_no_more(
         {*_READ, *_HARMLESS, *_NEUTRAL},
-        where,
         "null or false, as the adapter would compute something else",
     )
-    _check_activation(raw, config, where)
-    _check_experts(raw, where)
-    router, experts = _STRATEGIES[strategy], fields.size(raw, "num_experts", where)
+    _check_activation(given, config)
+    _check_experts(given)
+    router, experts = _STRATEGIES[strategy], given.size("num_experts")
     top_k, top_p = min(_TOP_K, experts), _TOP_P
     if router == "top_k":
-        top_k = fields.size(raw, "top_k", where, _TOP_K)
+        top_k = given.size("top_k", _TOP_K)
         if top_k > experts:
             rule = f"an integer of 1 to num_experts={experts}"
-            raise unsupported(where, "top_k", top_k, rule)
+            raise given.refusal("top_k", top_k, rule)
     else:
-        top_p = fields.number(raw, "top_p", where, _TOP_P)
+        top_p = given.number("top_p", _TOP_P)
         if top_p > 1:
-            raise unsupported(where, "top_p", top_p, "a number above 0 and up to 1")
-    balance = fields.number(raw, "router_aux_loss_coef", where, _BALANCE, or_zero=True)
-    if raw.get("router_loss") is not None:  # absent, it means true
-        balance *= fields.flag(raw, "router_loss", where)
-    return {
-        "rank": fields.size(raw, "r", where),
-        "alpha": fields.number(raw, "lora_alpha", where),
-        "rslora": fields.flag(raw, "use_rslora", where),
-        "dropout": fields.probability(raw, "lora_dropout", where, 0.0),
+            raise given.refusal("top_p", top_p, "a number above 0 and up to 1")
+    balance = given.number("router_aux_loss_coef", _BALANCE, or_zero=True)
+    return adapter_files.read_settings(given) | {
         "experts": experts,
         "router": router,
         "top_k": top_k,
         "top_p": top_p,
-        "balance": balance,
-        "jitter": fields.number(raw, "jitter_noise", where, _JITTER, or_zero=True),
+        "balance": balance * given.flag("router_loss", True),
+        "jitter": given.number("jitter_noise", _JITTER, or_zero=True),
         "dora": False,
     }
 
 
-def _check_activation(raw: Mapping[str, Any], config: DecoderConfig, where: str):
-    name = raw.get("act_fn")
+def _check_activation(given: Fields, config: DecoderConfig) -> None:
+    name = given.get("act_fn")
     is_own = isinstance(name, str) and ACTIVATIONS.get(name) == config.activation
     if name is not None and not is_own:
-        raise unsupported(where, "act_fn", name, f"{config.activation!r}, the base's")
+        raise given.refusal("act_fn", name, f"{config.activation!r}, the base's")
 
 
-def _check_experts(raw: Mapping[str, Any], where: str) -> None:
-    own = raw.get("expert_lora")
-    if fields.is_empty(own):
+def _check_experts(given: Fields) -> None:
+    own = given.get("expert_lora")
+    if is_empty(own):
         return
     if not isinstance(own, dict) or any(
-        (value or None) != (raw.get(field) or None) for field, value in own.items()
+        (value or None) != (given.get(field) or None) for field, value in own.items()
     ):
         rule = "null, or what the adapter says itself: all have one rank and scale"
-        raise unsupported(where, "expert_lora", own, rule)
+        raise given.refusal("expert_lora", own, rule)
 
 
-def _chosen(
-    raw: Mapping[str, Any], config: DecoderConfig, where: str
-) -> tuple[Module, ...]:
+def _chosen(given: Fields, config: DecoderConfig) -> tuple[Module, ...]:
     """The modules of this decoder that target_modules names."""
-    value = raw.get("target_modules")
+    value = given.get("target_modules")
     if isinstance(value, dict):
         if not all(isinstance(wanted, bool) for wanted in value.values()):
-            raise unsupported(where, "target_modules", value, "names to true or false")
+            rule = "names to true or false"
+            raise given.refusal("target_modules", value, rule)
         value = [name for name, wanted in value.items() if wanted]
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise unsupported(where, "target_modules", value, "a list of names")
+        raise given.refusal("target_modules", value, "a list of names")
     known = modules(config)
     chosen = tuple(one for one in known if one.short_name in value)
     if not chosen:
-        rule = "linear maps of this decoder's blocks, such as "
-        rule += ", ".join(one.short_name for one in known)
-        raise unsupported(where, "target_modules", value, rule)
+        raise given.refusal("target_modules", value, such_as(known))
     return chosen
 
 
@@ -322,11 +310,6 @@ def _named(one: Module, experts: int) -> Module:
     return dataclasses.replace(
         one, prefix="mixlora.", names=tuple(each), experts=experts
     )
-
-
-def _stacks(chosen: tuple[Module, ...], experts: int, rank: int) -> Iterator[Stack]:
-    for one in chosen:
-        yield from _named(one, experts).stacks(rank)
 
 
 def _router(config: DecoderConfig, experts: int) -> Stack:
@@ -344,8 +327,5 @@ def _experts_of(
         raise CheckpointError(f"{who}: {_ROUTER} is missing; {needed}.")
     if kernel.shape[:-1] != (config.layers, config.hidden) or not kernel.shape[-1]:
         raise CheckpointError(f"{who}: {_ROUTER} has shape {kernel.shape}; {needed}.")
-    if kernel.dtype not in layout.WEIGHT_DTYPES:
-        raise CheckpointError(
-            f"{who}: {_ROUTER} has dtype {kernel.dtype}; a router is float32."
-        )
+    layout.check_dtype(f"{who}: {_ROUTER}", kernel.dtype)
     return kernel.shape[-1]

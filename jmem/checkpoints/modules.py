@@ -80,6 +80,12 @@ def modules(config: DecoderConfig) -> tuple[Module, ...]:
     return tuple(found.values())
 
 
+def such_as(known: Iterable[Module]) -> str:
+    """For error messages: what a target may name, with its names in this decoder."""
+    names = dict.fromkeys(one.short_name for one in known)
+    return "linear maps of this decoder's blocks, such as " + ", ".join(names)
+
+
 def holds(tensors: Container[str], name: str) -> bool:
     """Whether A or B of the module `name` is among the tensors."""
     return any(_tensor(_PREFIX + name, half) in tensors for half in "ab")

@@ -19,95 +19,58 @@ Naming = Literal["huggingface", "gguf"]
 
 
 def _names(
-    block: str, inside: Mapping[str, str], outside: dict[str, str]
-) -> Mapping[str, str]:
-    """Stored names of modules, by their path in the parameters."""
-    return {f"blocks/{path}": block + name for path, name in inside.items()} | outside
+    block: str, inside: Mapping[str, str], above: str, outside: Mapping[str, str]
+) -> dict[str, str]:
+    """Stored names of modules, by their path in the parameters.
+
+    Those `inside` a block follow `block`, those outside of the blocks `above`.
+    """
+    found = {f"blocks/{path}": block + name for path, name in inside.items()}
+    return found | {path: above + name for path, name in outside.items()}
 
 
-_PROJECTIONS = {f"attention/{n}": f"self_attn.{n}_proj" for n in "qkvo"}
-HUGGINGFACE: Mapping[str, Mapping[str, str]] = {
-    "llama": _names(
-        "model.layers.{}.",
-        _PROJECTIONS
-        | {
-            "mlp/gate": "mlp.gate_proj",
-            "mlp/up": "mlp.up_proj",
-            "mlp/down": "mlp.down_proj",
-            "attention_norm": "input_layernorm",
-            "mlp_norm": "post_attention_layernorm",
-        },
-        {
-            "embed/embedding": "model.embed_tokens",
-            "final_norm": "model.norm",
-            "head": "lm_head",
-        },
-    ),
-    "phi": _names(
-        "model.layers.{}.",
-        _PROJECTIONS
-        | {
-            "attention/o": "self_attn.dense",
-            "mlp/up": "mlp.fc1",
-            "mlp/down": "mlp.fc2",
-            "attention_norm": "input_layernorm",
-        },
-        {
-            "embed/embedding": "model.embed_tokens",
-            "final_norm": "model.final_layernorm",
-            "head": "lm_head",
-        },
-    ),
-    "opt": _names(
-        "model.decoder.layers.{}.",
-        _PROJECTIONS
-        | {
-            "attention/o": "self_attn.out_proj",
-            "mlp/up": "fc1",
-            "mlp/down": "fc2",
-            "attention_norm": "self_attn_layer_norm",
-            "mlp_norm": "final_layer_norm",
-        },
-        {
-            "embed/embedding": "model.decoder.embed_tokens",
-            "embed/positions": "model.decoder.embed_positions",
-            "final_norm": "model.decoder.final_layer_norm",
-            "head": "lm_head",
-        },
-    ),
-    "gpt2": _names(
-        "transformer.h.{}.",
-        {f"attention/{n}": "attn.c_attn" for n in "qkv"}
-        | {
-            "attention/o": "attn.c_proj",
-            "mlp/up": "mlp.c_fc",
-            "mlp/down": "mlp.c_proj",
-            "attention_norm": "ln_1",
-            "mlp_norm": "ln_2",
-        },
-        {
-            "embed/embedding": "transformer.wte",
-            "embed/positions": "transformer.wpe",
-            "final_norm": "transformer.ln_f",
-            "head": "lm_head",
-        },
-    ),
-}
+_HEAD = {"head": "lm_head"}
+_LLAMA = _HEAD | _names(
+    "model.layers.{}.",
+    {f"attention/{n}": f"self_attn.{n}_proj" for n in "qkvo"}
+    | {f"mlp/{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")}
+    | {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "model.",
+    {"embed/embedding": "embed_tokens", "final_norm": "norm"},
+)
+_PHI = _LLAMA | _names(
+    "model.layers.{}.",
+    {"attention/o": "self_attn.dense", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"},
+    "model.",
+    {"final_norm": "final_layernorm"},
+)
+_OPT = _HEAD | _names(
+    "model.decoder.layers.{}.",
+    {f"attention/{n}": f"self_attn.{n}_proj" for n in "qkv"}
+    | {"attention/o": "self_attn.out_proj", "mlp/up": "fc1", "mlp/down": "fc2"}
+    | {"attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"},
+    "model.decoder.",
+    {"embed/embedding": "embed_tokens", "embed/positions": "embed_positions"}
+    | {"final_norm": "final_layer_norm"},
+)
+_GPT2 = _HEAD | _names(
+    "transformer.h.{}.",
+    {f"attention/{n}": "attn.c_attn" for n in "qkv"}
+    | {"attention/o": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}
+    | {"attention_norm": "ln_1", "mlp_norm": "ln_2"},
+    "transformer.",
+    {"embed/embedding": "wte", "embed/positions": "wpe", "final_norm": "ln_f"},
+)
+HUGGINGFACE = {"llama": _LLAMA, "phi": _PHI, "opt": _OPT, "gpt2": _GPT2}
 """Names by family; Mistral and Qwen2 use Llama's."""
 _GGUF = _names(
     "blk.{}.",
     {f"attention/{n}": f"attn_{n}" for n in "qkv"}
     | {f"mlp/{n}": f"ffn_{n}" for n in ("gate", "up", "down")}
-    | {
-        "attention/o": "attn_output",
-        "attention_norm": "attn_norm",
-        "mlp_norm": "ffn_norm",
-    },
-    {
-        "embed/embedding": "token_embd",
-        "final_norm": "output_norm",
-        "head": "output",
-    },
+    | {"attention/o": "attn_output"}
+    | {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"},
+    "",
+    {"embed/embedding": "token_embd", "final_norm": "output_norm", "head": "output"},
 )
 
 

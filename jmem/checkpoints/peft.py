@@ -35,10 +35,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jmem.checkpoints import adapter_files, fields, lowrank
-from jmem.checkpoints.fields import unsupported
+from jmem.checkpoints import adapter_files, lowrank
+from jmem.checkpoints.fields import Fields, is_empty
 from jmem.checkpoints.files import CheckpointError, LazyTensor
-from jmem.checkpoints.modules import Module, holds, modules, suffixes, target
+from jmem.checkpoints.modules import Module, holds, modules, such_as, suffixes, target
 from jmem.models.config import DecoderConfig
 from jmem.program import by_key
 
@@ -99,31 +99,26 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
         else (names the field), or belongs to another base (names tensor and shapes).
     """
     folder = Path(folder)
-    raw, where = adapter_files.read_config(folder)
-    known = modules(config)
-    _check_kind(raw, known, where)
-    rank = fields.size(raw, "r", where)
-    alpha = fields.number(raw, "lora_alpha", where)
-    rslora = fields.flag(raw, "use_rslora", where)
-    dora = fields.flag(raw, "use_dora", where)
-    dropout = fields.probability(raw, "lora_dropout", where, 0.0)
-    is_wide = _is_wide(raw, rank, alpha, rslora, where)
-    base = adapter_files.base_of(raw, where)
+    given, known = adapter_files.read_config(folder), modules(config)
+    _check_kind(given, known)
+    settings = adapter_files.read_settings(given)
+    rank, alpha, rslora = (settings[name] for name in ("rank", "alpha", "rslora"))
+    dora = given.flag("use_dora")
+    is_wide = _is_wide(given, rank, alpha, rslora)
+    base = adapter_files.base_of(given)
 
     tensors = adapter_files.read_weights(
         folder, "save the adapter again with PEFT, as safetensors"
     )
-    adapted = _adapted(raw, known, tensors, where)
+    adapted = _adapted(given, known, tensors)
     ranks = {one: rank * (len(one.paths) if is_wide else 1) for one in adapted}
     stacks = [stack for one, own in ranks.items() for stack in one.stacks(own, dora)]
     lowrank.check(stacks, tensors, str(folder / adapter_files.WEIGHTS), base, _NO_PLACE)
     tree, common = lowrank.assemble(ranks, tensors, rank, dora)
-    settings = {
+    settings |= {
         "rank": common,
         "alpha": alpha if common == rank else _widened(alpha, rslora),
-        "rslora": rslora,
         "dora": dora,
-        "dropout": dropout,
         "maps": tuple(name for part in tree.values() for name in part),
     }
     return Adapter(settings=settings, adapters=tree, base=base)
@@ -183,36 +178,33 @@ def save_adapter(
         "use_rslora": rslora,
         **(_patterns(rank, alpha, rslora) if is_wide else {}),
     }
-    fields.number(raw, "lora_alpha", "save_adapter")
-    fields.probability(raw, "lora_dropout", "save_adapter")
+    adapter_files.read_settings(Fields(raw, "save_adapter"))  # refuses what is none
     adapter_files.write(folder, raw, tensors)
 
 
-def _check_kind(raw: Mapping[str, Any], known: Iterable[Module], where: str) -> None:
+def _check_kind(given: Fields, known: Iterable[Module]) -> None:
     """Refuses every adapter that is not LoRA or DoRA on such modules."""
-    if raw.get("peft_type") != "LORA":
-        raise unsupported(where, "peft_type", raw.get("peft_type"), "LORA")
-    fields.neutral(raw, _NEUTRAL, where)
+    if given.get("peft_type") != "LORA":
+        raise given.refusal("peft_type", given.get("peft_type"), "LORA")
+    given.check_neutral(_NEUTRAL)
     understood = {*_READ, *_HARMLESS, *_NEUTRAL}
     if any(not one.transposed for one in known):
         understood.add("fan_in_fan_out")  # PEFT sets it by itself
     if any(len(one.paths) > 1 for one in known):
         understood.update(_PATTERNS)
-    fields.nothing_more(raw, understood, where, f"null or false, {_ELSE}")
+    given.check_no_more(understood, f"null or false, {_ELSE}")
 
 
-def _is_wide(
-    raw: Mapping[str, Any], rank: int, alpha: float, rslora: bool, where: str
-) -> bool:
+def _is_wide(given: Fields, rank: int, alpha: float, rslora: bool) -> bool:
     """Whether c_attn has three times the rank at the same scale.
 
     Refuses every other pattern of ranks or alphas.
     """
-    if all(fields.is_empty(raw.get(field)) for field in _PATTERNS):
+    if all(is_empty(given.get(field)) for field in _PATTERNS):
         return False
     for field, wide in _patterns(rank, alpha, rslora).items():
-        if (value := raw.get(field)) != wide:
-            raise unsupported(where, field, value, f"null or {wide}, {_ELSE}")
+        if (value := given.get(field)) != wide:
+            raise given.refusal(field, value, f"null or {wide}, {_ELSE}")
     return True
 
 
@@ -228,14 +220,11 @@ def _widened(alpha: float, rslora: bool) -> float:
 
 
 def _adapted(
-    raw: Mapping[str, Any],
-    known: Iterable[Module],
-    tensors: Mapping[str, LazyTensor],
-    where: str,
+    given: Fields, known: Iterable[Module], tensors: Mapping[str, LazyTensor]
 ) -> list[Module]:
     """The modules that target_modules chooses, or the file holds if it is a pattern."""
-    targets = _names(raw, "target_modules", where)
-    excluded = _names(raw, "exclude_modules", where)
+    targets = _names(given, "target_modules")
+    excluded = _names(given, "exclude_modules")
     chosen = []
 
     def hit(name: str) -> bool:
@@ -249,28 +238,24 @@ def _adapted(
         if any(hits) and not all(hits):
             name = one.names[hits.index(False)]
             raise CheckpointError(
-                f"{where}: leaves {name} without an adapter that other layers have; "
-                "an adapted map is adapted in all layers. Merge it into its base with "
-                "PEFT (merge_and_unload) and load the result."
+                f"{given.where}: leaves {name} without an adapter that other layers "
+                "have; an adapted map is adapted in all layers. Merge it into its base "
+                "with PEFT (merge_and_unload) and load the result."
             )
         if all(hits):
             chosen.append(one)
     if not chosen:
-        raise unsupported(
-            where,
-            "target_modules",
-            raw.get("target_modules"),
-            "linear maps of this decoder's blocks, such as "
-            + ", ".join(dict.fromkeys(one.short_name for one in known)),
+        raise given.refusal(
+            "target_modules", given.get("target_modules"), such_as(known)
         )
     return chosen
 
 
-def _names(raw: Mapping[str, Any], field: str, where: str) -> frozenset[str] | str:
+def _names(given: Fields, field: str) -> frozenset[str] | str:
     """The module names of a field (none if it is absent or null), or its pattern."""
-    value = raw.get(field)
+    value = given.get(field)
     if value is None or isinstance(value, str):
         return value or frozenset()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise unsupported(where, field, value, "a list of names, or a pattern")
+        raise given.refusal(field, value, "a list of names, or a pattern")
     return frozenset(value)

@@ -4,21 +4,23 @@ Source   transformers' modeling_rope_utils; both spellings, `rope_scaling` besid
          `rope_theta`, and the newer `rope_parameters`, which holds everything.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from jmem.checkpoints import fields
-from jmem.checkpoints.fields import unsupported
-from jmem.checkpoints.files import CheckpointError
+from jmem.checkpoints.fields import Fields
 from jmem.nn.rope import LinearScaling, Llama3Scaling, Scaling, YarnScaling
 
 _ORIGINAL = "original_max_position_embeddings"
+_SPELLING = {"original_max_positions": _ORIGINAL}
+"""Fields of scalings that have another name in a `config.json`."""
 _UNSCALED = {"rope_theta", "partial_rotary_factor"}
+_SCALINGS = {"linear": LinearScaling, "llama3": Llama3Scaling, "yarn": YarnScaling}
+"""By `rope_type`."""
 
 
 def parse(
-    raw: Mapping[str, Any], max_positions: int, where: str, share: float = 1.0
+    given: Fields, max_positions: int, share: float = 1.0
 ) -> tuple[float, Scaling | None, float]:
     """(theta, scaling, share of a head's channels that rotate), by default `share`.
 
@@ -26,70 +28,60 @@ def parse(
       CheckpointError: a kind of scaling that is not supported, or a value missing or
         out of range; names the field and its value.
     """
-    given = [(f, raw[f]) for f in ("rope_scaling", "rope_parameters") if raw.get(f)]
-    field, rope = given[0] if given else ("rope_scaling", {})
-    if len(given) > 1 and given[0][1] != given[1][1]:
-        raise unsupported(where, "rope_parameters", given[1][1], "one rope_scaling")
-    if not isinstance(rope, dict):
-        raise unsupported(where, field, rope, "an object")
+    spellings = ("rope_scaling", "rope_parameters")
+    stated = [(name, given.get(name)) for name in spellings if given.get(name)]
+    field, raw = stated[0] if stated else ("rope_scaling", {})
+    if len(stated) > 1 and stated[1][1] != raw:
+        raise given.refusal("rope_parameters", stated[1][1], "one rope_scaling")
+    if not isinstance(raw, dict):
+        raise given.refusal(field, raw, "an object")
+    rope = Fields(raw, f"{given.where}: {field}")
 
-    def stated(name: str, default: float) -> float:
-        return fields.number(rope if name in rope else raw, name, where, default)
-
-    theta = stated("rope_theta", 10_000.0)
-    share = stated("partial_rotary_factor", share)
-    plain = not rope.keys() - _UNSCALED
-    kind = rope.get("rope_type") or rope.get("type") or ("default" if plain else None)
+    either = Fields({**given.raw, **raw}, given.where)
+    theta = either.number("rope_theta", 10_000.0)
+    share = either.number("partial_rotary_factor", share)
+    plain = not raw.keys() - _UNSCALED
+    kind = raw.get("rope_type") or raw.get("type") or ("default" if plain else None)
     if kind == "default":
         return theta, None, share
-    readers = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
-    if not isinstance(kind, str) or kind not in readers:
-        supported = "default, " + ", ".join(readers)
-        raise unsupported(where, f"{field}.rope_type", kind, supported)
-    where = f"{where}: {field}"
-    try:
-        return theta, readers[kind](rope, max_positions, where), share
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        supported = "default, " + ", ".join(_SCALINGS)
+        raise given.refusal(f"{field}.rope_type", kind, supported)
+    with rope.named():
+        if kind == "yarn":
+            return theta, _read_yarn(rope, max_positions), share
+        return theta, _read_plain(_SCALINGS[kind], rope), share
 
 
-def _linear(rope: Mapping[str, Any], max_positions: int, where: str) -> LinearScaling:
-    del max_positions
-    return LinearScaling(factor=fields.number(rope, "factor", where))
+def _read_plain(kind: type, rope: Fields) -> Scaling:
+    """A scaling of which every field is stated."""
+    stated = {}
+    for field in dataclasses.fields(kind):
+        read = rope.size if field.name == "original_max_positions" else rope.number
+        stated[field.name] = read(_SPELLING.get(field.name, field.name))
+    return kind(**stated)
 
 
-def _llama3(rope: Mapping[str, Any], max_positions: int, where: str) -> Llama3Scaling:
-    del max_positions
-    return Llama3Scaling(
-        factor=fields.number(rope, "factor", where),
-        low_freq_factor=fields.number(rope, "low_freq_factor", where),
-        high_freq_factor=fields.number(rope, "high_freq_factor", where),
-        original_max_positions=fields.size(rope, _ORIGINAL, where),
-    )
-
-
-def _yarn(rope: Mapping[str, Any], max_positions: int, where: str) -> YarnScaling:
-    original = fields.size(rope, _ORIGINAL, where, max_positions)
-    factor = fields.number(rope, "factor", where, max_positions / original)
+def _read_yarn(rope: Fields, max_positions: int) -> YarnScaling:
+    original = rope.size(_ORIGINAL, max_positions)
+    factor = rope.number("factor", max_positions / original)
     attention_factor = None
     if rope.get("attention_factor") is not None:
-        attention_factor = fields.number(rope, "attention_factor", where)
+        attention_factor = rope.number("attention_factor")
     elif rope.get("mscale") and rope.get("mscale_all_dim"):  # DeepSeek's spelling
         upper, lower = (
-            1 + 0.1 * fields.number(rope, name, where) * math.log(max(factor, 1.0))
+            1 + 0.1 * rope.number(name) * math.log(max(factor, 1.0))
             for name in ("mscale", "mscale_all_dim")
         )
         attention_factor = upper / lower
     truncate = rope.get("truncate", True)
     if type(truncate) is not bool:
-        raise unsupported(where, "truncate", truncate, "true or false")
+        raise rope.refusal("truncate", truncate, "true or false")
     return YarnScaling(
         factor=factor,
         original_max_positions=original,
-        beta_fast=fields.number(rope, "beta_fast", where, 32.0),
-        beta_slow=fields.number(rope, "beta_slow", where, 1.0),
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
         attention_factor=attention_factor,
         truncate=truncate,
     )
@@ -97,25 +89,9 @@ def _yarn(rope: Mapping[str, Any], max_positions: int, where: str) -> YarnScalin
 
 def render(scaling: Scaling | None) -> dict[str, Any] | None:
     """The value of `rope_scaling`; `parse` gives back an equal scaling."""
-    match scaling:
-        case LinearScaling():
-            return {"rope_type": "linear", "factor": scaling.factor}
-        case Llama3Scaling():
-            return {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                _ORIGINAL: scaling.original_max_positions,
-            }
-        case YarnScaling():
-            return {
-                "rope_type": "yarn",
-                "factor": scaling.factor,
-                _ORIGINAL: scaling.original_max_positions,
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "attention_factor": scaling.attention_factor,
-                "truncate": scaling.truncate,
-            }
-    return None
+    if scaling is None:
+        return None
+    kinds = {scaling: kind for kind, scaling in _SCALINGS.items()}
+    stated = dataclasses.asdict(scaling)
+    named = {_SPELLING.get(name, name): value for name, value in stated.items()}
+    return {"rope_type": kinds[type(scaling)]} | named

@@ -22,16 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jmem.checkpoints.files import (
-    CheckpointError,
-    LazyTensor,
-    open_file,
-    parse_json,
-    read_span,
-    read_whole,
-    staged,
-    write_text,
-)
+from jmem.checkpoints import files
+from jmem.checkpoints.files import CheckpointError, LazyTensor, read_span
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -67,7 +59,7 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     Raises:
       CheckpointError: any rule of the format is broken; names file, tensor and value.
     """
-    file, size = open_file(path)
+    file, size = files.open_file(path)
     with file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
@@ -76,7 +68,7 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
                 f"bytes and a header at most {_HEADER_LIMIT}. It is truncated, or not "
                 "a safetensors file."
             )
-        header = parse_json(file.read(length), f"{path}: header")
+        header = files.parse_json(file.read(length), f"{path}: header")
     data_start, data_bytes = 8 + length, size - 8 - length
 
     metadata = header.pop("__metadata__", {})
@@ -174,9 +166,7 @@ def read_folder(folder: Path) -> dict[str, LazyTensor]:
             f"{folder}: holds neither {SINGLE} nor {INDEX}. Other formats (.bin, .pt) "
             "are pickles and are never opened; convert them to safetensors."
         )
-    weight_map = parse_json(read_whole(index, _HEADER_LIMIT), str(index)).get(
-        "weight_map"
-    )
+    weight_map = files.read_json(index, _HEADER_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must map tensors to shards.")
     for name, shard in weight_map.items():
@@ -250,7 +240,7 @@ def write_folder(
         write(folder / name, shard)
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    files.write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write(path: Path, tensors: Iterable[LazyTensor]) -> None:
@@ -281,7 +271,8 @@ def write(path: Path, tensors: Iterable[LazyTensor]) -> None:
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with staged(path, 8 + len(text) + position) as stage, open(stage, "xb") as file:
+    nbytes = 8 + len(text) + position
+    with files.staged(path, nbytes) as stage, open(stage, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             values = np.ascontiguousarray(tensor.read(), tensor.dtype)

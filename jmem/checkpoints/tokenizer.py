@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jmem.checkpoints.fields import Fields
 from jmem.checkpoints.files import CheckpointError, parse_json, read_whole
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, path: Path):
     Raises:
       CheckpointError: unknown and no such file, inconsistent, or not this model's.
     """
-    model = metadata.get("tokenizer.ggml.model")
-    pre = metadata.get("tokenizer.ggml.pre")
+    given = Fields(metadata, str(path), "tokenizer.ggml.")
+    model, pre = given.get("model"), given.get("pre")
     if model is None:
         return None
     # SentencePiece names no pre-tokenizer, and its texts start with BOS.
@@ -159,38 +160,34 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, path: Path):
             f"model's tokenizer.json beside the file."
         )
     with _named_errors(path):
-        tokens = _strings(metadata, "tokens", path)
-        types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-        if not isinstance(types, list) or len(types) != len(tokens):
-            raise CheckpointError(
-                f"{path}: tokenizer.ggml.token_type does not have {len(tokens)} items."
-            )
+        tokens = _strings(given, "tokens")
+        types = _items(given, "token_type", len(tokens), [1] * len(tokens))
         if len(set(tokens)) < len(tokens):
             raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice.")
         if model == "llama":
-            tokenizer = _sentencepiece(metadata, tokens, types, path)
+            tokenizer = _sentencepiece(given, tokens, types)
         else:
-            tokenizer = _byte_level(metadata, tokens, path)
+            tokenizer = _byte_level(given, tokens)
         _add_special(tokenizer, tokens, types)
-        _add_ends(tokenizer, metadata, tokens, bos, path)
+        _add_ends(tokenizer, given, tokens, bos)
         return _checked(tokenizer, vocab_size, path)
 
 
-def _byte_level(metadata, tokens, path) -> "Tokenizer":
+def _byte_level(given: Fields, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for merge in _strings(metadata, "merges", path):
+    for merge in _strings(given, "merges"):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
             raise CheckpointError(
-                f"{path}: tokenizer.ggml.merges holds {merge!r}, which does not join "
-                "two tokens to a third."
+                f"{given.where}: tokenizer.ggml.merges holds {merge!r}, which does not "
+                "join two tokens to a third."
             )
         merges.append((left, right))
-    kind = metadata["tokenizer.ggml.pre"]
+    kind = given.get("pre")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
     if kind in ("gpt-2", "smollm"):
         split = pre.ByteLevel(add_prefix_space=False)
@@ -210,18 +207,14 @@ def _byte_level(metadata, tokens, path) -> "Tokenizer":
     return tokenizer
 
 
-def _sentencepiece(metadata, tokens, types, path) -> "Tokenizer":
+def _sentencepiece(given: Fields, tokens: list[str], types: list) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise CheckpointError(
-            f"{path}: tokenizer.ggml.scores does not have {len(tokens)} items."
-        )
+    scores = _items(given, "scores", len(tokens))
     if (longest := max(map(len, tokens), default=0)) > _PIECE_LIMIT:
         raise CheckpointError(
-            f"{path}: tokenizer.ggml.tokens holds a token of {longest} characters; "
-            f"such tokens have at most {_PIECE_LIMIT}."
+            f"{given.where}: tokenizer.ggml.tokens holds a token of {longest} "
+            f"characters; such tokens have at most {_PIECE_LIMIT}."
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     # SentencePiece merges the pair whose union scores best. Ranked pairs do the same.
@@ -236,7 +229,7 @@ def _sentencepiece(metadata, tokens, types, path) -> "Tokenizer":
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = given.get("add_space_prefix", True)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁")] * bool(prefix) + [normalizers.Replace(" ", "▁")]
     )
@@ -258,18 +251,18 @@ def _add_special(tokenizer, tokens, types) -> None:
     tokenizer.add_tokens(whole(_USER_DEFINED))
 
 
-def _add_ends(tokenizer, metadata, tokens, bos_by_default: bool, path: Path) -> None:
+def _add_ends(tokenizer, given: Fields, tokens, bos_by_default: bool) -> None:
     """Makes encoded texts start with BOS and end with EOS where the file says so."""
     from tokenizers import processors
 
     text, used = ["$A"], {}
     for name, default in (("bos", bos_by_default), ("eos", False)):
-        if metadata.get(f"tokenizer.ggml.add_{name}_token", default):
-            number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if given.get(f"add_{name}_token", default):
+            number = given.get(f"{name}_token_id")
             if type(number) is not int or not 0 <= number < len(tokens):
                 raise CheckpointError(
-                    f"{path}: tokenizer.ggml.{name}_token_id {number!r} is not one of "
-                    f"{len(tokens)} tokens."
+                    f"{given.where}: tokenizer.ggml.{name}_token_id {number!r} is not "
+                    f"one of {len(tokens)} tokens."
                 )
             used[tokens[number]] = number
             text.insert(0 if name == "bos" else len(text), tokens[number])
@@ -281,10 +274,19 @@ def _add_ends(tokenizer, metadata, tokens, bos_by_default: bool, path: Path) -> 
         )
 
 
-def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:
-    value = metadata.get(f"tokenizer.ggml.{key}")
+def _strings(given: Fields, key: str) -> list[str]:
+    value = given.get(key)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise CheckpointError(f"{path}: tokenizer.ggml.{key} is not a list of strings.")
+        where = f"{given.where}: tokenizer.ggml.{key}"
+        raise CheckpointError(f"{where} is not a list of strings.")
+    return value
+
+
+def _items(given: Fields, key: str, count: int, default: list | None = None) -> list:
+    value = given.get(key, default)
+    if not isinstance(value, list) or len(value) != count:
+        where = f"{given.where}: tokenizer.ggml.{key}"
+        raise CheckpointError(f"{where} does not have {count} items.")
     return value
 
 
