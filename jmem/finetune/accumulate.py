@@ -47,9 +47,3 @@ def accumulate[Found, Stats](
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), like)
     numbers = jnp.arange(parts, dtype=jnp.int32)
     return jax.lax.scan(add, (zeros, stats), (numbers, split))[0]
-
-
-def check_parts(name: str, parts: int) -> None:
-    """For the `accumulate` field of a finetuner."""
-    if parts < 1:
-        raise ValueError(f"{name}: accumulate={parts} must be at least 1.")

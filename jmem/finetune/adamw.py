@@ -16,9 +16,14 @@ import numpy as np
 import optax
 from optax import ScaleByAdamState
 
+from jmem.finetune.checks import check_choice
 from jmem.finetune.patterns import matching
 from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
 from jmem.program import by_key, key
+
+Place = Literal["device", "host"]
+"""Where moments live; "host" is pinned memory that the GPU reads and writes."""
+Rounding = Literal["nearest", "random"]
 
 
 def cast(tree: Any, dtype) -> Any:
@@ -70,7 +75,7 @@ class AdamW:
     resolution (2^-8): the second moment then follows slowly or not at all, unless it is
     rounded at random, as a fused step does (`jmem.finetune.lisa`). float8 is a byte a
     value and a scale for 256, and needs a fused step."""
-    weight_rounding: Literal["nearest", "random"] = "nearest"
+    weight_rounding: Rounding = "nearest"
     """How 16-bit weights are rounded. An update below half of their resolution (2^-9 of
     a weight) is lost to the nearest; at random, with the chances that make the mean
     exact, it counts in the long run. "random" needs a fused step."""
@@ -104,11 +109,7 @@ class AdamW:
                     f"AdamW: rates={self.rates} gives {pattern!r} the factor {factor}, "
                     "which must be finite and not negative."
                 )
-        if self.weight_rounding not in ("nearest", "random"):
-            raise ValueError(
-                f"AdamW: weight_rounding={self.weight_rounding!r} must be 'nearest' or "
-                "'random'."
-            )
+        check_choice("AdamW", "weight_rounding", self.weight_rounding, Rounding)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(
                 f"AdamW: layer_decay={self.layer_decay} must be above 0 and at most 1, "
@@ -297,7 +298,7 @@ def with_master(rule: Callable) -> Callable:
 
 
 class PackedMoments(NamedTuple):
-    """As optax's `ScaleByAdamState`, of 8 bits or by other rules."""
+    """A step count and moments that are not optax's: of 8 bits, or of other rules."""
 
     steps: jax.Array
     moments: Any
@@ -305,7 +306,7 @@ class PackedMoments(NamedTuple):
 
 
 def moments_of(optimizer: Any) -> tuple[Any, Any]:
-    """The step count of an AdamW state, and a tuple of arrays for every leaf."""
+    """The step count of an optimizer's state, and a tuple of moments for every leaf."""
     if isinstance(optimizer, PackedMoments):
         return optimizer
     adam = optimizer if isinstance(optimizer, ScaleByAdamState) else optimizer[0]

@@ -11,7 +11,7 @@ See      jmem/finetune/mixlora/, jmem/finetune/lora.py, tests/finetune/
 """
 
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jmem.finetune.descent import needs_key
 from jmem.finetune.fused import nested, tuples
 from jmem.finetune.layerwise import put_row
-from jmem.finetune.walk import Update, salt_of
+from jmem.finetune.walk import salt_of
 from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
@@ -36,18 +36,22 @@ def attach(tree: dict, adapters: dict) -> dict:
     return tree | added
 
 
-def check_update(name: str, update: str, max_grad_norm: float, parts: int) -> None:
-    """For the `update` field of a finetuner of adapters."""
-    if update not in get_args(Update):
-        raise ValueError(
-            f"{name}: update={update!r} must be one of {get_args(Update)}."
-        )
-    if update == "fused" and (max_grad_norm or parts > 1):
-        raise ValueError(
-            f"{name}: update='fused' moves adapters before all gradients are known, so "
-            f"adamw.max_grad_norm={max_grad_norm} and accumulate={parts} cannot be "
-            "kept. Set them to 0 and 1, or choose update='separate'."
-        )
+def check_fit(who: str, adapters: dict, wanted: dict, settings: str) -> None:
+    """Refuses adapters that do not have the shapes of `wanted`, path by path.
+
+    `settings` are those that demand them, for the message: "rank=4, maps=('q',)".
+    """
+    given, needed = (
+        {path: leaf.shape for path, leaf in by_key(tree).items()}
+        for tree in (adapters, wanted)
+    )
+    for path in sorted(given.keys() | needed.keys()):
+        if given.get(path) != needed.get(path):
+            raise ValueError(
+                f"{who}: adapters hold {path} with shape {given.get(path)}, but "
+                f"{settings} and this base need {needed.get(path)}. Use the adapters' "
+                "own settings, over the base they were trained on."
+            )
 
 
 def fuses(model, update: str, max_grad_norm: float, parts: int) -> bool:
@@ -99,24 +103,18 @@ def adapter_step(
     (_, traffic), d_aux = jax.value_and_grad(balance, has_aux=True)(aux)
 
     def backward(carry, xs):
-        dx, adapters, moments, squares = carry
+        dx, held, squares = carry
         layer, p, x, d_aux = xs
-        own, state = (
-            jax.tree.map(lambda a: a[layer], tree) for tree in (adapters, moments)
-        )
+        own, state = jax.tree.map(lambda a: a[layer], held)
         p = fetch(p)
         _, pull = jax.vjp(lambda own, x: block(p, own, x, layer), own, x)
         gradients, dx = pull((dx, d_aux))
         own, state, more = move(layer, own, state, gradients)
-        adapters, moments = (
-            put_row(adapters, layer, own),
-            put_row(moments, layer, state),
-        )
-        return (dx, adapters, moments, squares + more), None
+        return (dx, put_row(held, layer, (own, state)), squares + more), None
 
-    (_, adapters, moments, squares), _ = jax.lax.scan(
+    (_, (adapters, moments), squares), _ = jax.lax.scan(
         backward,
-        (dx, adapters, moments, nothing),
+        (dx, (adapters, moments), nothing),
         (layers, params["blocks"], inputs, d_aux),
         reverse=True,
     )

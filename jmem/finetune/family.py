@@ -3,9 +3,8 @@
 Tests, experiments and checks read this one list: a new method gets the family's tests
 and its row in every comparison by being entered here.
 
->>> from jmem.finetune.adamw import AdamW
->>> FINETUNERS["lora"].at(AdamW(learning_rate=1e-3)).adamw.learning_rate
-0.001
+>>> FINETUNERS["lora"].adamw.learning_rate
+0.003
 """
 
 import dataclasses
@@ -46,53 +45,34 @@ class Member:
             return own.mixtures[0].adamw
         return getattr(own, "adamw", own)
 
-    def at(self, adamw: AdamW) -> Any:
-        """The fine-tuner with another optimizer; one that has its own as it is."""
-        own = self.finetuner
-        if isinstance(own, MixLora):
-            mixtures = (dataclasses.replace(m, adamw=adamw) for m in own.mixtures)
-            return dataclasses.replace(own, mixtures=tuple(mixtures))
-        if isinstance(own, Lomo) or not hasattr(own, "adamw"):
-            return own
-        return dataclasses.replace(own, adamw=adamw)
+
+def _lora(**settings: Any) -> Member:
+    return Member(Lora(**({"rank": 2, "adamw": _ADAMW} | settings)), statistics=True)
+
+
+def _lisa(**settings: Any) -> Member:
+    return Member(dataclasses.replace(_LISA, **settings))
 
 
 FINETUNERS: Mapping[str, Member] = {
     "full": Member(Full(adamw=_ADAMW), statistics=True),
-    "lora": Member(Lora(rank=2, adamw=_ADAMW), statistics=True),
-    "lora-fused": Member(
-        Lora(rank=3, alpha=1.0, maps=("v", "up"), adamw=_UNCLIPPED),
-        statistics=True,
-    ),
-    "dora": Member(Lora(rank=2, dora=True, adamw=_ADAMW), statistics=True),
-    "qlora": Member(Lora(rank=2, base="nf4", adamw=_ADAMW), statistics=True),
-    "qlora-double": Member(
-        Lora(rank=2, base="nf4-double", dora=True, adamw=_ADAMW), statistics=True
-    ),
+    "lora": _lora(),
+    "lora-fused": _lora(rank=3, alpha=1.0, maps=("v", "up"), adamw=_UNCLIPPED),
+    "dora": _lora(dora=True),
+    "qlora": _lora(base="nf4"),
+    "qlora-double": _lora(base="nf4-double", dora=True),
     "mixlora": Member(
         MixLora(mixtures=(Mixture(rank=4, experts=4, adamw=_UNCLIPPED),), dropout=0.0),
         merges=False,
     ),
-    "lisa": Member(dataclasses.replace(_LISA, adamw=_UNCLIPPED)),
-    "lisa-separate": Member(dataclasses.replace(_LISA, update="separate")),
-    "lisa-persist": Member(
-        dataclasses.replace(_LISA, active_layers=1, moments="persist")
-    ),
-    "lisa-host": Member(
-        dataclasses.replace(_LISA, moments="persist", persist_in="host")
-    ),
-    "lisa-outside-host": Member(
-        dataclasses.replace(_LISA, outside_moments="host", adamw=_UNCLIPPED)
-    ),
-    "lisa-outside-factored": Member(
-        dataclasses.replace(_LISA, outside_moments="factored", adamw=_UNCLIPPED)
-    ),
-    "badam": Member(
-        dataclasses.replace(
-            _LISA, active_layers=1, train=("blocks",), order="reshuffled"
-        )
-    ),
-    "embedding": Member(dataclasses.replace(_LISA, active_layers=0)),
+    "lisa": _lisa(adamw=_UNCLIPPED),
+    "lisa-separate": _lisa(update="separate"),
+    "lisa-persist": _lisa(active_layers=1, moments="persist"),
+    "lisa-host": _lisa(moments="persist", persist_in="host"),
+    "lisa-outside-host": _lisa(outside_moments="host", adamw=_UNCLIPPED),
+    "lisa-outside-factored": _lisa(outside_moments="factored", adamw=_UNCLIPPED),
+    "badam": _lisa(active_layers=1, train=("blocks",), order="reshuffled"),
+    "embedding": _lisa(active_layers=0),
     "lomo": Member(Lomo(variant="lomo", learning_rate=1.0), moments=False),
     "adalomo": Member(Lomo(learning_rate=3e-2)),
 }

@@ -10,13 +10,12 @@ See      experiments/lisa.py, tests/finetune/
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jmem.finetune.accumulate import check_parts
-from jmem.finetune.adamw import AdamW, gradient_step
+from jmem.finetune.adamw import AdamW, Place, gradient_step
+from jmem.finetune.checks import check_choice, check_parts
 from jmem.finetune.descent import loss_step, needs_key
 from jmem.finetune.patterns import join, split
 from jmem.finetune.streamed import init_on_host, streamed_step
@@ -34,16 +33,13 @@ class Full:
     adamw: AdamW = AdamW(learning_rate=1e-5)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
-    moments: Literal["device", "host"] = "device"
+    moments: Place = "device"
     """Where the moments live: "host" is pinned memory that the GPU reads and writes a
     piece at a time."""
 
     def __post_init__(self):
         check_parts("Full", self.accumulate)
-        if self.moments not in ("device", "host"):
-            raise ValueError(
-                f"Full: moments={self.moments!r} must be 'device' or 'host'."
-            )
+        check_choice("Full", "moments", self.moments, Place)
 
     def init(self, model, params, stats, key):
         """State that takes over `params` (donated by the training step).

@@ -16,6 +16,8 @@ Fence    XLA's scheduler may make all dW before it uses the first, whatever barr
 See      jmem/finetune/lisa/, tests/finetune/test_fused.py
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,26 +28,27 @@ from jmem.finetune.layerwise import put_row
 from jmem.finetune.patterns import join, split
 from jmem.finetune.rules import Factored
 from jmem.finetune.tables import Tables
-from jmem.finetune.walk import Rule, Walk, flat, square_of
+from jmem.finetune.walk import Rule, Walk, einsum_wide, flat, square_of, take_part
 from jmem.models.next_token import token_positions
 from jmem.nn.linear import dense
-from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
-from jmem.program import by_key
+from jmem.program import by_key, key
 
 TILES = 4
 """Parts that a block's weight is updated in."""
 
 
 class Moved(NamedTuple):
-    """What a step leaves: parameters, optimizer states, and what it saw."""
+    """Parameters and optimizer states after a step, and the loss before it."""
 
     loss: Float[Array, ""]
     params: dict
     blocks: Any
+    """States of the blocks' parameters, leaves [S, ...]."""
     outside: Any
+    """States of all other parameters."""
     square: Float[Array, ""]
-    """Of the norm of all gradients, float32."""
+    """The squared norm of all gradients, float32."""
 
 
 def fused_step(
@@ -63,7 +66,6 @@ def fused_step(
     rates: dict,
     step: Int[Array, ""],
     train: tuple[str, ...] = (),
-    ops: Ops | None = None,
 ) -> Moved:
     """One update of everything outside the blocks, and of the blocks that have a row.
 
@@ -74,11 +76,14 @@ def fused_step(
     `rates` is a tree as the trained parameters (`AdamW.leaf_rates`). `step` counts from
     0 and must be traced (see Fence). The loss is a decoder's (`Decoder.loss`).
     """
-    ops = model.ops if ops is None else ops
     chosen, rest = split(params, train, "fused_step: train")
     positions = token_positions(batch.tokens)
-    walk = _Blocks(model, ops, rule, batch, positions, step)
-    tables = Tables(model, ops, outside_rule or rule, batch, positions, step)
+    own_rates, below = by_key(rates["blocks"]), bool(jax.tree.leaves(chosen["embed"]))
+    walk = _Blocks(
+        *(model, rule, batch, positions, step),
+        *(chosen["blocks"], rest["blocks"], block_counts, own_rates, below),
+    )
+    tables = Tables(model, outside_rule or rule, batch, positions, step)
 
     table = chosen["embed"].get("embedding")
     added = {k: v for k, v in chosen["embed"].items() if k != "embedding"}
@@ -89,7 +94,7 @@ def fused_step(
 
     def forward(x, xs):
         layer, p = xs
-        out, aux = walk.block(p, x, layer, ops)
+        out, aux = walk.block(p, x, layer)
         return out, (x, aux)
 
     x, embed_transpose = jax.vjp(embed, added)
@@ -97,13 +102,7 @@ def fused_step(
     x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"]))
 
     head = tables.head(params, chosen, x, outside, outside_count, rates)
-    dx, moved_blocks, blocks, square = walk.blocks(
-        chosen["blocks"],
-        rest["blocks"],
-        *(row_of, inputs, head.dx),
-        *(blocks, block_counts, rates["blocks"]),
-        whole=bool(jax.tree.leaves(chosen["embed"])),
-    )
+    dx, moved_blocks, blocks, square = walk.backward(row_of, inputs, head.dx, blocks)
     moved = dict(params)
     moved["blocks"] = join(moved_blocks, rest["blocks"])
     state = dict(head.state)
@@ -111,16 +110,9 @@ def fused_step(
         moved[name] = join(tree, rest[name])
 
     d_added = embed_transpose(dx)[0]
-    fresh, own_state = {}, {}
-    for name, leaf in added.items():
-        if leaf is not None:
-            fresh[name], own_state[name], more = tables.whole(
-                f"embed/{name}",
-                leaf,
-                outside["embed"][name],
-                *(d_added[name], rates["embed"][name], outside_count),
-            )
-            square += more
+    fresh, own_state, square = tables.small(
+        *("embed", added, d_added, outside, rates, outside_count, square)
+    )
     if table is not None:
         fresh["embedding"], own_state["embedding"], more = tables.embedding(
             table,
@@ -129,14 +121,54 @@ def fused_step(
             *(rates["embed"]["embedding"], outside_count),
         )
         square += more
-    moved["embed"] = params["embed"] | fresh
+    moved["embed"] = join(chosen["embed"] | fresh, rest["embed"])
     state["embed"] = outside["embed"] | own_state
     loss = head.loss + jnp.sum(aux)
     return Moved(loss, moved, blocks, state, square + head.square)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Blocks(Walk):
-    """The backward pass through the blocks."""
+    """The backward pass through the blocks, from the last to the first."""
+
+    chosen: Any
+    """Trained parameters of all blocks; only their structure is used."""
+    rest: Any
+    """Those that are not trained."""
+    counts: jax.Array
+    """Number of this update, by row of the states."""
+    rates: dict
+    """Rates of the trained parameters, by path."""
+    whole: bool
+    """Whether dx is wanted at the bottom. If not, nothing below the lowest block with
+    a row asks for it, and the blocks there compute nothing."""
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, str]:
+        """The path of each trained linear map's kernel, by the map's name."""
+        paths = (path for path in by_key(self.chosen) if path.endswith("/kernel"))
+        return {path.removesuffix("/kernel"): path for path in paths}
+
+    @functools.cached_property
+    def small(self) -> tuple[str, ...]:
+        """Paths of all other trained leaves: norms, biases."""
+        kernels = self.kernels.values()
+        return tuple(path for path in by_key(self.chosen) if path not in kernels)
+
+    def backward(self, row_of, inputs, dx, states):
+        """(dx, blocks, states, square) after all layers."""
+        stacks, states = by_key(self.chosen), tuples(states, self.chosen)
+        layers = jnp.arange(len(row_of), dtype=jnp.int32)
+        lowest = 0
+        if not self.whole:
+            lowest = jnp.min(jnp.where(row_of >= 0, layers, len(row_of)))
+        (dx, stacks, states, square), _ = jax.lax.scan(
+            functools.partial(self.step, lowest),
+            (dx, stacks, states, jnp.float32(0)),
+            (layers, row_of, inputs),
+            reverse=True,
+        )
+        return dx, nested(stacks, self.chosen), nested(states, self.chosen), square
 
     def kernel(self, path, stack, state, h, dy, dx, layer, row, rate, t):
         """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out].
@@ -153,15 +185,12 @@ class _Blocks(Walk):
             axis, tiles = 1, TILES if layout.cuts_columns(path) else 1
         tiles = 1 if isinstance(self.rule, Factored) else tiles
         parts = _divisor(stack.shape[1 + axis], tiles)
-        size = stack.shape[1 + axis] // parts
 
         def body(index, carry):
             stack, state, square = carry
             sides = [h, dy]
-            sides[axis] = jax.lax.dynamic_slice_in_dim(
-                sides[axis], index * size, size, axis=1
-            )
-            dw = jnp.einsum("ni,no->io", *sides, preferred_element_type=jnp.float32)
+            sides[axis] = take_part(sides[axis], index, parts, axis=1)
+            dw = einsum_wide("ni,no->io", *sides)
             dw = self.at_rest(path, dw)
             w, *own = (
                 _get(a, place, index, parts, axis)
@@ -178,66 +207,16 @@ class _Blocks(Walk):
         trips = self.trips(parts, None if state else dx)
         return jax.lax.fori_loop(0, trips, body, carry)
 
-    # Blocks ---------------------------------------------------------------------------
+    def step(self, lowest, carry, xs):
+        """The body of a scan: (dx, stacks, states, square) before and after a layer.
 
-    def blocks(self, chosen, rest, row_of, inputs, dx, states, counts, rates, whole):
-        """From the last block to the first: (dx, blocks, states, square).
-
-        Unless `whole`, nothing below the lowest block with a row asks for dx, and the
-        blocks there compute nothing.
+        `lowest` is the lowest layer that has a row.
         """
-        stacks, states, rates = by_key(chosen), tuples(states, chosen), by_key(rates)
-        kernels = {
-            path.removesuffix("/kernel"): path
-            for path in stacks
-            if path.endswith("/kernel")
-        }
-        small = tuple(path for path in stacks if path not in kernels.values())
-        one = jnp.float32(1)
-        layers = jnp.arange(len(row_of), dtype=jnp.int32)
-        lowest = 0 if whole else jnp.min(jnp.where(row_of >= 0, layers, len(row_of)))
-        backward = _Backward(
-            *(self, chosen, rest, counts, rates, kernels, small, whole, lowest, one)
-        )
-        (dx, stacks, states, square), _ = jax.lax.scan(
-            backward.step,
-            (dx, stacks, states, jnp.float32(0)),
-            (layers, row_of, inputs),
-            reverse=True,
-        )
-        return dx, nested(stacks, chosen), nested(states, chosen), square
-
-
-class _Backward(NamedTuple):
-    """One layer after another, from the last: what all of them know."""
-
-    walk: _Blocks
-    chosen: Any
-    """Trained parameters of all blocks; only their structure is used."""
-    rest: Any
-    """Those that are not trained."""
-    counts: jax.Array
-    """Number of this update, by row of the states."""
-    rates: dict
-    """By path, as all that follow."""
-    kernels: dict[str, str]
-    """The path of each trained linear map's kernel, by the map's name."""
-    small: tuple[str, ...]
-    """Paths of all other trained leaves: norms, biases."""
-    whole: bool
-    """Whether dx is wanted at the bottom."""
-    lowest: Any
-    """The lowest layer that has a row."""
-    one: jax.Array
-    """The cotangent of a block's losses."""
-
-    def step(self, carry, xs):
-        """The body of a scan: (dx, stacks, states, square) before and after a layer."""
         layer, place, x = xs
         dx, stacks, states, square = carry
         # A stack that one branch reads and the other moves is copied by XLA 0.12
         # where its rows are gathered (4.4 GiB, LLaMA-2-70B on 8 GPUs).
-        row = None if self.walk.layout is None else _row(stacks, layer)
+        row = None if self.layout is None else _row(stacks, layer)
 
         def read():
             return _row(stacks, layer) if row is None else row
@@ -253,7 +232,7 @@ class _Backward(NamedTuple):
             below = (
                 onward()
                 if self.whole
-                else jax.lax.cond(layer > self.lowest, onward, lambda: dx)
+                else jax.lax.cond(layer > lowest, onward, lambda: dx)
             )
             return below, stacks, states, jnp.float32(0)
 
@@ -267,8 +246,8 @@ class _Backward(NamedTuple):
     def pass_by(self, layer, x, dx, p):
         """The gradient of a frozen block's input, by that of its output."""
         p = self.join(p, layer)
-        _, transpose = jax.vjp(lambda x: self.walk.block(p, x, layer, self.walk.ops), x)
-        return transpose((dx, self.one))[0]
+        _, transpose = jax.vjp(lambda x: self.block(p, x, layer), x)
+        return transpose((dx, jnp.float32(1)))[0]
 
     def train(self, layer, place, x, dx, p, stacks, states):
         """As `pass_by`, and the block moves: (dx, stacks, states, square)."""
@@ -287,11 +266,11 @@ class _Backward(NamedTuple):
                 f"fused_step: a block does not read {unread} by `ops.linear`, so "
                 "nothing is known of their gradients. Use the step that is not fused."
             )
-        d_taps, d_leaves, dx = transpose((dx, self.one))
+        d_taps, d_leaves, dx = transpose((dx, jnp.float32(1)))
         t, square = self.counts[place], jnp.float32(0)
         stacks, states = dict(stacks), dict(states)
         for name, path in self.kernels.items():
-            stacks[path], states[path], more = self.walk.kernel(
+            stacks[path], states[path], more = self.kernel(
                 *(path, stacks[path], states[path]),
                 *(flat(read[name]), flat(d_taps[name]), dx, layer, place),
                 *(_at(self.rates[path], layer), t),
@@ -300,7 +279,7 @@ class _Backward(NamedTuple):
         for path in self.small:
             own = _row(states[path], place)
             rate = _at(self.rates[path], layer)
-            w, own, more = self.walk.whole(
+            w, own, more = self.whole_leaf(
                 path, p[path], own, d_leaves[path], rate, t, layer
             )
             stacks[path] = put_row(stacks[path], layer, w)
@@ -314,7 +293,7 @@ class _Backward(NamedTuple):
 
         def linear(name, leaf, h):
             if name not in self.kernels:
-                return self.walk.ops.linear(name, leaf, h)
+                return self.ops.linear(name, leaf, h)
             if name in read:
                 raise ValueError(
                     f"fused_step: a block reads the linear map {name!r} twice, "
@@ -324,8 +303,8 @@ class _Backward(NamedTuple):
             read[name] = h
             return dense(name, leaf, h) + taps[name]
 
-        ops = self.walk.ops._replace(linear=linear)
-        return self.walk.block(p, x, layer, ops), read
+        ops = self.ops._replace(linear=linear)
+        return self.block(p, x, layer, ops), read
 
     def join(self, p, layer):
         """One layer's parameters, of what is trained of it and what is not."""
@@ -368,26 +347,10 @@ def _start(leaf, row, at, axis):
 
 
 def nested(flat: dict, like: Any) -> Any:
-    """`flat`, by path, as the dicts of `like`, whose None it keeps."""
-
-    def walk(tree, above):
-        return {
-            name: walk(value, f"{above}{name}/")
-            if isinstance(value, dict)
-            else (None if value is None else flat[f"{above}{name}"])
-            for name, value in tree.items()
-        }
-
-    return walk(like, "")
+    """`flat`, by path, as the tree `like`, whose None it keeps."""
+    return jax.tree.map_with_path(lambda path, _: flat[key(path)], like)
 
 
 def tuples(states: Any, like: Any) -> dict:
-    """The tuple of arrays of each leaf of `like`, by path."""
-
-    def at(path):
-        tree = states
-        for name in path.split("/"):
-            tree = tree[name]
-        return tree
-
-    return {path: at(path) for path in by_key(like)}
+    """The tuple of arrays that `states` has in the place of each leaf of `like`."""
+    return dict(zip(by_key(like), jax.tree.structure(like).flatten_up_to(states)))

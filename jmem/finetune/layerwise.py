@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from jmem.finetune.patterns import join, split
 from jmem.models.next_token import mean_head_loss, token_positions
-from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 
 
@@ -33,7 +32,6 @@ def slot_gradients(
     params: dict,
     batch,
     active: Int[Array, " S"],
-    ops: Ops | None = None,
     train: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], dict, Any]:
     """Loss and gradients of everything outside the blocks and of the `active` blocks.
@@ -44,14 +42,13 @@ def slot_gradients(
     `train` (`jmem.finetune.patterns`), what they don't mean is None in both. The loss
     is `jmem.models.next_token.next_token_loss`.
     """
-    ops = model.ops if ops is None else ops
     chosen, rest = split(params, train, "slot_gradients: train")
     slots = active.shape[0]
     layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
     positions = token_positions(batch.tokens)
 
     def block(p, x, layer):
-        x, _, aux = model.block(p, x, positions, layer, ops, None)
+        x, _, aux = model.block(p, x, positions, layer, model.ops, None)
         return x, sum((jnp.sum(v) for v in jax.tree.leaves(aux)), jnp.float32(0))
 
     def forward(x, xs):
@@ -65,7 +62,7 @@ def slot_gradients(
 
     def head(p, x):
         p = join(p, model.head_params(rest))
-        return mean_head_loss(model, ops, p, x, batch)
+        return mean_head_loss(model, model.ops, p, x, batch)
 
     x, embed_transpose = jax.vjp(embed, chosen["embed"])
     x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"]))

@@ -17,12 +17,13 @@ See      jmem/finetune/fused.py, jmem/finetune/rules.py, tests/finetune/test_lom
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jmem.finetune.adamw import AdamW
+from jmem.finetune.checks import check_choice
 from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
 from jmem.finetune.patterns import split
@@ -52,10 +53,7 @@ class Lomo:
     """Patterns of what is trained (`jmem.finetune.patterns`). Empty: everything."""
 
     def __post_init__(self):
-        if self.variant not in get_args(Variant):
-            raise ValueError(
-                f"Lomo: variant={self.variant!r} must be one of {get_args(Variant)}."
-            )
+        check_choice("Lomo", "variant", self.variant, Variant)
         if not 0 <= self.clip_value < float("inf"):
             raise ValueError(
                 f"Lomo: clip_value={self.clip_value} must be finite and not negative; "
@@ -93,8 +91,9 @@ class Lomo:
         refuse_stats("Lomo", model, stats)
         refuse_packed("Lomo", params)
         trained, _ = split(params, self.train, f"Lomo: train={self.train}")
-        moments = {
-            name: _states(self.rule, tree, stacked=name == "blocks")
+        init = self.rule.init
+        moments = {  # of stacked leaves, a state for each layer: [L, ...]
+            name: jax.tree.map(jax.vmap(init) if name == "blocks" else init, tree)
             for name, tree in trained.items()
         }
         return {"params": params, "moments": moments, "step": jnp.int32(0)}
@@ -135,9 +134,3 @@ class Lomo:
         """The state's parts in the user's words."""
         held = {"optimizer": "moments"} if jax.tree.leaves(state["moments"]) else {}
         return {"weights": "params"} | held
-
-
-def _states(rule: Sgd | Factored, tree: Any, *, stacked: bool) -> Any:
-    """A rule's state of every leaf; of a stacked one, of each layer: [L, ...]."""
-    init = jax.vmap(rule.init) if stacked else rule.init
-    return jax.tree.map(init, tree)

@@ -34,11 +34,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW, gradient_step, moments_of, with_moments
-from jmem.finetune.adapters import adapter_step, attach, check_update, fuses, moved
+from jmem.finetune.adapters import adapter_step, attach, check_fit, fuses, moved
+from jmem.finetune.checks import check_choice, check_update
 from jmem.finetune.descent import draw_part, loss_step, needs_key, refuse_stats
-from jmem.finetune.walk import Update
+from jmem.finetune.walk import Update, square_of
 from jmem.models.next_token import mean_head_loss
 from jmem.nn import quantised
 from jmem.nn.linear import along_last
@@ -48,6 +48,7 @@ from jmem.offload import fetch
 from jmem.program import by_key
 
 Base = Literal["given", "nf4", "nf4-double"]
+Stored = Literal["kernel", "float32"]
 _PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
 """What `base` is called in `jmem.nn.quantised`."""
 
@@ -180,11 +181,11 @@ def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
     def make_norm(name, adapter, leaf, squares):
         held = {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
 
-        def row(leaf, square):
+        def row(each):
+            leaf, square = each
             return column_norm(name, fetch(leaf), square, scale)
 
-        rows = (held | adapter, squares["square"])
-        return {"lora_norm": jax.lax.map(lambda each: row(*each), rows)}
+        return {"lora_norm": jax.lax.map(row, (held | adapter, squares["square"]))}
 
     return map_adapters(make_norm, adapters, blocks, squares)
 
@@ -247,7 +248,7 @@ class Lora:
     maps: tuple[str, ...] = MAPS
     """Linear maps that gain an adapter (`jmem.nn.maps`): "q" means every map whose path
     ends so, "cross/q" that one, "cross/*" all below. The default: those a block has."""
-    adapter_dtype: Literal["kernel", "float32"] = "kernel"
+    adapter_dtype: Stored = "kernel"
     """Of A and B as they are stored and updated, their kernel's or float32; products
     are in the activations' dtype. Above a bfloat16 kernel, float32 keeps updates that
     bfloat16 would round away, and its gradients, for 4 bytes an adapter value more."""
@@ -262,7 +263,6 @@ class Lora:
     "block"."""
 
     def __post_init__(self):
-        check_parts("Lora", self.accumulate)
         check_update("Lora", self.update, self.adamw.max_grad_norm, self.accumulate)
         if self.rank < 1:
             raise ValueError(f"Lora: rank={self.rank} must be at least 1.")
@@ -273,11 +273,7 @@ class Lora:
                 f"Lora: dropout={self.dropout} must be at least 0 and below 1: it is "
                 "the share of values that are left out."
             )
-        if self.adapter_dtype not in ("kernel", "float32"):
-            raise ValueError(
-                f"Lora: adapter_dtype={self.adapter_dtype!r} must be 'kernel', which "
-                "is the dtype of the kernel that is adapted, or 'float32'."
-            )
+        check_choice("Lora", "adapter_dtype", self.adapter_dtype, Stored)
         if self.base not in get_args(Base):
             raise ValueError(
                 f"Lora: base={self.base!r} is not one of {', '.join(get_args(Base))}. "
@@ -358,18 +354,8 @@ class Lora:
     def _adopted(self, adapters: dict, blocks: dict) -> dict:
         """`adapters` in `adapter_dtype`, once they are known to fit."""
         fresh = jax.eval_shape(self.adapters, blocks, jax.random.key(0))
-        given, wanted = (
-            {path: leaf.shape for path, leaf in by_key(tree).items()}
-            for tree in (adapters, fresh)
-        )
-        for path in sorted(given.keys() | wanted.keys()):
-            if given.get(path) != wanted.get(path):
-                raise ValueError(
-                    f"Lora: adapters hold {path} with shape {given.get(path)}, but "
-                    f"rank={self.rank}, maps={self.maps}, dora={self.dora} and these "
-                    f"blocks need {wanted.get(path)}. Make Lora with the adapter's own "
-                    "settings."
-                )
+        settings = f"rank={self.rank}, maps={self.maps}, dora={self.dora}"
+        check_fit("Lora", adapters, fresh, settings)
         return jax.tree.map(lambda a, f: jnp.asarray(a, f.dtype), adapters, fresh)
 
     def fuses(self, model) -> bool:
@@ -378,7 +364,9 @@ class Lora:
 
     def step(self, model, state, batch):
         """One update of the adapters from one batch: (state, metrics)."""
-        params, base = state["params"], self.base_blocks(state)
+        params = state["params"]
+        # DoRA's norms are those of the adapters that the step begins with.
+        base = attach(params["blocks"], self._norms(state))
         ops = model.ops._replace(linear=lora_linear(self.scale, self.dropout))
 
         def drawn(number):
@@ -429,14 +417,9 @@ class Lora:
                 own = own.reshape((1,) * w.ndim)
                 return self.adamw.rule(w, held, dw, own, count + 1, salt)
 
-            squares = [
-                jnp.sum(jnp.square(g.astype(jnp.float32)))
-                for g in jax.tree.leaves(gradients)
-            ]
-            numbers = state["step"], layer
-            return *moved(lora, moments, gradients, update, *numbers), sum(
-                squares, jnp.float32(0)
-            )
+            squares = [square_of(g) for g in jax.tree.leaves(gradients)]
+            fresh = moved(lora, moments, gradients, update, state["step"], layer)
+            return *fresh, sum(squares, jnp.float32(0))
 
         lora, moments, square, loss, more = adapter_step(
             *(model, params, state["lora"], moments, batch, ops, jnp.float32(0)),
@@ -449,15 +432,10 @@ class Lora:
         step = state["step"] + 1
         return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
 
-    def base_blocks(self, state) -> dict:
-        """The frozen blocks as one step's `lora_linear` wants them: DoRA's norms added.
-
-        They are those of the adapters that the step begins with.
-        """
-        blocks = state["params"]["blocks"]
-        return attach(blocks, self._norms(state)) if self.dora else blocks
-
     def _norms(self, state) -> dict:
+        """DoRA's `norms` of the adapters as they are; of plain LoRA nothing."""
+        if not self.dora:
+            return {}
         blocks = state["params"]["blocks"]
         return norms(blocks, state["lora"], state["squares"], self.scale)
 
@@ -479,9 +457,7 @@ class Lora:
                 return tree | {"kernel": added.astype(kernel.dtype)}
             return tree | {name: merge(tree[name], lora[name]) for name in lora}
 
-        params, lora = state["params"], state["lora"]
-        if self.dora:
-            lora = attach(lora, self._norms(state))
+        params, lora = state["params"], attach(state["lora"], self._norms(state))
         dtype = quantised.unpacked_dtype(params["blocks"])
         blocks = quantised.unpacked(params["blocks"], dtype)
         return params | {"blocks": merge(blocks, lora)}, state["stats"]

@@ -30,6 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jmem.finetune.lora import drop_out
+from jmem.finetune.walk import einsum_wide
 from jmem.nn import quantised
 
 ROWS = 2048
@@ -331,17 +332,6 @@ def _each_slot(experts: Experts, chosen, weights, add, start):
     return lax.fori_loop(0, used, body, start)
 
 
-def _sums(experts: Experts, entering, chosen, weights, adapters, key):
-    """(hidden, code) over all slots, float32."""
-
-    def add(sums, slot, chosen, weight):
-        own = _slot(experts, entering, adapters, chosen, weight, key, slot)
-        return jax.tree.map(jnp.add, sums, own)
-
-    nothing = _nothing(experts, entering, chosen, weights, adapters)
-    return _each_slot(experts, chosen, weights, add, nothing)
-
-
 def _nothing(experts: Experts, entering, chosen, weights, adapters):
     """Zeros of what a slot makes: (hidden, code)."""
 
@@ -354,7 +344,13 @@ def _nothing(experts: Experts, entering, chosen, weights, adapters):
 
 def _forward(experts: Experts, x, chosen, weights, adapters, base, key):
     entering = _entering(experts, x, adapters, base, key)
-    hidden, code = _sums(experts, entering, chosen, weights, adapters, key)
+
+    def add(sums, slot, chosen, weight):
+        own = _slot(experts, entering, adapters, chosen, weight, key, slot)
+        return jax.tree.map(jnp.add, sums, own)
+
+    nothing = _nothing(experts, entering, chosen, weights, adapters)
+    hidden, code = _each_slot(experts, chosen, weights, add, nothing)
     return _leaving(experts, x.dtype, hidden, code, adapters, base)
 
 
@@ -426,10 +422,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
     d_adapters = jax.tree.map(lambda s, d: s + d.astype(s.dtype), d_adapters, more)
     if code is not None and not experts.sorts(adapters):
         a, b = d_adapters["down"]
-        d_b = jnp.einsum(
-            *("jnr,jno->jro", code.astype(dy.dtype), dy),
-            preferred_element_type=jnp.float32,
-        )
+        d_b = einsum_wide("jnr,jno->jro", code.astype(dy.dtype), dy)
         d_adapters["down"] = a, b + d_b
     return dx, d_weights, d_adapters
 

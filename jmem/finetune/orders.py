@@ -44,7 +44,7 @@ def active_in(
     active_layers: int,
     weights: tuple[float, ...] = (),
 ) -> Int[Array, " S"]:
-    """The blocks of period `number` (from 0), ascending and distinct.
+    """The blocks that train in period `number` (from 0), ascending and distinct.
 
     "ascending" and "descending" go round for ever, so a group may hold the last blocks
     and the first. A permutation is cut into groups of `active_layers`; of layers that

@@ -63,9 +63,7 @@ def _program(model, fn, make, *, returns_state: bool, **fields) -> Program:
         return jax.jit(make, out_shardings=shardings(layout.mesh()))(key)
 
     def describe(leaf, sharding):
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, weak_type=leaf.weak_type, sharding=sharding
-        )
+        return leaf.update(sharding=sharding)
 
     placed = shardings()
     return Program(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jmem.finetune.patterns import join
 from jmem.finetune.rules import Factored
-from jmem.finetune.walk import Walk, flat, square_of
+from jmem.finetune.walk import Walk, einsum_wide, flat, put_part, square_of, take_part
 from jmem.models.next_token import mean_weights
 from jmem.nn.ops import Ops
 from jmem.offload import fetch_row, is_on_host, store_row
@@ -29,7 +29,7 @@ TABLE = 2**22
 
 
 class Head(NamedTuple):
-    """What the head's pass found, and what a tied table needs of it in the end."""
+    """The head after its update, and what a tied embedding's update needs of it."""
 
     loss: jax.Array
     dx: jax.Array
@@ -48,20 +48,12 @@ class Tables(Walk):
     # The head -------------------------------------------------------------------------
 
     def logits(self, head, hidden, index, parts, tied):
-        """Of one part of the vocabulary, float32 [N, V / parts]."""
-        axis = 0 if tied else 1
-        size = head["kernel"].shape[axis] // parts
-        leaf = {
-            "kernel": jax.lax.dynamic_slice_in_dim(
-                head["kernel"], index * size, size, axis
-            )
-        }
+        """(logits [N, V / parts] in float32, kernel) of one part of the vocabulary."""
+        leaf = {"kernel": take_part(head["kernel"], index, parts, 0 if tied else 1)}
         if tied:
             leaf["kernel"] = leaf["kernel"].T
         if "bias" in head:
-            leaf["bias"] = jax.lax.dynamic_slice_in_dim(
-                head["bias"], index * size, size, 0
-            )
+            leaf["bias"] = take_part(head["bias"], index, parts, 0)
         if self.layout is not None:  # a part, once over the wire, for all tokens
             leaf = jax.tree.map(self.layout.whole, leaf)
         with jax.named_scope("head_loss"):
@@ -77,7 +69,7 @@ class Tables(Walk):
         return (d * weights[:, None]).astype(dtype)
 
     def tokens(self, x):
-        """[N, ...] tokens, divided over a mesh; each device has the loss of its own."""
+        """`x` [N, ...] with its tokens divided over the mesh, if there is one."""
         return x if self.layout is None else self.layout.tokens(x)
 
     def head(self, params, chosen, x, outside, t, rates) -> Head:
@@ -129,12 +121,9 @@ class Tables(Walk):
             return self.d_logits(logits, total, weights, index, hidden.dtype), kernel
 
         def gradient(name, d):
-            dw = (
-                jnp.einsum("nm,nv->mv", hidden, d, preferred_element_type=jnp.float32)
-                if name == "kernel"
-                else d.astype(jnp.float32).sum(axis=0)
-            )
-            return self.at_rest(f"head/{name}", dw)
+            if name == "kernel":
+                return self.at_rest("head/kernel", einsum_wide("nm,nv->mv", hidden, d))
+            return self.at_rest(f"head/{name}", d.astype(jnp.float32).sum(axis=0))
 
         def gradients(index):
             d, _ = cotangent(moving, index)
@@ -147,11 +136,7 @@ class Tables(Walk):
         def body(index, carry):
             moving, held, dh, square = carry
             d, kernel = cotangent(moving, index)
-            dh += jnp.einsum(
-                "nv,mv->nm",
-                *(d, kernel.astype(d.dtype)),
-                preferred_element_type=jnp.float32,
-            )
+            dh += einsum_wide("nv,mv->nm", d, kernel.astype(d.dtype))
             fresh, states = {}, {}
             for name, leaf in moving.items():
                 axis = leaf.ndim - 1
@@ -166,56 +151,60 @@ class Tables(Walk):
         carry = moving, held, jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0)
         moving, held, dh, square = jax.lax.fori_loop(0, self.trips(parts), body, carry)
         d_norm, dx = transpose(dh.astype(hidden.dtype))
-        new = {"final_norm": {}}
-        state = {"final_norm": {}}
-        for name, leaf in chosen["final_norm"].items():
-            new["final_norm"][name], state["final_norm"][name] = leaf, None
-            if leaf is not None:
-                new["final_norm"][name], state["final_norm"][name], more = self.whole(
-                    *(f"final_norm/{name}", leaf, outside["final_norm"][name]),
-                    *(d_norm[name],),
-                    *(rates["final_norm"][name], t),
-                )
-                square += more
+        new, state = {}, {}
+        new["final_norm"], state["final_norm"], square = self.small(
+            *("final_norm", chosen["final_norm"], d_norm, outside, rates, t, square)
+        )
         if not tied:
             nothing = dict.fromkeys(chosen["head"])
             new["head"], state["head"] = nothing | moving, nothing | held
         dx = dx.reshape(x.shape)
         return Head(loss, dx, new, state, square, hidden, total, weights)
 
+    def small(self, above, chosen, gradients, outside, rates, t, square):
+        """The small trained leaves below `above`, each at once, with their states.
+
+        (leaves, states, `square` and that of their gradients); None stays.
+        """
+        new, states = dict(chosen), dict.fromkeys(chosen)
+        for name, leaf in chosen.items():
+            if leaf is not None:
+                new[name], states[name], more = self.whole_leaf(
+                    *(f"{above}/{name}", leaf, outside[above][name]),
+                    *(gradients[name], rates[above][name], t),
+                )
+                square += more
+        return new, states, square
+
     def part(self, path, leaf, state, dw, index, parts, axis, rate, t, found=None):
         """Part `index` of `leaf` along `axis`, moved: (leaf, state).
 
         `found`: what `survey` knows of the whole leaf.
         """
-
-        def get(a):
-            size = a.shape[axis] // parts
-            return jax.lax.dynamic_slice_in_dim(a, index * size, size, axis)
-
-        def put(a, value):
-            size = a.shape[axis] // parts
-            return jax.lax.dynamic_update_slice_in_dim(a, value, index * size, axis)
-
         # Blocks of scales lie along the axis that is not cut, the rule's last one.
         turned = leaf.ndim == 2 and axis == 1
         if found is not None:  # the state is that of the whole leaf
             assert isinstance(self.rule, Factored)
             factors, direction = found
-            own = get(leaf), dw
+            own = take_part(leaf, index, parts, axis), dw
             w, dw = jax.tree.map(jnp.transpose, own) if turned else own
             w = self.rule.move(w, direction(dw, index), factors)
-            return put(leaf, w.T if turned else w), state
+            return put_part(leaf, w.T if turned else w, index, axis), state
         on_host = any(map(is_on_host, state))
-        w = get(leaf)
-        held = fetch_row(state, index) if on_host else tuple(map(get, state))
+        w = take_part(leaf, index, parts, axis)
+        if on_host:
+            held = fetch_row(state, index)
+        else:
+            held = tuple(take_part(s, index, parts, axis) for s in state)
         own = w, held, dw
         w, held, dw = jax.tree.map(jnp.transpose, own) if turned else own
         moved = self.apply(path, 0, index, w, held, dw, rate, t)
         w, held = jax.tree.map(jnp.transpose, moved) if turned else moved
+        leaf = put_part(leaf, w, index, axis)
         if on_host:
-            return put(leaf, w), store_row(state, index, held)
-        return put(leaf, w), tuple(map(put, state, held))
+            return leaf, store_row(state, index, held)
+        pairs = zip(state, held, strict=True)
+        return leaf, tuple(put_part(s, part, index, axis) for s, part in pairs)
 
     def survey(self, leaves, states, rates, gradients, parts, t):
         """States and findings of whole leaves, by name, before any part moves.
@@ -236,9 +225,7 @@ class Tables(Walk):
 
         def part(name, leaf, index):
             axis = 1 if name == "kernel" else 0
-            size = leaf.shape[axis] // parts
-            own = jax.lax.dynamic_slice_in_dim(leaf, index * size, size, axis)
-            return rows(name, own)
+            return rows(name, take_part(leaf, index, parts, axis))
 
         def look(index, seen):
             return {
@@ -258,8 +245,7 @@ class Tables(Walk):
         def direction(name, dw, index):
             """Of some rows of a leaf, whose gradient is dw."""
             first, *others = moments[name]
-            size = dw.shape[0]
-            own = jax.lax.dynamic_slice_in_dim(first, index * size, size, 0)
+            own = take_part(first, index, parts, 0)
             return rule.direction((own, *others), jnp.mean(first), dw)
 
         trips = self.trips(parts)
@@ -307,9 +293,7 @@ class Tables(Walk):
                 d = self.d_logits(
                     *(logits, head.logsumexp, head.weights, index, head.hidden.dtype)
                 )
-                dw += jnp.einsum(
-                    "nv,nm->vm", d, head.hidden, preferred_element_type=jnp.float32
-                )
+                dw += einsum_wide("nv,nm->vm", d, head.hidden)
             return self.at_rest("embed/embedding", dw)
 
         name = "embedding"

@@ -1,8 +1,9 @@
 """What a fused step's walks over the weights share: a block, a part, an update rule."""
 
+import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +22,25 @@ since the state began (1 is the first; `state` is zeros then). `salt` is a uint3
 no other part and no other step has."""
 
 
-class Walk(NamedTuple):
-    """The backward pass; what all of its parts share."""
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What every part of a fused step's backward pass needs: model, rule and batch."""
 
     model: Any
-    ops: Ops
     rule: Rule
     batch: Any
     positions: jax.Array
     number: jax.Array
     """Of the step."""
 
-    def block(self, p, x, layer, ops: Ops):
-        """A block's output, and the sum of its `aux` losses."""
+    @property
+    def ops(self) -> Ops:
+        """What the model computes attention and linear maps by."""
+        return self.model.ops
+
+    def block(self, p, x, layer, ops: Ops | None = None):
+        """A block's output, by `ops` if given, and the sum of its `aux` losses."""
+        ops = ops or self.ops
         x, _, aux = self.model.block(p, x, self.positions, layer, ops, None)
         return x, sum(map(jnp.sum, jax.tree.leaves(aux)), jnp.float32(0))
 
@@ -61,10 +68,27 @@ class Walk(NamedTuple):
         salt = salt_of(path, self.number, layer, index)
         return self.rule(w, state, dw.astype(jnp.float32), rate, t, salt)
 
-    def whole(self, path, w, state, dw, rate, t, layer=0):
+    def whole_leaf(self, path, w, state, dw, rate, t, layer=0):
         """A small leaf at once: (w, state, square of the gradient's norm)."""
         w, state = self.apply(path, layer, 0, w, state, dw, rate, t)
         return w, state, square_of(dw)
+
+
+def einsum_wide(spec: str, *arrays: jax.Array) -> jax.Array:
+    """`jnp.einsum` whose sums, and result, are float32."""
+    return jnp.einsum(spec, *arrays, preferred_element_type=jnp.float32)
+
+
+def take_part(a: jax.Array, index: Any, parts: int, axis: int) -> jax.Array:
+    """Part `index` of `a`, cut along `axis` into so many equal ones."""
+    size = a.shape[axis] // parts
+    return jax.lax.dynamic_slice_in_dim(a, index * size, size, axis)
+
+
+def put_part(a: jax.Array, part: jax.Array, index: Any, axis: int) -> jax.Array:
+    """`a` with part `index` along `axis` replaced."""
+    at = index * part.shape[axis]
+    return jax.lax.dynamic_update_slice_in_dim(a, part, at, axis)
 
 
 def salt_of(path: str, *numbers: Any) -> jax.Array:
@@ -76,6 +100,7 @@ def salt_of(path: str, *numbers: Any) -> jax.Array:
 
 
 def square_of(dw):
+    """The sum of squares of a gradient, float32."""
     return jnp.sum(jnp.square(dw.astype(jnp.float32)))
 
 

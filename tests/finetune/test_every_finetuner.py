@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from tiny_decoder import TINY
 
-from jmem.finetune.adamw import AdamW
 from jmem.finetune.family import FINETUNERS
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
@@ -195,12 +194,3 @@ def test_statistics_are_carried_or_refused(name, tiny, initial_params):
     else:
         with pytest.raises(ValueError, match="keeps statistics or draws noise"):
             jax.eval_shape(init, initial_params)
-
-
-def test_another_optimizer_is_that_of_the_finetuner():
-    other = AdamW(learning_rate=0.5, max_grad_norm=0.0)
-    for name, member in FINETUNERS.items():
-        moved = dataclasses.replace(member, finetuner=member.at(other))
-        own = member.adamw  # LOMO's says its rates, and is no setting of it
-        settable = isinstance(own, AdamW) and "lomo" not in name
-        assert (moved.adamw == other) is settable

@@ -27,24 +27,12 @@ import optax
 from jaxtyping import Array, Int
 
 from jmem.finetune.accumulate import accumulate
-from jmem.finetune.adamw import AdamW, descend, moments_of, with_moments
+from jmem.finetune.adamw import AdamW, Place, descend, moments_of, with_moments
 from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import slot_gradients
-from jmem.finetune.lisa.checks import (
-    check_active,
-    check_draw,
-    check_options,
-    check_settings,
-)
-from jmem.finetune.lisa.moments import AtDraw, Moments, Outside, Place, outside_of
-from jmem.finetune.lisa.rows import (
-    init_rows,
-    put_rows,
-    restart,
-    take_rows,
-    update_rows,
-)
+from jmem.finetune.lisa import checks, rows
+from jmem.finetune.lisa.moments import AtDraw, Moments, Outside, outside_of
 from jmem.finetune.orders import Order, active_in
 from jmem.finetune.patterns import join, split
 from jmem.finetune.walk import Update
@@ -91,7 +79,8 @@ def transform(
     >>> int((updates["blocks"]["w"] != 0).any(axis=1).sum())
     2
     """
-    check_options(active_layers, period, moments, weights, order)
+    drawn: Any = {"period": period, "weights": weights, "order": order}
+    lisa = Lisa(active_layers=active_layers, moments=moments, **drawn)
     persist = moments == "persist"
 
     def split(tree):
@@ -100,12 +89,12 @@ def transform(
     def init(params):
         outside, stacked = split(params)
         layers = depth(stacked)
-        check_draw(layers, active_layers, weights)
+        checks.check_draw(layers, active_layers, weights)
         return LisaState(
             step=jnp.int32(0),
             active=jnp.arange(active_layers, dtype=jnp.int32),
             outside=inner.init(outside),
-            blocks=init_rows(inner, stacked, layers if persist else active_layers),
+            blocks=rows.init_rows(inner, stacked, layers if persist else active_layers),
         )
 
     def update(updates: Any, state: Any, params: Any = None):
@@ -114,30 +103,23 @@ def transform(
         outside, stacked = split(params)
         outside_grads, grads = split(updates)
         fresh = state.step % period == 0
-        active = active_in(
-            state.step // period,
-            order,
-            jax.random.key(seed),
-            depth(stacked),
-            active_layers,
-            weights,
-        )
+        active = lisa.draw(state.step // period, jax.random.key(seed), depth(stacked))
         held = state.outside
         if moments == "reset_all":
-            held = restart(fresh, inner.init(outside), held)
+            held = rows.restart(fresh, inner.init(outside), held)
         moved: Any
         moved, held = inner.update(outside_grads, held, outside)
-        rows, optimizer = update_rows(
+        moved_rows, optimizer = rows.update_rows(
             inner,
             persist,
             fresh,
             active,
-            take_rows(grads, active),
+            rows.take_rows(grads, active),
             state.blocks,
             stacked,
         )
         still = jax.tree.map(jnp.zeros_like, grads)
-        updates = moved | {blocks: put_rows(still, active, rows)}
+        updates = moved | {blocks: rows.put_rows(still, active, moved_rows)}
         return updates, LisaState(state.step + 1, active, held, optimizer)
 
     return optax.GradientTransformation(init, update)
@@ -193,7 +175,7 @@ class Lisa:
     where neither is asked for."""
 
     def __post_init__(self):
-        check_settings(self)
+        checks.check_settings(self)
 
     @property
     def fuses(self) -> bool:
@@ -205,15 +187,7 @@ class Lisa:
     @property
     def kept(self) -> Moments:
         """What is kept of the moments, as one value."""
-        return Moments(
-            adamw=self.adamw,
-            at_draw=self.moments,
-            persist_in=self.persist_in,
-            outside=self.outside_moments,
-            master=self.master,
-            active_layers=self.active_layers,
-            fused=self.fuses,
-        )
+        return Moments(self)
 
     def init(self, model, params, stats, key):
         """State that takes over `params` (donated by the training step).
@@ -226,7 +200,7 @@ class Lisa:
         refuse_stats("Lisa", model, stats)
         refuse_packed("Lisa", params)
         layers = model.config.layers
-        check_draw(layers, self.active_layers, self.weights)
+        checks.check_draw(layers, self.active_layers, self.weights)
         trained, _ = split(params, self.train, f"Lisa: train={self.train}")
         self.adamw.factors(trained)  # refuses a pattern that means nothing
         if not jax.tree.leaves(trained["blocks"]):
@@ -246,7 +220,10 @@ class Lisa:
         So nothing about a draw needs saving but the key and the step.
         """
         key = jax.random.wrap_key_data(state["key"])
-        number = state["step"] // self.period
+        return self.draw(state["step"] // self.period, key, layers)
+
+    def draw(self, number: jax.Array, key: jax.Array, layers: int) -> Int[Array, " S"]:
+        """The blocks of `layers` that period `number` trains, ascending."""
         sizes = layers, self.active_layers, self.weights
         return active_in(number, self.order, key, *sizes)
 
@@ -260,7 +237,7 @@ class Lisa:
         if active is None:
             active = self.active(state, layers)
         else:
-            check_active(active, layers, self.active_layers)
+            checks.check_active(active, layers, self.active_layers)
         state = self.kept.fetch(state, active)
         update = self._fused if self.fuses else self._separate
         new, metrics = update(model, state, batch, active)
@@ -282,21 +259,21 @@ class Lisa:
         rate = self.adamw.rate(state["step"])
         rates = self.adamw.leaf_rates(trained, rate, model.config.layers)
         inner = self.adamw.direction()
-        fresh = kept.restart(state["step"], self.period)
+        fresh = kept.restart(state["step"])
 
         outside, moments = outside_of(trained), state["outside"]
         if self.moments == "reset_all":
-            moments = restart(fresh, inner.init(outside), moments)
+            moments = rows.restart(fresh, inner.init(outside), moments)
         updates, moments = inner.update(outside_grads, moments, outside)
         outside = descend(outside, updates, outside_of(rates))
 
         blocks = trained["blocks"]
-        updates, optimizer = update_rows(
+        updates, optimizer = rows.update_rows(
             inner, kept.rows_of_all, fresh, active, grads, state["blocks"], blocks
         )
         rates = jax.tree.map(lambda r: r[active] if r.ndim else r, rates["blocks"])
-        rows = descend(take_rows(blocks, active), updates, rates)
-        trained = outside | {"blocks": put_rows(blocks, active, rows)}
+        moved = descend(rows.take_rows(blocks, active), updates, rates)
+        trained = outside | {"blocks": rows.put_rows(blocks, active, moved)}
         new = {
             "params": join(trained, frozen),
             "outside": moments,
@@ -310,16 +287,16 @@ class Lisa:
         params, layers, kept = state["params"], model.config.layers, self.kept
         trained, _ = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
-        fresh = kept.restart(state["step"], self.period)
+        fresh = kept.restart(state["step"])
         count, outside = moments_of(state["outside"])
         if self.moments == "reset_all":
             count = jnp.where(fresh, 0, count)
         counts, blocks = moments_of(state["blocks"])
         slots = jnp.arange(self.active_layers, dtype=jnp.int32)
         if kept.rows_of_all:
-            rows, counts = active, counts.at[active].add(1)
+            held_in, counts = active, counts.at[active].add(1)
         else:
-            rows, counts = slots, jnp.where(fresh, 0, counts) + 1
+            held_in, counts = slots, jnp.where(fresh, 0, counts) + 1
         nothing = jnp.full((layers,), -1, jnp.int32)
         moved = fused_step(
             model,
@@ -327,7 +304,7 @@ class Lisa:
             batch,
             kept.rule,
             outside_rule=kept.outside_rule,
-            row_of=nothing.at[active].set(rows),
+            row_of=nothing.at[active].set(held_in),
             blocks=blocks,
             block_counts=counts,
             outside=outside,

@@ -1,18 +1,21 @@
-"""What LISA refuses, in words: settings that contradict each other, and draws."""
+"""What LISA refuses: settings that contradict each other, and impossible draws.
 
-from typing import Any, get_args
+Every function here returns nothing, or raises a ValueError that says what to change.
+"""
+
+from typing import Any
 
 import numpy as np
 from jax.core import Tracer
 
-from jmem.finetune.accumulate import check_parts
-from jmem.finetune.lisa.moments import AtDraw, Outside, Place
+from jmem.finetune.adamw import Place
+from jmem.finetune.checks import check_choice, check_update
+from jmem.finetune.lisa.moments import AtDraw, Outside
 from jmem.finetune.orders import Order
-from jmem.finetune.walk import Update
 
 
 def check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> None:
-    """Of a model with so many blocks."""
+    """Refuses a draw of `active_layers` blocks out of a model's `layers`."""
     if active_layers > layers:
         raise ValueError(
             f"Lisa: active_layers={active_layers} exceeds the model's {layers} blocks; "
@@ -25,24 +28,27 @@ def check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> N
         )
 
 
-def check_options(
-    active_layers: int,
-    period: int,
-    moments: str,
-    weights: tuple[float, ...],
-    order: str,
-) -> None:
-    """What the transform has too."""
+def check_settings(lisa: Any) -> None:
+    """All settings of a `Lisa`."""
+    check_update(
+        *("Lisa", lisa.update, lisa.adamw.max_grad_norm, lisa.accumulate, "weights")
+    )
+    check_choice("Lisa", "moments", lisa.moments, AtDraw)
+    check_choice("Lisa", "order", lisa.order, Order)
+    check_choice("Lisa", "persist_in", lisa.persist_in, Place)
+    check_choice("Lisa", "outside_moments", lisa.outside_moments, Outside)
+    if lisa.period < 1:
+        raise ValueError(f"Lisa: period={lisa.period} must be at least 1 step.")
+    _check_weights(lisa.weights, lisa.active_layers, lisa.order)
+    _check_resting(lisa)
+    if not lisa.fuses:
+        _check_separate(lisa)
+
+
+def _check_weights(weights: tuple[float, ...], active_layers: int, order: str) -> None:
+    """Refuses weights by which so many blocks cannot be drawn."""
     if active_layers < 0:
         raise ValueError(f"Lisa: active_layers={active_layers} must not be negative.")
-    if period < 1:
-        raise ValueError(f"Lisa: period={period} must be at least 1 step.")
-    if moments not in get_args(AtDraw):
-        raise ValueError(
-            f"Lisa: moments={moments!r} must be one of {get_args(AtDraw)}."
-        )
-    if order not in get_args(Order):
-        raise ValueError(f"Lisa: order={order!r} must be one of {get_args(Order)}.")
     if weights and order != "drawn":
         raise ValueError(
             f"Lisa: weights={weights} say how often blocks are drawn, and with order="
@@ -57,23 +63,8 @@ def check_options(
         )
 
 
-def check_settings(lisa: Any) -> None:
-    """All of a `Lisa`."""
-    check_parts("Lisa", lisa.accumulate)
-    choices = {"update": Update, "persist_in": Place, "outside_moments": Outside}
-    for name, kind in choices.items():
-        if getattr(lisa, name) not in get_args(kind):
-            raise ValueError(
-                f"Lisa: {name}={getattr(lisa, name)!r} must be one of {get_args(kind)}."
-            )
-    _check_resting(lisa)
-    _check_fused(lisa)
-    check_options(
-        *(lisa.active_layers, lisa.period, lisa.moments, lisa.weights, lisa.order)
-    )
-
-
 def _check_resting(lisa: Any) -> None:
+    """Refuses moments in host memory where none would persist there."""
     if lisa.persist_in == "host" and lisa.moments != "persist":
         raise ValueError(
             f"Lisa: persist_in='host' is for moments that persist, and moments="
@@ -87,21 +78,8 @@ def _check_resting(lisa: Any) -> None:
         )
 
 
-def _check_fused(lisa: Any) -> None:
-    if lisa.update == "fused" and lisa.adamw.max_grad_norm:
-        raise ValueError(
-            f"Lisa: update='fused' moves weights before all gradients are known, "
-            f"so adamw.max_grad_norm={lisa.adamw.max_grad_norm} cannot be kept. "
-            "Set it to 0, or choose update='separate'."
-        )
-    if lisa.update == "fused" and lisa.accumulate > 1:
-        raise ValueError(
-            f"Lisa: update='fused' moves weights before accumulate="
-            f"{lisa.accumulate} parts are summed. Set it to 1, or choose "
-            "update='separate'."
-        )
-    if lisa.fuses:
-        return
+def _check_separate(lisa: Any) -> None:
+    """Refuses, of a step that is not fused, what only a fused one can do."""
     if lisa.adamw.weight_rounding == "random":
         lisa.adamw.clip_factor(())  # refuses it
     if lisa.master:
@@ -118,7 +96,10 @@ def _check_fused(lisa: Any) -> None:
 
 
 def check_active(active, layers: int, active_layers: int) -> None:
-    """Blocks that a caller names, as far as the host knows them."""
+    """Refuses blocks to train that are not as many distinct, ascending ones.
+
+    Their values are checked where they are known, and not traced.
+    """
     if active.shape != (active_layers,):
         raise ValueError(
             f"Lisa.step: active has shape {active.shape}; "

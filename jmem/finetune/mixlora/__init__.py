@@ -14,9 +14,9 @@ Differs  The official code runs down once a slot; here it is run once. Its jitte
          disturbs what the experts read; here only what the router reads. Its dropout
          has a biased gradient. Products are in the activations' dtype; adapters,
          router and moments are float32.
-See      settings.py (one mixture), storage.py (their adapters side by side), tenants.py
-         (jobs come and go), ../mixture.py (the experts); configs/mixlora/,
-         experiments/mixlora.py, tests/finetune/test_mixlora.py
+See      settings.py (one mixture), storage.py (their adapters side by side),
+         ../mixture.py (the experts); configs/mixlora/, experiments/mixlora.py,
+         tests/finetune/test_mixlora.py
 """
 
 import dataclasses
@@ -30,20 +30,20 @@ from jaxtyping import Array, Bool, Float
 
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.adapters import adapter_step, attach, fuses, moved
-from jmem.finetune.descent import refuse_stats
-from jmem.finetune.mixlora import tenants
+from jmem.finetune.descent import draw_part, refuse_stats
+from jmem.finetune.lora import dropout_keys
 from jmem.finetune.mixlora.settings import (
     Balance,
     Mixture,
     check_settings,
     max_grad_norm,
 )
-from jmem.finetune.mixlora.storage import ROUTER, Storage, find_adapters, is_mixed
+from jmem.finetune.mixlora.storage import ROUTER, Storage
 from jmem.finetune.mixture import Router, imbalance
 from jmem.finetune.mixture_ops import MixtureFeed, MixtureLinear, by_mixture
 from jmem.finetune.walk import Update
 from jmem.models.next_token import head_loss, token_positions
-from jmem.nn.maps import MAPS, insert, number_map
+from jmem.nn.maps import MAPS, insert
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth, run_stack
 from jmem.program import by_key
@@ -209,9 +209,10 @@ class MixLora:
         return _mean(self.losses(model, state, batch), state["active"])
 
     def _head(self, model, state, batch):
-        """X -> (sum of the active mixtures' losses, all losses [J]).
+        """A function of the last block's output x: (what is minimised, losses [J]).
 
-        Each loss is the sum over a mixture's tokens, by the batch's weights.
+        Each loss is the sum over a mixture's tokens, by the batch's weights; the first
+        result is the sum over active mixtures.
         """
         count = len(self.mixtures)
         params = model.head_params(state["params"])
@@ -226,7 +227,10 @@ class MixLora:
         return head
 
     def _balance(self, state):
-        """Aux -> (the weighed sum of the active mixtures' balance losses, seen)."""
+        """A function of what the blocks said: (sum, (balance [J], load [J, E])).
+
+        The sum is that of the active mixtures' balance losses, by their weights.
+        """
         weights = jnp.array([m.balance for m in self.mixtures], jnp.float32)
         experts = tuple(m.experts for m in self.mixtures)
 
@@ -242,20 +246,13 @@ class MixLora:
         blocks = state["params"]["blocks"]
         if not (self.dropout or self.jitter):
             return blocks
-        key = jax.random.wrap_key_data(state["key"])
-        key = jax.random.fold_in(jax.random.fold_in(key, state["step"]), number)
-        layers = depth(blocks)
-
-        def keys(number):
-            stream = jax.random.fold_in(key, number)
-            return {"lora_key": jax.random.split(stream, layers)}
-
+        key = draw_part(state, number)
+        stream = jax.random.fold_in(key, len(MAPS))
         drawn: dict = {}
-        insert(drawn, ROUTER, keys(len(MAPS)))
+        insert(drawn, f"{ROUTER}/lora_key", jax.random.split(stream, depth(blocks)))
         if self.dropout:
-            for name in find_adapters(state["adapters"]):
-                if not is_mixed(name):
-                    insert(drawn, name, keys(number_map(name)))
+            plain = {n: own for n, own in state["adapters"].items() if n != "mlp"}
+            drawn |= dropout_keys(plain, key)
         return attach(blocks, drawn)
 
     def _fused(self, model, state, batch):
@@ -323,8 +320,9 @@ class MixLora:
         return jax.lax.scan(add, zeros, (numbers, cut))[0]
 
     def _mover(self, state, axis: int):
-        """(layer, adapters, moments, gradients) -> (adapters, moments), updated.
+        """A function that moves (layer, adapters, moments, gradients) by one update.
 
+        It returns (adapters, moments).
         `axis` is where the leaves have J: 0 in one layer's, 1 in those of all. Mixtures
         that are not active stay as they are, bit for bit.
         """
@@ -359,21 +357,20 @@ class MixLora:
 
     # What a block computes ------------------------------------------------------------
 
-    def _static(self, training: bool) -> dict[str, Any]:
-        own = self.mixtures
-        return {
-            "experts": tuple(m.experts for m in own),
-            "router": self.router,
-            "top_k": tuple(m.top_k for m in own),
-            "top_p": tuple(m.top_p for m in own),
-            "jitter": self.jitter if training else 0.0,
-        }
-
     def ops(self, model, *, training: bool = False, real=None) -> Ops:
         """`model.ops` that know the adapters of all mixtures."""
-        scales = tuple(m.scale for m in self.mixtures)
+        own = self.mixtures
+        scales = tuple(m.scale for m in own)
         dropout = self.dropout if training else 0.0
-        feed = self.feed(scales, **self._static(training), dropout=dropout)
+        feed = self.feed(
+            scales=scales,
+            experts=tuple(m.experts for m in own),
+            router=self.router,
+            top_k=tuple(m.top_k for m in own),
+            top_p=tuple(m.top_p for m in own),
+            dropout=dropout,
+            jitter=self.jitter if training else 0.0,
+        )
         linear = MixtureLinear(scales, dropout)
         if real is None:
             return model.ops._replace(linear=linear, feed=feed)
@@ -411,24 +408,66 @@ class MixLora:
 
         The base's arrays are shared, not copied; the mixture's are cut out.
         """
-        tenants.check_number(self, "serving", number)
-        alone = MixLora(
-            mixtures=(self.mixtures[number],), router=self.router, dropout=0.0
-        )
-        adapters = self.mixture(state, number)
-        return tenants.serve(model, alone.ops(model), state["params"], adapters)
+        self._check_number("serving", number)
+        own = self.mixtures[number]
+        ops = MixLora(mixtures=(own,), router=self.router, dropout=0.0).ops(model)
+        adapters = jax.tree.map(lambda a: a[:, None], self.mixture(state, number))
+        blocks = attach(state["params"]["blocks"], adapters)
+        model = dataclasses.replace(model, linear=ops.linear, feed=ops.feed)
+        return model, state["params"] | {"blocks": blocks}
 
     def mixture(self, state, number: int) -> dict:
         """Adapters of one mixture, as `jmem.checkpoints.save_mixlora` takes them."""
-        return tenants.take(self, state, number)
+        self._check_number("mixture", number)
+        return self.storage.take(state["adapters"], number)
+
+    # Jobs come and go: shapes never change, so the compiled step does not either.
 
     def replaced(self, state, number: int, adapters: dict | None, key=None):
-        """`state` with mixture `number` begun anew (`tenants.replace`)."""
-        return tenants.replace(self, state, number, adapters, key)
+        """`state` with mixture `number` begun anew, from `adapters` or fresh by `key`.
+
+        Its moments and its count of updates begin at zero, and it is active.
+
+        Raises:
+          ValueError: `adapters` are not of this mixture's sizes or of this base, or
+            neither they nor a key are given.
+        """
+        self._check_number("replaced", number)
+        storage, blocks = self.storage, state["params"]["blocks"]
+        if adapters is not None:
+            storage.check(adapters, blocks, number)
+            fresh = storage.store(adapters, number)
+        elif key is not None:
+            fresh = storage.draw(self.mixtures[number], blocks, key)
+        else:
+            raise ValueError(
+                "MixLora.replaced: adapters=None and key=None; give adapters that "
+                "were trained, or a key to draw fresh ones."
+            )
+
+        def put(leaf, own):
+            return leaf.at[:, number].set(own.astype(leaf.dtype))
+
+        return state | {
+            "adapters": jax.tree.map(put, state["adapters"], fresh),
+            "moments": jax.tree.map(
+                lambda leaf: leaf.at[:, number].set(0), state["moments"]
+            ),
+            "steps": state["steps"].at[number].set(0),
+            "active": state["active"].at[number].set(True),
+        }
 
     def stopped(self, state, number: int):
         """`state` in which mixture `number` is frozen, until it is `replaced`."""
-        return tenants.stop(self, state, number)
+        self._check_number("stopped", number)
+        return state | {"active": state["active"].at[number].set(False)}
+
+    def _check_number(self, what: str, number: int) -> None:
+        if not 0 <= number < len(self.mixtures):
+            raise ValueError(
+                f"MixLora.{what}: number={number}, but mixtures are numbered 0 to "
+                f"{len(self.mixtures) - 1}."
+            )
 
 
 def _along(vector: jax.Array, like: jax.Array, axis: int) -> jax.Array:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from jmem.finetune.accumulate import check_parts
 from jmem.finetune.adamw import AdamW
-from jmem.finetune.adapters import check_update
+from jmem.finetune.checks import check_choice, check_update
 from jmem.finetune.lora import scale_of
 from jmem.finetune.mixture import Router
 from jmem.finetune.mixture_ops import HIDDEN
@@ -84,15 +83,10 @@ def max_grad_norm(mixtures: tuple[Mixture, ...]) -> float:
 
 def check_settings(mixlora: Any) -> None:
     """All of a `MixLora`."""
-    check_parts("MixLora", mixlora.accumulate)
     if not mixlora.mixtures:
         raise ValueError("MixLora: mixtures=() is empty; give at least one.")
-    for name, kind in (("router", Router), ("over", Balance)):
-        if getattr(mixlora, name) not in get_args(kind):
-            raise ValueError(
-                f"MixLora: {name}={getattr(mixlora, name)!r} must be one of "
-                f"{get_args(kind)}."
-            )
+    check_choice("MixLora", "router", mixlora.router, Router)
+    check_choice("MixLora", "over", mixlora.over, Balance)
     for name in ("jitter", "dropout"):
         if not 0 <= getattr(mixlora, name) < 1:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Adapters of several mixtures as they lie side by side: one tree, J before all else.
+"""The adapters of several mixtures in one tree, whose leaves have J before other axes.
 
-What a mixture lacks in rank or experts, beside the one that has most, is zero, and
-stays so.
+In a stacked leaf that is [L, J, ...]. Where a mixture has a lower rank or fewer experts
+than the one that has most, its part is filled with zeros, which stay zeros.
 """
 
 import dataclasses
@@ -9,17 +9,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jmem.finetune.adapters import check_fit
 from jmem.finetune.mixlora.settings import Mixture
 from jmem.nn import quantised
-from jmem.nn.maps import (
-    MAPS,
-    choose_maps,
-    find_dicts,
-    find_maps,
-    insert,
-    number_map,
-)
-from jmem.program import by_key
+from jmem.nn.maps import MAPS, choose_maps, find_maps, insert, number_map
 from jmem.program import key as path_of
 
 MLP, ROUTER = "mlp/", "mlp/router"
@@ -31,9 +24,32 @@ def is_mixed(path: str) -> bool:
     return path.startswith(MLP)
 
 
-def find_adapters(tree: dict) -> dict[str, dict]:
-    """The dicts of A and B, by the name of the map that they adapt."""
-    return find_dicts(tree, lambda leaf: "lora_a" in leaf)
+def resize(adapters: dict, old: "Mixture | Storage", new: "Mixture | Storage") -> dict:
+    """Adapters [L, ...] of the experts and rank of `old` with those of `new`.
+
+    What is beyond them is cut off, what is lacking is zeros.
+    """
+
+    def leaf(path, value):
+        name = path_of(path)
+        sizes = [(old.experts, new.experts), (old.rank, new.rank)]
+        if name.startswith(ROUTER):
+            del sizes[1]
+        elif not is_mixed(name):
+            sizes[0] = 1, 1
+        axis = value.ndim - (2 if name.endswith("lora_b") else 1)
+        above, below = value.shape[:axis], value.shape[axis + 1 :]
+        value = jnp.reshape(value, (*above, *(before for before, _ in sizes), *below))
+        for at, (before, after) in enumerate(sizes, axis):
+            if after < before:
+                value = jax.lax.slice_in_dim(value, 0, after, axis=at)
+            else:
+                more = [(0, 0)] * value.ndim
+                more[at] = 0, after - before
+                value = jnp.pad(value, more)
+        return value.reshape(*above, -1, *below)
+
+    return jax.tree.map_with_path(leaf, adapters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,26 +80,26 @@ class Storage:
 
     def take(self, adapters: dict, number: int) -> dict:
         """Mixture `number`'s own adapters: [L, ...], nothing padded."""
-        return jax.tree.map_with_path(
-            lambda path, leaf: self.cut(leaf, path_of(path), number), adapters
-        )
+        own = self.mixtures[number]
+        return resize(jax.tree.map(lambda a: a[:, number], adapters), self, own)
+
+    def store(self, adapters: dict, number: int) -> dict:
+        """What `take` is the inverse of: one mixture's adapters as they are stored."""
+        return resize(adapters, self.mixtures[number], self)
 
     def draw(self, own: Mixture, blocks: dict, key: jax.Array) -> dict:
         """Fresh adapters of one mixture, of the highest rank and the most experts."""
         dtype = quantised.unpacked_dtype(blocks)
         maps, found = find_maps(blocks), {}
         for name in choose_maps(own.maps, maps, f"MixLora: maps={own.maps}"):
-            layers, inputs, outputs = quantised.described_kernel(
-                maps[name], dtype
-            ).shape
+            kernel = quantised.described_kernel(maps[name], dtype)
+            layers, inputs, outputs = kernel.shape
             stream = jax.random.fold_in(key, number_map(name))
-            experts = own.experts if is_mixed(name) else 1
-            shape = layers, inputs, experts, own.rank
-            bound = inputs**-0.5
+            width = own.rank * (own.experts if is_mixed(name) else 1)
+            bound, shape = inputs**-0.5, (layers, inputs, width)
             a = jax.random.uniform(stream, shape, jnp.float32, -bound, bound)
-            b = jnp.zeros((layers, experts, own.rank, outputs), jnp.float32)
-            pair = self._pad({"lora_a": a, "lora_b": b}, is_mixed(name))
-            insert(found, name, pair)
+            b = jnp.zeros((layers, width, outputs), jnp.float32)
+            insert(found, name, {"lora_a": a, "lora_b": b})
         if "mlp" not in found:
             raise ValueError(
                 f"MixLora: maps={own.maps} names no map of these blocks' MLPs, "
@@ -92,54 +108,8 @@ class Storage:
         layers, width, _ = quantised.described_kernel(maps["mlp/up"], dtype).shape
         shape = layers, width, own.experts
         draw = jax.random.normal(jax.random.fold_in(key, len(MAPS)), shape)
-        missing = self.experts - own.experts
-        kernel = jnp.pad(0.02 * draw, ((0, 0), (0, 0), (0, missing)))
-        insert(found, ROUTER, {"kernel": kernel})
-        return found
-
-    def _pad(self, pair: dict, mixed: bool) -> dict:
-        """A [L, in, e, r] and B [L, e, r, out] with experts and ranks side by side."""
-        a, b = pair["lora_a"], pair["lora_b"]
-        experts = self.experts if mixed else 1
-        more = (0, experts - a.shape[2]), (0, self.rank - a.shape[3])
-        a = jnp.pad(a, ((0, 0), (0, 0), *more))
-        b = jnp.pad(b, ((0, 0), *more, (0, 0)))
-        return {
-            "lora_a": a.reshape(*a.shape[:2], -1),
-            "lora_b": b.reshape(b.shape[0], -1, b.shape[-1]),
-        }
-
-    def cut(self, leaf, path: str, number: int):
-        """Mixture `number`'s own part of a stored leaf: [L, ...], nothing padded."""
-        own, leaf = self.mixtures[number], leaf[:, number]
-        if path.startswith(ROUTER):
-            return leaf[..., : own.experts]
-        experts = (self.experts, own.experts) if is_mixed(path) else (1, 1)
-        if path.endswith("lora_a"):
-            parts = leaf.reshape(*leaf.shape[:2], experts[0], self.rank)
-            parts = parts[:, :, : experts[1], : own.rank]
-            return parts.reshape(*leaf.shape[:2], -1)
-        parts = leaf.reshape(leaf.shape[0], experts[0], self.rank, -1)
-        parts = parts[:, : experts[1], : own.rank]
-        return parts.reshape(leaf.shape[0], -1, leaf.shape[-1])
-
-    def store(self, tree: dict, number: int) -> dict:
-        """What `cut` is the inverse of, for a whole tree: [L, ...] as stored."""
-        own, found = self.mixtures[number], {}
-        tree = jax.tree.map(jnp.asarray, tree)
-        missing = self.experts - own.experts
-        kernel = jnp.pad(
-            tree["mlp"]["router"]["kernel"], ((0, 0), (0, 0), (0, missing))
-        )
-        insert(found, ROUTER, {"kernel": kernel})
-        for name, leaf in find_adapters(tree).items():
-            experts = own.experts if is_mixed(name) else 1
-            a, b = leaf["lora_a"], leaf["lora_b"]
-            a = a.reshape(*a.shape[:2], experts, own.rank)
-            b = b.reshape(b.shape[0], experts, own.rank, b.shape[-1])
-            pair = {"lora_a": a, "lora_b": b}
-            insert(found, name, self._pad(pair, is_mixed(name)))
-        return found
+        insert(found, ROUTER, {"kernel": 0.02 * draw})
+        return resize(found, own, self)
 
     def check(self, adapters: dict, blocks: dict, number: int) -> None:
         """Refuses adapters of other sizes or another base than mixture `number`."""
@@ -148,15 +118,5 @@ class Storage:
         wanted = jax.eval_shape(
             lambda key: alone.draw(own, blocks, key), jax.random.key(0)
         )
-        given, needed = (
-            {path: leaf.shape for path, leaf in by_key(tree).items()}
-            for tree in (adapters, wanted)
-        )
-        for path in sorted(given.keys() | needed.keys()):
-            if given.get(path) != needed.get(path):
-                raise ValueError(
-                    f"MixLora: adapters hold {path} with shape {given.get(path)}, but "
-                    f"rank={own.rank}, experts={own.experts}, maps={own.maps} and this "
-                    f"base need {needed.get(path)}. Make the mixture with the "
-                    "adapters' own settings, over the base they were trained on."
-                )
+        sizes = f"rank={own.rank}, experts={own.experts}, maps={own.maps}"
+        check_fit("MixLora", adapters, wanted, sizes)
