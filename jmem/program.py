@@ -53,7 +53,7 @@ Kind = Literal[
     "batch",
     "other arguments",
 ]
-"""What memory an argument can be (`jmem.memory.kinds.MEANING` explains each)."""
+"""What memory an argument can be (`jmem.memory.kinds` explains each)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,17 @@ class Program:
 
     def argument_names(self) -> list[str]:
         """The function's own names of its arguments; "argument 0" where it has none."""
-        return argument_names(self.fn, len(self.args))
+        named = (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        )
+        number = len(self.args)
+        try:
+            parameters = list(inspect.signature(self.fn).parameters.values())[:number]
+        except (TypeError, ValueError):  # some callables written in C have none
+            parameters = []
+        names = [parameter.name for parameter in parameters if parameter.kind in named]
+        return names + [f"argument {n}" for n in range(len(names), number)]
 
     def leaf_labels(self) -> list[str | None]:
         """The label of every flattened argument; None where no label reaches.
@@ -236,7 +246,9 @@ class Program:
         ]
         if not hits and words:
             paths = [path for owner, path, _ in leaves if owner == position]
-            near = nearest(prefix, _prefixes(paths))
+            parts = [path.split("/") for path in paths]
+            known = {"/".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
+            near = nearest(prefix, known)
             raise ValueError(
                 f"Program: labels[{label!r}]={(position, prefix)!r} matches no "
                 f"array of argument {position}{near}"
@@ -245,16 +257,11 @@ class Program:
 
     # Compiling ------------------------------------------------------------------------
 
-    def jit(self) -> Any:
-        """The function under `jax.jit`, with this program's donation and statics.
+    def lower(self, target: Target | None = None) -> "Lowered":
+        """Traced and lowered for `target`; None means the attached default backend.
 
         Unused arguments are kept: the user's card holds them, whether or not the
         function looks at them.
-        """
-        return self._jit(self.out_shardings)
-
-    def lower(self, target: Target | None = None) -> "Lowered":
-        """Traced and lowered for `target`; None means the attached default backend.
 
         Raises:
           ProgramError: the function cannot be lowered ahead of time as it is written
@@ -263,7 +270,13 @@ class Program:
         args, out_shardings, mesh, named = self.placed(target)
         devices = target.compile_only_devices() if target else None
         platforms = ("cuda",) if target else None
-        jitted = self._jit(out_shardings)
+        jitted = jax.jit(
+            self.fn,
+            static_argnums=self.static,
+            donate_argnums=self.donate,
+            keep_unused=True,
+            **({} if out_shardings is None else {"out_shardings": out_shardings}),
+        )
         with (
             explain_errors(self.name),
             use_device(devices),
@@ -284,21 +297,14 @@ class Program:
         """
         return self.lower(target).compile(options)
 
-    def _jit(self, out_shardings: Any) -> Any:
-        placed = {} if out_shardings is None else {"out_shardings": out_shardings}
-        return jax.jit(
-            self.fn,
-            static_argnums=self.static,
-            donate_argnums=self.donate,
-            keep_unused=True,
-            **placed,
-        )
+    def _shardings(self) -> list[Any]:
+        """Where each argument and result is placed; None where that is not said."""
+        own = [getattr(leaf, "sharding", None) for *_, leaf in self.leaves()]
+        return own + jax.tree.leaves(self.out_shardings, is_leaf=_is_sharding)
 
     def asks_for_host(self) -> bool:
         """Whether an argument or a result is placed in host memory by its sharding."""
-        placed = [leaf for *_, leaf in self.leaves()]
-        placed += jax.tree.leaves(self.out_shardings, is_leaf=_is_sharding)
-        return any(_memory_kind(leaf) == HOST for leaf in placed)
+        return any(_is_host(sharding) for sharding in self._shardings())
 
     def placed(self, target: Target | None) -> tuple[tuple, Any, Any, bool]:
         """Descriptions of the arguments, and out_shardings, placed on one mesh.
@@ -308,9 +314,7 @@ class Program:
         axes: concrete meshes of compile-only devices silently drop host memory (seen in
         JAX 0.11.2 and 0.12).
         """
-        shardings = [getattr(leaf, "sharding", None) for *_, leaf in self.leaves()]
-        shardings += jax.tree.leaves(self.out_shardings, is_leaf=_is_sharding)
-        named = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
+        named = [s.mesh for s in self._shardings() if isinstance(s, NamedSharding)]
         shapes = {tuple(mesh.shape.items()) for mesh in named}
         if len(shapes) > 1:
             raise ProgramError(
@@ -415,7 +419,7 @@ def check_host_bytes(program: Program, analysis: Any) -> None:
     asked = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for *_, leaf in program.leaves()
-        if _memory_kind(leaf) == HOST
+        if _is_host(getattr(leaf, "sharding", None))
     )
     found = analysis.host_argument_size_in_bytes
     if found < asked or not found + analysis.host_output_size_in_bytes:
@@ -424,20 +428,6 @@ def check_host_bytes(program: Program, analysis: Any) -> None:
             f"XLA placed {found:,} bytes of arguments there, and "
             f"{analysis.host_output_size_in_bytes:,} of results."
         )
-
-
-def argument_names(fn: Callable, number: int) -> list[str]:
-    """Names of the first `number` positional arguments of a function."""
-    named = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())[:number]
-    except (TypeError, ValueError):  # some callables written in C have none
-        parameters = []
-    names = [parameter.name for parameter in parameters if parameter.kind in named]
-    return names + [f"argument {n}" for n in range(len(names), number)]
 
 
 def key(path: tuple) -> str:
@@ -454,11 +444,6 @@ def by_key(tree: Any) -> dict[str, Any]:
     return {key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def _prefixes(paths: list[str]) -> set[str]:
-    words = [path.split("/") for path in paths]
-    return {"/".join(w[:n]) for w in words for n in range(1, len(w) + 1)}
-
-
 def is_described(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype: an array, a description, a number."""
     return isinstance(leaf, bool | int | float | complex) or (
@@ -470,9 +455,9 @@ def _is_sharding(leaf: Any) -> bool:
     return isinstance(leaf, Sharding | PartitionSpec)
 
 
-def _memory_kind(leaf: Any) -> str | None:
-    sharding = leaf if isinstance(leaf, Sharding) else getattr(leaf, "sharding", None)
-    return getattr(sharding, "memory_kind", None)
+def _is_host(sharding: Any) -> bool:
+    """Whether a sharding says host memory; a PartitionSpec or None does not."""
+    return getattr(sharding, "memory_kind", None) == HOST
 
 
 def _onto(mesh: Any, sharding: Any) -> NamedSharding:
@@ -488,5 +473,4 @@ def _onto(mesh: Any, sharding: Any) -> NamedSharding:
             "place the array with a jax.sharding.NamedSharding."
         )
     # Other kinds are the own memory of the device the array is on now.
-    host = _memory_kind(sharding) == HOST
-    return NamedSharding(mesh, spec, memory_kind=HOST if host else None)
+    return NamedSharding(mesh, spec, memory_kind=HOST if _is_host(sharding) else None)

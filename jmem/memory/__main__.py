@@ -14,6 +14,7 @@ import importlib
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from jmem.memory import page
 from jmem.memory.measure import measure
@@ -90,29 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if verdict else 1
 
 
-def _write_png(report: MemoryReport, path: pathlib.Path, reserve: int) -> None:
-    report.plot(path, reserve=reserve)
-
-
-def _write_html(report: MemoryReport, path: pathlib.Path, reserve: int) -> None:
-    path.write_text(page.page(report, reserve=reserve))
-
-
-def _write_md(report: MemoryReport, path: pathlib.Path, reserve: int) -> None:
-    path.write_text(page.markdown(report, reserve=reserve))
-
-
-def _write_json(report: MemoryReport, path: pathlib.Path, reserve: int) -> None:
-    del reserve
-    report.to_json(path)
-
-
-_WRITERS: dict[str, Callable[[MemoryReport, pathlib.Path, int], None]] = {
-    "png": _write_png,
-    "html": _write_html,
-    "md": _write_md,
-    "json": _write_json,
+_WRITERS: dict[str, Callable[[MemoryReport, pathlib.Path, int], Any]] = {
+    "png": lambda report, path, reserve: report.plot(path, reserve=reserve),
+    "html": lambda report, path, reserve: path.write_text(page.page(report, reserve)),
+    "md": lambda report, path, reserve: path.write_text(page.markdown(report, reserve)),
+    "json": lambda report, path, reserve: report.to_json(path),
 }
+"""Functions of a report, the file's path and the reserve in bytes, by the file's kind.
+"""
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ worst, and two pieces of advice need not add up.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from jmem.memory import kinds
 from jmem.memory.breakdown import Breakdown, Row, short
+from jmem.memory.timeline import live_bytes
 from jmem.program import Program
 
 WORTH = 0.01
@@ -57,11 +57,8 @@ class Evidence:
 
     def _peak(self, held: Callable[[Row], int]) -> int:
         instants = len(self.parts.timeline)
-        change = [0] * (instants + 1)
-        for row in self.parts.lives:
-            change[row.born or 0] += held(row)
-            change[instants if row.dies is None else row.dies] -= held(row)
-        return max(itertools.accumulate(change[:instants]))
+        lives = ((*row.span(instants), held(row)) for row in self.parts.lives)
+        return max(live_bytes(lives, instants))
 
     @property
     def temporaries(self) -> Iterator[Row]:

@@ -6,13 +6,12 @@ sums XLA reports: a byte that does not add up is an error, not a rounding.
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from jmem.memory import hlo, kinds
 from jmem.memory.naming import Origins, scope
-from jmem.memory.timeline import Life, Timeline, replay
+from jmem.memory.timeline import Life, Timeline, live_bytes, replay
 from jmem.program import Program
 
 
@@ -59,6 +58,10 @@ class Row:
         """Bytes of all buffers of the row."""
         return self.bytes * self.count
 
+    def span(self, instants: int) -> tuple[int, int]:
+        """Its first instant, and the first after its last, of a run of `instants`."""
+        return self.born or 0, instants if self.dies is None else self.dies
+
 
 @dataclasses.dataclass(frozen=True)
 class Instant:
@@ -73,27 +76,35 @@ class Instant:
     source: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Breakdown:
-    """A program's memory, buffer by buffer."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What fills a program's memory, as a report tells it."""
 
-    timeline: Timeline
+    constant_bytes: int
     by_kind: dict[str, int]
-    """Bytes at the peak by kind; they sum to the device's bytes."""
+    """Device bytes at the peak by kind; they sum to all that the device holds."""
     by_label: dict[str, int]
+    """Device bytes of the arguments under each label."""
     host_by_label: dict[str, int]
     rows: tuple[Row, ...]
-    """Device buffers alive at the peak, by falling size."""
-    lives: tuple[Row, ...]
-    """Every device buffer of the whole program, one by one."""
-    peak: Instant
+    """Device buffers alive at the peak, by falling size; like ones share a row."""
+    peak_instant: Instant
+    timeline: Timeline
+    """Live bytes over the run; its greatest and the fragmentation are the device's."""
     collectives: dict[str, dict[str, int]]
     """For each kind of collective, how many there are and the bytes they return."""
     calls: dict[str, int]
-    """How many custom calls (libraries, kernels) the program makes, by target."""
+    """How many library and kernel calls there are by target: cuBLAS, cuDNN, Triton."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Breakdown(Contents):
+    """A program's memory, buffer by buffer."""
+
+    lives: tuple[Row, ...]
+    """Every device buffer of the whole program, one by one."""
     sorts: int
     """How many sorts XLA compiles itself, without a library."""
-    constant_bytes: int
 
 
 def explain(module: hlo.Module, program: Program, analysis: Any) -> Breakdown:
@@ -187,47 +198,43 @@ class _Account:
         for trace, lives in by_length:  # other memory spaces: held at their own worst
             event = _worst(len(trace), lives)
             rows += [self._row(life, event) for life in lives if life.alive(event)]
-        self._fixed_rows = [dataclasses.replace(r, born=None, dies=None) for r in rows]
+        self._rows = [dataclasses.replace(row, born=None, dies=None) for row in rows]
         # A buffer keeps one kind for life: what it holds when the most is alive.
         worst = _worst(len(self._trace), self._lives)
-        self._life_rows = [
-            self._row(life, worst if life.alive(worst) else life.dies - 1)
-            for life in self._lives
-        ]
+        for life in self._lives:
+            event = worst if life.alive(worst) else life.dies - 1
+            self._rows.append(self._row(life, event))
         self.timeline = self._timeline()
 
     def breakdown(self, fragmentation: int, constants: int) -> Breakdown:
         """The `Breakdown` that a report is made of."""
-        peak = self.timeline.peak
-        alive = [life for life in self._lives if life.alive(peak - 1)]
-        rows = [*self._fixed_rows, *(self._row(life, peak - 1) for life in alive)]
-        by_kind = {
-            kind: sum(row.bytes for row in rows if row.kind == kind)
-            for kind in kinds.KINDS
-        }
+        timeline, peak = self.timeline, self.timeline.peak
+        by_kind = {kind: live[peak] for kind, live in timeline.by_kind.items()}
         by_kind[kinds.FRAGMENTATION] = fragmentation
+        rows = [r for r in self._rows if peak in range(*r.span(len(timeline)))]
         instructions = self._module.instructions.values()
+        calls = (i.target for i in instructions if i.opcode == "custom-call")
         return Breakdown(
-            timeline=self.timeline,
+            timeline=timeline,
             by_kind={kind: held for kind, held in by_kind.items() if held},
             by_label=self._by_label(host=False),
             host_by_label=self._by_label(host=True),
             rows=_merged(rows),
-            lives=(*self._fixed_rows, *self._life_rows),
-            peak=self._instant(peak),
+            lives=tuple(self._rows),
+            peak_instant=self._instant(peak),
             collectives=_collectives(self._module),
-            calls=_count(i.target for i in instructions if i.opcode == "custom-call"),
+            calls=dict(collections.Counter(calls)),
             sorts=sum(i.opcode == "sort" for i in instructions),
             constant_bytes=constants,
         )
 
     def _by_label(self, host: bool) -> dict[str, int]:
-        held: dict[str, int] = {}
+        held = collections.Counter()
         for allocation in self._module.allocations:
             argument = self._arguments.get(allocation.parameter)
             if argument and argument.label and allocation.host == host:
-                held[argument.label] = held.get(argument.label, 0) + allocation.bytes
-        return held
+                held[argument.label] += allocation.bytes
+        return dict(held)
 
     def _find_backward(self) -> tuple[int, int] | None:
         """First and last event at which a backward pass computes something."""
@@ -315,16 +322,13 @@ class _Account:
 
     def _timeline(self) -> Timeline:
         length = len(self._trace) + 1
-        changes = {kind: [0] * (length + 1) for kind in kinds.KINDS}
-        for row in self._fixed_rows:
-            changes[row.kind][0] += row.bytes
-        for life, row in zip(self._lives, self._life_rows):
-            changes[row.kind][life.born + 1] += life.bytes
-            changes[row.kind][life.dies + 1] -= life.bytes
+        lives = {kind: [] for kind in kinds.KINDS}
+        for row in self._rows:
+            lives[row.kind].append((*row.span(length), row.bytes))
         by_kind = {
-            kind: tuple(itertools.accumulate(change[:length]))
-            for kind, change in changes.items()
-            if any(change)
+            kind: tuple(live)
+            for kind, own in lives.items()
+            if any(live := live_bytes(own, length))
         }
         first, last = self._backward or (length, length)
         names = ("forward", "backward", "update") if self._backward else ("", "", "")
@@ -395,11 +399,8 @@ def _phase(kind: str, op_name: str) -> str:
 
 def _worst(events: int, lives: list[Life]) -> int:
     """The first event after which the most bytes are alive."""
-    change = [0] * (events + 1)
-    for life in lives:
-        change[life.born] += life.bytes
-        change[life.dies] -= life.bytes
-    live = list(itertools.accumulate(change))
+    spans = ((life.born, life.dies, life.bytes) for life in lives)
+    live = live_bytes(spans, events + 1)
     return live.index(max(live))
 
 
@@ -427,7 +428,3 @@ def _collectives(module: hlo.Module) -> dict[str, dict[str, int]]:
         if buffer.instruction in moving:
             found[moving[buffer.instruction]]["bytes"] += buffer.bytes
     return found
-
-
-def _count(words) -> dict[str, int]:
-    return dict(collections.Counter(words))

@@ -46,7 +46,8 @@ class Difference:
         """Kinds, then the `top` scopes that changed most, as text of 88 columns."""
         head = f"{'':<44}{'before':>14}{'after':>14}{'change':>16}"
         lines = [f"{self.before}  →  {self.after}", "", head, "─" * WIDTH]
-        lines += map(_line, (self.device, *([self.host] if self._on_host() else [])))
+        on_host = self.host.before_bytes or self.host.after_bytes
+        lines += map(_line, (self.device, *([self.host] if on_host else [])))
         for title, changes in (("by kind", self.by_kind), ("by scope", self.by_scope)):
             lines += ["", title, "─" * WIDTH, *map(_line, changes[:top])]
             if len(changes) > top:
@@ -63,9 +64,6 @@ class Difference:
             if not changes:
                 lines.append("nothing")
         return "\n".join(lines)
-
-    def _on_host(self) -> bool:
-        return bool(self.host.before_bytes or self.host.after_bytes)
 
 
 def diff(before: MemoryReport, after: MemoryReport) -> Difference:

@@ -14,12 +14,8 @@ from typing import Any
 
 # message -> field -> (number, type); [type] is repeated, a capital starts a message
 _MESSAGES = {
-    "HloProto": {
-        "module": (1, "Module"),
-        "assignment": (3, "BufferAssignment"),
-    },
+    "HloProto": {"module": (1, "Module"), "assignment": (3, "BufferAssignment")},
     "Module": {
-        "name": (1, "string"),
         "computations": (3, ["Computation"]),
         "entry_id": (6, "int64"),
         "schedule": (7, "Schedule"),
@@ -30,7 +26,6 @@ _MESSAGES = {
         "instructions": (2, ["Instruction"]),
         "id": (5, "int64"),
         "root_id": (6, "int64"),
-        "is_fusion": (7, "bool"),
     },
     "Schedule": {"sequences": (1, ["Sequence"])},
     "Sequence": {"computation": (1, "int64"), "order": (2, "Order")},
@@ -58,26 +53,19 @@ _MESSAGES = {
     "Layout": {"memory_space": (8, "int64")},
     "StackFrameIndex": {
         "files": (1, ["string"]),
-        "functions": (2, ["string"]),
         "locations": (3, ["Location"]),
         "frames": (4, ["Frame"]),
     },
-    "Location": {"file": (1, "int64"), "function": (2, "int64"), "line": (3, "int64")},
+    "Location": {"file": (1, "int64"), "line": (3, "int64")},
     "Frame": {"location": (1, "int64"), "parent": (2, "int64")},
     "BufferAssignment": {
         "buffers": (1, ["Buffer"]),
         "allocations": (3, ["Allocation"]),
         "traces": (4, ["Trace"]),
     },
-    "Buffer": {
-        "id": (1, "int64"),
-        "size": (2, "int64"),
-        "defined_at": (3, "Place"),
-        "color": (4, "int64"),
-    },
+    "Buffer": {"id": (1, "int64"), "size": (2, "int64"), "defined_at": (3, "Place")},
     "Place": {"instruction_id": (4, "int64"), "shape_index": (3, ["int64"])},
     "Allocation": {
-        "index": (1, "int64"),
         "size": (2, "int64"),
         "thread_local": (3, "bool"),
         "entry_parameter": (5, "bool"),
@@ -87,16 +75,11 @@ _MESSAGES = {
         "assigned": (9, ["Assigned"]),
         "constant": (12, "bool"),
     },
-    "Assigned": {
-        "buffer_id": (1, "int64"),
-        "offset": (2, "int64"),
-        "size": (3, "int64"),
-    },
+    "Assigned": {"buffer_id": (1, "int64")},
     "Trace": {"events": (1, ["Event"])},
     "Event": {
         "kind": (1, "int64"),
         "buffer_id": (2, "int64"),
-        "computation": (3, "string"),
         "instruction": (4, "string"),
         "canonical_id": (5, "int64"),
     },
@@ -229,7 +212,7 @@ class Event:
     kind: int
     buffer: int
     canonical: int
-    computation: str
+    """The buffer whose bytes a sharer takes over."""
     instruction: str
 
 
@@ -237,7 +220,6 @@ class Event:
 class Module:
     """A compiled module with its buffer assignment."""
 
-    name: str
     instructions: dict[int, Instruction]
     computations: dict[int, tuple[int, ...]]
     """Instructions of each computation, in order."""
@@ -295,7 +277,6 @@ def read(data: bytes) -> Module:
         for i in computation.instructions
     }
     return Module(
-        name=proto.module.name,
         instructions=instructions,
         computations={
             c.id: tuple(i.id for i in c.instructions) for c in proto.module.computations
@@ -330,7 +311,7 @@ def read(data: bytes) -> Module:
         ),
         traces=tuple(
             tuple(
-                Event(e.kind, e.buffer_id, e.canonical_id, e.computation, e.instruction)
+                Event(e.kind, e.buffer_id, e.canonical_id, e.instruction)
                 for e in trace.events
             )
             for trace in proto.assignment.traces
@@ -377,17 +358,13 @@ def _frames(proto) -> dict[int, tuple[str, int]]:
             if 0 < location.file <= len(proto.files):
                 place[number] = (proto.files[location.file - 1], location.line)
 
-    def outside(number: int) -> tuple[str, int] | None:
-        innermost = place.get(number)
-        for _ in range(len(place)):
-            if number not in place:
-                return innermost
-            if not _INSTALLED.search(place[number][0]):
-                return place[number]
-            number = parent[number]
-        return innermost
+    def outside(number: int) -> tuple[str, int]:
+        at = number
+        while at in place and _INSTALLED.search(place[at][0]):
+            at = parent[at]
+        return place.get(at, place[number])
 
-    return {number: found for number in place if (found := outside(number))}
+    return {number: outside(number) for number in place}
 
 
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")

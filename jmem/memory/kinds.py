@@ -15,20 +15,35 @@ from jmem.memory.naming import Origin
 from jmem.program import Program
 
 PARAMETERS = "parameters"
+"""Weights, and copies or slices of them."""
 OPTIMIZER = "optimizer"
+"""Moments and what the update computes."""
 GRADIENTS = "gradients"
+"""What the backward pass computes, of weights and activations."""
 SAVED = "saved activations"
+"""Computed forward, kept for the backward pass."""
 RECOMPUTATION = "recomputation"
+"""Forward values computed a second time."""
 KV_CACHE = "kv cache"
+"""Keys and values of earlier tokens, and copies of the cache."""
 STATE = "state"
+"""What else a step keeps: a map, poses, a latent grid, running statistics."""
 BATCH = "batch"
+"""Inputs."""
 OUTPUTS = "outputs"
+"""Results that reuse no argument's memory."""
 CONSTANTS = "constants"
+"""Values compiled in: closed-over arrays, literals."""
 WORKSPACE = "workspace"
+"""Scratch of library calls and split matmuls."""
 COLLECTIVES = "collectives"
+"""Results of communication between GPUs."""
 OTHER_ARGUMENTS = "other arguments"
+"""Arguments without a label, or whose label says no kind."""
 OTHER = "other temporaries"
+"""Everything else."""
 FRAGMENTATION = "fragmentation"
+"""Holes and alignment in the temporary block."""
 
 KINDS = (
     *(PARAMETERS, OPTIMIZER, KV_CACHE, STATE, BATCH, OTHER_ARGUMENTS, OUTPUTS),
@@ -36,24 +51,6 @@ KINDS = (
     FRAGMENTATION,
 )
 """Every kind, what outlives the program first."""
-
-MEANING = {
-    PARAMETERS: "weights, and copies or slices of them",
-    OPTIMIZER: "moments and what the update computes",
-    KV_CACHE: "keys and values of earlier tokens, and copies of the cache",
-    STATE: "what else a step keeps: a map, poses, a latent grid, running statistics",
-    BATCH: "inputs",
-    OTHER_ARGUMENTS: "arguments without a label, or whose label says no kind",
-    OUTPUTS: "results that reuse no argument's memory",
-    CONSTANTS: "values compiled in: closed-over arrays, literals",
-    GRADIENTS: "what the backward pass computes, of weights and activations",
-    SAVED: "computed forward, kept for the backward pass",
-    RECOMPUTATION: "forward values computed a second time",
-    COLLECTIVES: "results of communication between GPUs",
-    WORKSPACE: "scratch of library calls and split matmuls",
-    OTHER: "everything else",
-    FRAGMENTATION: "holes and alignment in the temporary block",
-}
 
 _WORDS = {  # the first that has one of the label's words
     OPTIMIZER: "optimizer optimiser opt adam adamw moments momentum mu nu",
@@ -179,7 +176,7 @@ class Classifier:
         return SAVED if origin.stack else OTHER  # a row of what a loop had saved
 
     def _is_scratch(self, holder: Instruction, index: tuple[int, ...]) -> bool:
-        """Scratch a library call returns, or the parts of a matmul split over k."""
+        """Whether it is a library call's scratch, or parts of a matmul split over k."""
         if holder.opcode == "custom-call":
             last = bool(index) and index[0] == len(holder.shape.parts) - 1
             return last and holder.shape.at(index).dtype in {"u8", "s8"}
@@ -197,7 +194,7 @@ class Classifier:
         )
 
     def _is_call_s(self, fusion: Instruction, index: tuple[int, ...]) -> bool:
-        """The scratch of a call that XLA fused with the slices it reads and writes."""
+        """Whether it is scratch of a call that XLA fused with slices around it."""
         shape = fusion.shape.at(index)
         return shape.dtype in {"u8", "s8"} and any(
             call.opcode == "custom-call" and call.shape.parts[-1:] == (shape,)

@@ -22,7 +22,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -41,18 +41,17 @@ ALIGNMENT = 256
 """Bytes that JAX's GPU allocator rounds every request up to a multiple of."""
 
 START = "in use before the program"
+"""What JAX itself and other arrays of this process hold before it begins."""
 ARGUMENTS = "arguments beyond the plan"
+"""What making them left in use, less their planned and rounded bytes."""
 ROUNDING = "rounding to 256 bytes"
+"""What every argument, new result and the temporary block is rounded up by."""
 LOADED = "constants and code beyond the plan"
+"""What loading and the first run left in use, less the planned constants."""
 UNEXPLAINED = "unexplained"
-TERMS = {
-    START: "by JAX itself, and by arrays of this process",
-    ARGUMENTS: "what making them left in use, less their planned and rounded bytes",
-    ROUNDING: "of every argument, new result and the temporary block",
-    LOADED: "what loading and the first run left in use, less the planned constants",
-    UNEXPLAINED: "the rest, held only while the program ran",
-}
-"""The terms that make up peak - plan, and what each of them holds."""
+"""The rest, held only while the program ran."""
+TERMS = (START, ARGUMENTS, ROUNDING, LOADED, UNEXPLAINED)
+"""The terms that make up peak - plan."""
 
 OTHER_PLAN = "another plan"
 """A term of plan - prediction: the GPU's plan was made twice, with other bytes."""
@@ -115,7 +114,8 @@ class LiveReport(Saved):
         if not self.interval:
             raise ValueError(f"{self.name}: no prediction was made; see `compared`.")
         peak = self.peak_bytes - (self.named_bytes if named else 0)
-        return apart(peak, self.interval)
+        low, high = self.interval
+        return peak / min(max(peak, low), high) - 1
 
     def compared(self, ahead: MemoryReport, plan: MemoryReport) -> "LiveReport":
         """The report with its prediction, and with the plan that the GPU was given.
@@ -124,10 +124,9 @@ class LiveReport(Saved):
           ahead: measured for the described GPU.
           plan: measured for the attached one.
         """
-        listed = dict.fromkeys([*ahead.by_kind, *plan.by_kind])
         more = {
             kind: plan.by_kind.get(kind, 0) - ahead.by_kind.get(kind, 0)
-            for kind in listed
+            for kind in kinds.KINDS
         }
         more[OTHER_PLAN] = self.planned_bytes - plan.device_bytes
         return dataclasses.replace(
@@ -164,16 +163,6 @@ class LiveReport(Saved):
         if self.interval:
             lines += _listed("planned - ahead of time", self.plan_terms)
         return "\n".join(lines)
-
-
-def apart(peak: int, interval: Sequence[int]) -> float:
-    """A peak's distance from a predicted interval, as a share of it; 0 inside of it.
-
-    >>> apart(105, (90, 100)), apart(95, (90, 100))
-    (0.050000000000000044, 0.0)
-    """
-    low, high = interval
-    return peak / min(max(peak, low), high) - 1
 
 
 def live(

@@ -34,16 +34,10 @@ from jmem.lowering import ahead_of_time, never_cached
 from jmem.memory import breakdown, hlo, kinds, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
+from jmem.memory.breakdown import Contents
 from jmem.memory.card import attached, gpu
 from jmem.memory.report import MemoryReport
-from jmem.program import (
-    Labels,
-    Lowered,
-    Place,
-    Program,
-    ProgramError,
-    is_described,
-)
+from jmem.program import Labels, Lowered, Place, Program, ProgramError, is_described
 from jmem.targets import NoCompilerError, Target
 
 ATTACHED = "attached"
@@ -92,18 +86,20 @@ def measure(
       AccountError: the buffers do not sum to what XLA reports.
     """
     program = as_program(what, args, donate=donate, static=static, labels=labels)
+    options = {**program.options, **(options or {})}
     if target == ATTACHED:
         return _measure(program, None, bounds=False, options=options, cache=False)
     card = targets.resolve(target)
+    how = {"bounds": bounds, "options": options, "cache": cache}
     if isolate:
-        return worker.measure(program, card, bounds, options, cache=cache)
+        return worker.measure(program, card, how)
     try:
         card.compile_only_devices()
     except NoCompilerError as error:
         if not error.late:
             raise
-        return worker.measure(program, card, bounds, options, error, cache)
-    return _measure(program, card, bounds=bounds, options=options, cache=cache)
+        return worker.measure(program, card, how, error)
+    return _measure(program, card, **how)
 
 
 def _measure(
@@ -111,7 +107,7 @@ def _measure(
     card: Target | None,
     *,
     bounds: bool,
-    options: Mapping[str, Any] | None,
+    options: dict[str, Any],
     cache: bool,
 ) -> MemoryReport:
     started = time.monotonic()
@@ -124,7 +120,6 @@ def _measure(
             "the program calls back to the host, which cannot be measured ahead of "
             "time.\nTake the callback out; it holds no device memory."
         )
-    options = {**program.options, **(options or {})}
     bounds = bounds and options != options | NO_TRITON  # else both ends are the same
     key = cached.key(program, text, card, options, bounds) if card and cache else ""
     if key and (kept := cached.load(key)):
@@ -161,22 +156,14 @@ def _measure(
         output_bytes=analysis.output_size_in_bytes,
         alias_bytes=analysis.alias_size_in_bytes,
         temp_bytes=analysis.temp_size_in_bytes,
-        constant_bytes=parts.constant_bytes,
-        by_kind=parts.by_kind,
-        by_label=parts.by_label,
-        host_by_label=parts.host_by_label,
-        rows=parts.rows,
-        peak_instant=parts.peak,
-        timeline=parts.timeline,
-        collectives=parts.collectives,
         flags=_flags(parts, card),
         advice=advise(Evidence(program, parts, held.compiler_bytes)),
-        calls=parts.calls,
         versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
         stablehlo_hash=stablehlo_hash(text),
         options=options,
         compile_seconds=round(time.monotonic() - started, 3),
         cached=False,
+        **{own.name: getattr(parts, own.name) for own in dataclasses.fields(Contents)},
     )
     if key:
         cached.store(key, report)

@@ -17,7 +17,7 @@ from jmem.memory.hlo import Instruction, Module
 _PASSING = {
     *("bitcast", "bitcast-convert", "convert", "copy", "copy-done", "copy-start"),
     *("reshape", "transpose", "slice", "dynamic-slice", "reverse", "reduce-precision"),
-    *("optimization-barrier", "domain", "async-update"),
+    *("optimization-barrier", "domain", "async-update", "async-done"),
 }
 _FILLS = {"constant", "iota", "broadcast"}
 _CALLS = {"call", "async-start", "fusion"}
@@ -68,8 +68,10 @@ class Origins:
 
     def _origin(self, trail: list[Instruction]) -> Origin:
         end = trail[-1]
-        written = next((i for i in trail if i.opcode == "dynamic-update-slice"), None)
-        read = any(i.opcode == "dynamic-slice" for i in trail[: _place(trail, written)])
+        opcodes = [i.opcode for i in trail]
+        updates = "dynamic-update-slice" in opcodes
+        place = opcodes.index("dynamic-update-slice") if updates else 0
+        read = "dynamic-slice" in opcodes[:place]
         named = next((i for i in reversed(trail) if i.op_name), None)
         named = named or self._named_input(end)
         return Origin(
@@ -78,12 +80,13 @@ class Origins:
             frame=next((i.frame for i in reversed(trail) if i.frame), named.frame),
             argument=self._argument(end),
             fill=end.opcode in _FILLS,
-            stack="" if written is None else "read" if read else "filled",
-            updates=self._argument(self._start(written)) if written else None,
+            stack="" if not updates else "read" if read else "filled",
+            updates=self._argument(self._start(trail[place])) if updates else None,
             computation=self._home(end),
         )
 
     def _argument(self, at: Instruction) -> int | None:
+        """Number of the program's argument that an instruction is; None for others."""
         entry = at.computation == self._module.entry
         return at.parameter if entry and at.opcode == "parameter" else None
 
@@ -108,6 +111,7 @@ class Origins:
         return at
 
     def _home(self, at: Instruction) -> int:
+        """Id of the loop body, branch or program around an instruction, no fusion's."""
         while (caller := self._callers.get(at.computation)) and caller.opcode in _CALLS:
             at = caller
         return at.computation
@@ -145,8 +149,6 @@ class Origins:
             return self._operand(at, 1)
         if at.opcode == "while":
             return self._looped(at, index)
-        if at.opcode == "async-done":
-            return self._operand(at, 0, index)
         if at.opcode in _CALLS and at.called:
             return self._root(at.called[0], index)
         if at.opcode == "parameter":
@@ -220,10 +222,6 @@ class Origins:
             else:
                 break
         return at
-
-
-def _place(trail: list[Instruction], at: Instruction | None) -> int:
-    return trail.index(at) if at else 0
 
 
 def _computes(trail: list[Instruction]) -> bool:

@@ -18,21 +18,21 @@ Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """(title, column headings, rows)."""
 
 
-def markdown(report: MemoryReport, *, reserve: int = GiB, top: int = TOP) -> str:
+def markdown(report: MemoryReport, reserve: int = GiB) -> str:
     """The report as Markdown: heading, verdict, advice, and tables."""
     lines = [f"# {_cell(report.name)} on {report.target}", "", _summary(report), ""]
     lines += [f"    {line}" for line in str(report.fits(reserve)).splitlines()] + [""]
     for advice in report.advice:
         lines.append(f"- **{sized(advice.saves_bytes)} could go**: {advice.text}")
     lines += [f"- {flag}" for flag in report.flags]
-    for title, heads, rows in _tables(report, top):
+    for title, heads, rows in _tables(report):
         lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |"]
         lines.append(f"|{' --- |' * len(heads)}")
         lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def page(report: MemoryReport, *, reserve: int = GiB, top: int = TOP) -> str:
+def page(report: MemoryReport, reserve: int = GiB) -> str:
     """The report as one HTML file, with its timeline as a picture."""
     with tempfile.TemporaryDirectory() as folder:
         png = report.plot(pathlib.Path(folder) / "timeline.png", reserve=reserve)
@@ -48,7 +48,7 @@ def page(report: MemoryReport, *, reserve: int = GiB, top: int = TOP) -> str:
     if said:
         parts.append("<ul>" + "".join(f"<li>{line}</li>" for line in said) + "</ul>")
     parts.append(f'<img alt="live bytes" src="data:image/png;base64,{picture}">')
-    for name, heads, rows in _tables(report, top):
+    for name, heads, rows in _tables(report):
         parts.append(f"<h2>{text(name)}</h2><table><tr>{_cells('th', heads)}</tr>")
         parts += [f"<tr>{_cells('td', row)}</tr>" for row in rows]
         parts.append("</table>")
@@ -79,12 +79,12 @@ def _summary(report: MemoryReport) -> str:
     )
 
 
-def _tables(report: MemoryReport, top: int) -> Iterable[Table]:
+def _tables(report: MemoryReport) -> Iterable[Table]:
     total = report.device_bytes
 
     def shares(sums: dict[str, int], unnamed: str) -> list[tuple[str, ...]]:
-        listed = list(sums.items())[:top]
-        if left := list(sums.items())[top:]:
+        listed = list(sums.items())[:TOP]
+        if left := list(sums.items())[TOP:]:
             listed.append((f"{len(left)} smaller", sum(held for _, held in left)))
         return [(sized(h), f"{h / total:.1%}", name or unnamed) for name, h in listed]
 
@@ -103,7 +103,7 @@ def _tables(report: MemoryReport, top: int) -> Iterable[Table]:
             " · ".join(word for word in (row.phase, row.name, row.op) if word),
             row.source,
         )
-        for row in report.top(top)
+        for row in report.top(TOP)
     ]
     heads = ("size", "buffers", "kind", "each", "what", "line")
     yield "Largest buffers at the peak", heads, rows

@@ -33,7 +33,6 @@ NEAR = 1.5
 
 def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.Path:
     """Draws `report.timeline` to a PNG at `path`, and returns the path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     timeline = report.timeline
@@ -50,18 +49,17 @@ def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.P
         drawn["other"] = rest
 
     figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     # An instant lasts until the next: steps, drawn to one past the last.
     edges = np.arange(len(timeline) + 1)
-    floor = np.zeros(len(edges))
-    for kind, values in drawn.items():
-        top = floor + np.append(values, values[-1])
-        colour = COLOURS.get(kind, COLOURS[kinds.OTHER])
-        axes.fill_between(
-            edges, floor, top, step="post", color=colour, label=kind, linewidth=0
-        )
-        floor = top
+    axes.stackplot(
+        edges,
+        [np.append(values, values[-1]) for values in drawn.values()],
+        labels=list(drawn),
+        colors=[COLOURS.get(kind, COLOURS[kinds.OTHER]) for kind in drawn],
+        step="post",
+        linewidth=0,
+    )
     live = np.asarray(timeline.live) / scale
     axes.step(edges, np.append(live, live[-1]), where="post", color=INK, linewidth=0.8)
 

@@ -13,13 +13,9 @@ This process must not hold the GPU itself: JAX takes most of it as soon as it st
 Set JAX_PLATFORMS=cpu, or use JAX only after.
 """
 
-import contextlib
 import dataclasses
-import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -27,20 +23,17 @@ import jax
 import jaxlib.version
 
 from jmem.memory import worker
-from jmem.memory.card import NoGPUError, attached, gpu
+from jmem.memory.card import attached, gpu
 from jmem.memory.live import LiveReport, live, plan_sums, time_runs
 from jmem.memory.measure import ATTACHED, measure
 from jmem.memory.report import MemoryReport, sized
+from jmem.memory.worker import StageError, call
 from jmem.program import Program
+
+__all__ = ["StageError", "call", "confirm", "environment", "probe"]
 
 FRACTION = 0.95
 """Share of the GPU's memory that JAX takes when one of these processes starts."""
-NO_GPU = 3
-"""Exit status of a process that found no GPU."""
-
-
-class StageError(RuntimeError):
-    """One of the processes ("stages") failed: which, and the end of what it wrote."""
 
 
 def confirm(
@@ -69,18 +62,20 @@ def confirm(
       StageError: a stage failed; where the program is too large for the GPU, that is
         said first.
     """
-    request = {"builder": worker.dotted(builder), "arguments": arguments}
-    with _folder(cache) as folder, futures.ThreadPoolExecutor(1) as beside:
-        predicted = beside.submit(run_stage, "predict", request, target)
+    build = worker.dotted(builder), arguments
+    own = tempfile.TemporaryDirectory(prefix="jmem-protocol-")
+    with own as empty, futures.ThreadPoolExecutor(1) as beside:
+        folder = empty if cache is None else cache
+        predicted = beside.submit(run_stage, predict, *build, target)
         try:
-            planned = json.loads(run_stage("plan", request, folder, share))
-            more = {"sums": planned["sums"], "runs": runs, "trace": trace}
-            ran = run_stage("run", request | more, folder, share)
+            planned = run_stage(plan, *build, cache=folder, share=share)
+            given = *build, planned["sums"], runs, trace
+            ran = run_stage(run, *given, cache=folder, share=share)
         except StageError as error:
             raise StageError(f"{_explain(predicted)}{error}") from error
         ahead = MemoryReport.from_json(predicted.result())
-    plan = MemoryReport.from_json(planned["report"])
-    return LiveReport.from_json(ran).compared(ahead, plan)
+    report = MemoryReport.from_json(planned["report"])
+    return LiveReport.from_json(ran).compared(ahead, report)
 
 
 def _explain(prediction: futures.Future[str]) -> str:
@@ -92,58 +87,71 @@ def _explain(prediction: futures.Future[str]) -> str:
     return ""
 
 
-def call(function: Callable, *arguments: Any, environment: dict[str, str]) -> Any:
-    """What a function returns in a process of its own; all of it as JSON can hold it.
-
-    Raises:
-      StageError: the process failed; the end of what it wrote.
-    """
-    name = worker.dotted(function)
-    answer = ask(
-        *("jmem.memory.protocol", "call"),
-        request=[name, arguments],
-        environment=environment,
-        what=f"{name} of {' '.join(map(str, arguments))}",
-    )
-    return json.loads(answer)
-
-
 def probe() -> dict[str, Any]:
     """`{"device": ..., "versions": {...}}` of the attached GPU, from another process.
 
     Raises:
       NoGPUError: there is none.
     """
-    return json.loads(run_stage("probe", {}, ""))
+    return call(describe, environment=environment("probe", ""))
 
 
-# Stages: each runs in a process of its own and answers with one line of JSON ----------
+def describe() -> dict[str, Any]:
+    """What `probe` returns, of the GPU that this process holds."""
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
+    return {"device": attached().name, "versions": versions}
 
 
-def _predict(program: Program, request: dict) -> str:
-    return measure(program, target=request["where"], cache=False).to_json()
+# Stages: each in a process of its own, given the builder's name and arguments ---------
 
 
-def _plan(program: Program, request: dict) -> str:
-    del request  # JAX knows its cache from its environment, and keeps the program there
+def predict(builder: str, arguments: list, target: str) -> str:
+    """The report for a described GPU, as JSON."""
+    program = worker.imported(builder)(*arguments)
+    return measure(program, target=target, cache=False).to_json()
+
+
+def plan(builder: str, arguments: list) -> dict[str, Any]:
+    """XLA's sums of the program that JAX's cache now holds, and its report, as JSON."""
+    gpu()  # before anything is built
+    program = worker.imported(builder)(*arguments)
     sums = plan_sums(program.compile())
-    report = measure(program, target=ATTACHED).to_json()
-    return json.dumps({"sums": sums, "report": report})
+    return {"sums": sums, "report": measure(program, target=ATTACHED).to_json()}
 
 
-def _run(program: Program, request: dict) -> str:
-    report = live(program, key=None, predict=False, sums=request["sums"])
-    if runs := request["runs"]:
-        seconds = time_runs(program, runs, request["trace"])
+def run(
+    builder: str, arguments: list, sums: dict[str, int], runs: int, trace: str | None
+) -> str:
+    """The report of a run, as JSON; of `runs` more, if any, their seconds besides."""
+    gpu()
+    program = worker.imported(builder)(*arguments)
+    report = live(program, key=None, predict=False, sums=sums)
+    if runs:
+        seconds = time_runs(program, runs, trace)
         report = dataclasses.replace(report, seconds=seconds)
     return report.to_json()
 
 
-STAGES: dict[str, Callable[[Program, dict], str]] = {
-    "predict": _predict,
-    "plan": _plan,
-    "run": _run,
-}
+def run_stage(
+    stage: Callable,
+    builder: str,
+    arguments: tuple,
+    *more: Any,
+    cache: str = "",
+    share: float = 1.0,
+) -> Any:
+    """What a stage returns in a fresh process that gets `share` of the GPU.
+
+    `cache` is the folder of JAX's compilation cache.
+
+    Raises:
+      NoGPUError: it needs a GPU and found none.
+      StageError: the process failed; the end of what it wrote is the message.
+    """
+    name = stage.__name__
+    said = " ".join(map(str, (builder, *arguments)))
+    given, told = [builder, arguments, *more], environment(name, cache, share)
+    return worker.ask(stage, given, told, f"stage {name!r} of {said}")
 
 
 def environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
@@ -167,86 +175,3 @@ def environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-
-
-def run_stage(stage: str, request: dict, where: str, share: float = 1.0) -> str:
-    """Runs a stage in a fresh process that gets `share` of the GPU; returns its answer.
-
-    `where` is the target of "predict", and the folder of JAX's cache for the others.
-
-    Raises:
-      NoGPUError: it needs a GPU and found none.
-      StageError: the process failed; the end of what it wrote is the message.
-    """
-    asked = [request.get("builder", ""), *request.get("arguments", ())]
-    said = " ".join(map(str, asked))
-    return ask(
-        "jmem.memory.protocol",
-        request=request | {"stage": stage, "where": where},
-        environment=environment(stage, where, share),
-        what=f"stage {stage!r} of {said}",
-    )
-
-
-def ask(
-    module: str, *flags: str, request: Any, environment: dict[str, str], what: str
-) -> str:
-    """Starts `module` as a process with a request on stdin; returns its last line.
-
-    Raises:
-      NoGPUError: it ended with `NO_GPU`.
-      StageError: it failed: `what`, and the end of what it wrote.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", module, *flags],
-        input=json.dumps(request),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=worker.TIMEOUT_S,
-    )
-    if done.returncode == NO_GPU:
-        raise NoGPUError(done.stdout.strip())
-    if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
-        raise StageError(f"{what} failed:\n{tail}")
-    return done.stdout.splitlines()[-1]
-
-
-def answer(request: dict) -> str:
-    """Runs the stage that a request names, in this process; returns JSON."""
-    if request["stage"] == "probe":
-        versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
-        return json.dumps({"device": attached().name, "versions": versions})
-    if request["stage"] != "predict":
-        gpu()  # before anything is built
-    program = worker.imported(request["builder"])(*request["arguments"])
-    return STAGES[request["stage"]](program, request)
-
-
-def main() -> int:
-    """Answers the request on stdin; exit status `NO_GPU` where there is none."""
-    request = json.load(sys.stdin)
-    try:
-        if sys.argv[1:] == ["call"]:
-            function, arguments = request
-            print(json.dumps(worker.imported(function)(*arguments)))
-        else:
-            print(answer(request))
-    except NoGPUError as error:
-        print(error)
-        return NO_GPU
-    return 0
-
-
-@contextlib.contextmanager
-def _folder(path: str | None) -> Iterator[str]:
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="jmem-protocol-") as folder:
-        yield folder
-
-
-if __name__ == "__main__":
-    sys.exit(main())

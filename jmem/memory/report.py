@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable
@@ -17,8 +18,7 @@ from typing import Any, ClassVar
 
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
-from jmem.memory.breakdown import Instant, Row, short
-from jmem.memory.timeline import Timeline
+from jmem.memory.breakdown import Contents, Row, short
 
 GiB = 2**30
 DEFAULT_FRACTION = 0.75
@@ -99,9 +99,12 @@ class Saved:
         return _build(cls, values, where)
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryReport(Saved):
-    """Memory of one program on one target, per device of a mesh."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryReport(Contents, Saved):
+    """Memory of one program on one target, per device of a mesh.
+
+    `timeline.max() + fragmentation == device_bytes`.
+    """
 
     schema: ClassVar[int] = 2
     name: str
@@ -125,20 +128,6 @@ class MemoryReport(Saved):
     alias_bytes: int
     """Bytes of outputs that reuse the memory of donated arguments."""
     temp_bytes: int
-    constant_bytes: int
-    by_kind: dict[str, int]
-    """Device bytes at the peak; they sum to `device_bytes`."""
-    by_label: dict[str, int]
-    """Device bytes of the arguments under each label."""
-    host_by_label: dict[str, int]
-    rows: tuple[Row, ...]
-    """Buffers alive at the peak, by falling size."""
-    peak_instant: Instant
-    timeline: Timeline
-    """Live bytes over the run; `timeline.max() + fragmentation == device_bytes`."""
-    collectives: dict[str, dict[str, int]]
-    calls: dict[str, int]
-    """Library and kernel calls by their target: cuBLAS, cuDNN, Triton, Mosaic GPU."""
     flags: tuple[str, ...]
     """What the numbers leave out or a reader should know."""
     advice: tuple[Advice, ...]
@@ -228,7 +217,10 @@ class MemoryReport(Saved):
                 "",
                 *self._largest(top),
                 "",
-                *(_wrapped(line) for line in self._remarks()),
+                *(
+                    textwrap.fill(line, WIDTH, subsequent_indent="      ")
+                    for line in self._remarks()
+                ),
                 *([""] if self.flags or self.advice else []),
                 str(self.fits(reserve)),
             ]
@@ -400,9 +392,3 @@ def _clip(text: str, width: int) -> str:
 
 def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
-
-
-def _wrapped(text: str) -> str:
-    import textwrap
-
-    return textwrap.fill(text, WIDTH, subsequent_indent="      ")

@@ -37,7 +37,7 @@ class Copy:
 
 def copies(module: Module) -> tuple[Copy, ...]:
     """Every copy between host and device, in the order in which they are started."""
-    times = dict(_times(module))
+    times = dict(_times(module, module.entry, 1))
     found = []
     for computation, order in module.schedule.items():
         instructions = [module.instructions[id] for id in order]
@@ -73,9 +73,8 @@ def _is_kernel(instruction: Instruction) -> bool:
 def _copied(module: Module, instruction: Instruction):
     """(where to, bytes) of an instruction that moves data between host and device."""
     opcode = instruction.opcode
-    if opcode in _NO_KERNEL or opcode.endswith(("-done", "-update")):
-        return None
-    if opcode in {"while", "conditional", "call", "custom-call"}:
+    moves_nothing = _NO_KERNEL | {"while", "conditional", "call", "custom-call"}
+    if opcode in moves_nothing or opcode.endswith(("-done", "-update")):
         return None
     given = [module.instructions[id].shape for id in instruction.operands]
     result = instruction.shape
@@ -117,19 +116,18 @@ def _inner_name(module: Module, instruction: Instruction) -> str:
     return names[-1] if names else ""
 
 
-def _times(module: Module) -> Iterator[tuple[int, int]]:
-    """(id, times run) of each computation that is not part of another's kernel."""
+def _times(module: Module, computation: int, times: int) -> Iterator[tuple[int, int]]:
+    """(id, times run) of a computation that runs `times` times, and of all it calls.
 
-    def walk(computation: int, times: int) -> Iterator[tuple[int, int]]:
-        yield computation, times
-        for id in module.computations[computation]:
-            instruction = module.instructions[id]
-            if instruction.opcode in {"while", "conditional", "call"}:
-                trips = 1
-                if instruction.opcode == "while" and instruction.config:
-                    known = json.loads(instruction.config).get("known_trip_count", {})
-                    trips = int(known.get("n", 1))
-                for called in instruction.called:
-                    yield from walk(called, times * trips)
-
-    yield from walk(module.entry, 1)
+    Those that are part of a kernel are left out.
+    """
+    yield computation, times
+    for id in module.computations[computation]:
+        instruction = module.instructions[id]
+        if instruction.opcode in {"while", "conditional", "call"}:
+            trips = 1
+            if instruction.opcode == "while" and instruction.config:
+                known = json.loads(instruction.config).get("known_trip_count", {})
+                trips = int(known.get("n", 1))
+            for called in instruction.called:
+                yield from _times(module, called, times * trips)

@@ -6,7 +6,8 @@ which values were alive at the worst one.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 
 from jmem.memory.hlo import ALLOC, FREE, SHARE, Buffer, Event
 
@@ -69,6 +70,19 @@ def replay(trace: tuple[Event, ...], buffers: Mapping[int, Buffer]) -> list[Life
     if left:
         raise ReplayError(f"{left:,} bytes are alive after the last event.")
     return sorted(lives, key=lambda life: life.born)
+
+
+def live_bytes(lives: Iterable[tuple[int, int, int]], instants: int) -> list[int]:
+    """Bytes alive at each of `instants` instants.
+
+    A life is (first, end, bytes): it begins at instant `first`, and `end` is the first
+    instant at which it is over.
+    """
+    change = [0] * (instants + 1)
+    for first, end, held in lives:
+        change[first] += held
+        change[end] -= held
+    return list(itertools.accumulate(change[:instants]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,31 +1,35 @@
-"""Measuring in a worker process: when this one started JAX too early, or on request.
+"""Functions called in processes of their own; among them, measuring.
 
-A backend that came up without JAX_SKIP_CUDA_CONSTRAINTS_CHECK on a machine without a
-driver has lost the GPU compiler for good. A fresh process has it: the worker imports
-the function by its dotted name and gets the arguments' descriptions as JSON. A compiler
-that aborts takes only the worker with it.
+A process that starts anew has what this one may have lost. A JAX backend that came up
+without JAX_SKIP_CUDA_CONSTRAINTS_CHECK on a machine without a driver has lost the GPU
+compiler for good; a fresh process has it. A compiler that aborts takes only that
+process with it. Functions are imported there by their dotted names, and what they are
+given and return travels as JSON.
 """
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from jmem.memory.card import NoGPUError
 from jmem.memory.report import MemoryReport
 from jmem.program import Label, Program, ProgramError
 from jmem.targets import NoCompilerError, Target
 
 TIMEOUT_S = 1800
+_NO_GPU = 3
+"""Exit status of a process whose function found no GPU."""
 _SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -38,80 +42,68 @@ class _UnsendableError(TypeError):
     """A value that JSON cannot carry to the worker."""
 
 
+class StageError(RuntimeError):
+    """A process failed: what it was to do, and the end of what it wrote."""
+
+
 def measure(
     program: Program,
     card: Target,
-    bounds: bool,
-    options: Mapping[str, Any] | None,
+    how: dict[str, Any],
     cause: NoCompilerError | None = None,
-    cache: bool = True,
 ) -> MemoryReport:
     """The report of `program` on `card`, made in a fresh process.
 
-    `cause` is why it cannot be made in this one; None when that was asked for.
+    `how` is the rest of `jmem.measure`'s arguments, as JSON can hold them. `cause` is
+    why it cannot be made in this process; None when that was asked for.
 
     Raises:
       NoCompilerError: `cause`, when the function has no dotted name, an argument cannot
         be described in JSON, or there is no GPU compiler at all.
       ProgramError: the same without a `cause`, or the worker died; its last lines.
     """
-    args, out_shardings, *_ = program.placed(card)
     try:
-        request = {
-            "fn": dotted(program.fn),
-            "args": [
-                _encode(value) if n not in program.static else _plain(value)
-                for n, value in enumerate(args)
-            ],
-            "donate": program.donate,
-            "static": program.static,
-            "out_shardings": _encode(out_shardings),
-            "labels": {
-                name: (Label.read(given).places, Label.read(given).kind)
-                for name, given in program.labels.items()
-            },
-            "target": dataclasses.asdict(card),
-            "bounds": bounds,
-            "options": {**program.options, **(options or {})},
-            "cache": cache,
-            "settings": {name: getattr(jax.config, name) for name in _SETTINGS},
-        }
-    except _UnsendableError as error:
-        if cause is None:
-            raise ProgramError(f"{program.name}: isolate=True, but {error}") from error
-        raise NoCompilerError(
-            f"{cause}\n(A worker process is no way out: {error})", late=True
-        ) from cause
-    done = subprocess.run(
-        [sys.executable, "-m", "jmem.memory.worker"],
-        input=json.dumps(request),
-        env=environment() | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-8:])
-        if cause is None:
-            raise ProgramError(
-                f"{program.name}: the worker process {_ended(done.returncode)}; its "
-                f"last lines:\n{last}"
-            )
-        raise NoCompilerError(
-            f"{cause}\n(A worker process failed as well: {last})", late=True
-        ) from cause
-    report = MemoryReport.from_json(done.stdout.splitlines()[-1])
+        text = ask(
+            answer,
+            [_describe(program, card), dataclasses.asdict(card), how],
+            environment() | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+            "the worker process",
+        )
+    except (_UnsendableError, StageError) as error:
+        if cause is not None:
+            why = f"{cause}\n(A worker process is no way out: {error})"
+            raise NoCompilerError(why, late=True) from cause
+        way = "isolate=True, but " if isinstance(error, _UnsendableError) else ""
+        raise ProgramError(f"{program.name}: {way}{error}") from error
+    report = MemoryReport.from_json(text)
     if cause is None:
         return report
     flag = "measured in a worker process: JAX was started here before jmem."
     return dataclasses.replace(report, flags=(*report.flags, flag))
 
 
-def main() -> None:
-    """Answers one request from stdin with one report on stdout."""
+def _describe(program: Program, card: Target) -> dict[str, Any]:
+    """What `answer` needs in order to build the program, as JSON can hold it."""
+    args, out_shardings, *_ = program.placed(card)
+    labels = {name: Label.read(given) for name, given in program.labels.items()}
+    return {
+        "fn": dotted(program.fn),
+        "args": [
+            _encode(value) if n not in program.static else _plain(value)
+            for n, value in enumerate(args)
+        ],
+        "donate": program.donate,
+        "static": program.static,
+        "out_shardings": _encode(out_shardings),
+        "labels": {name: (label.places, label.kind) for name, label in labels.items()},
+        "settings": {name: getattr(jax.config, name) for name in _SETTINGS},
+    }
+
+
+def answer(request: dict[str, Any], card: dict[str, Any], how: dict[str, Any]) -> str:
+    """Measures the program of `_describe` on a card; returns the report as JSON."""
     from jmem.memory import measure as measuring
 
-    request = json.load(sys.stdin)
     for name, value in request["settings"].items():
         jax.config.update(name, value)
     program = Program(
@@ -125,26 +117,60 @@ def main() -> None:
             for name, (places, kind) in request["labels"].items()
         },
     )
-    report = measuring.measure(
-        program,
-        target=Target(**request["target"]),
-        bounds=request["bounds"],
-        options=request["options"],
-        cache=request["cache"],
+    return measuring.measure(program, target=Target(**card), **how).to_json()
+
+
+# Processes ----------------------------------------------------------------------------
+
+
+def call(function: Callable, *arguments: Any, environment: dict[str, str]) -> Any:
+    """What a function returns in a process of its own; all of it as JSON can hold it.
+
+    Raises:
+      NoGPUError: it raised that.
+      StageError: the process failed; the end of what it wrote.
+    """
+    what = f"{dotted(function)} of {' '.join(map(str, arguments))}"
+    return ask(function, arguments, environment, what)
+
+
+def ask(
+    function: Callable, arguments: Sequence, environment: dict[str, str], what: str
+) -> Any:
+    """As `call`; `what` begins the message of an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jmem.memory.worker"],
+        input=json.dumps([dotted(function), arguments]),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
-    print(report.to_json())
+    if done.returncode == _NO_GPU:
+        raise NoGPUError(done.stdout.strip())
+    if done.returncode:
+        killed = done.returncode < 0
+        end = f"was ended by {signal.Signals(-done.returncode).name}" if killed else ""
+        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
+        raise StageError(f"{what} {end or 'failed'}:\n{tail}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    """Answers `ask`; exit status `_NO_GPU` where the function finds none."""
+    name, arguments = json.load(sys.stdin)
+    try:
+        print(json.dumps(imported(name)(*arguments)))
+    except NoGPUError as error:
+        print(error)
+        return _NO_GPU
+    return 0
 
 
 def environment() -> dict[str, str]:
     """The environment and import path of this process, for one that imports alike."""
     path = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return os.environ | {"PYTHONPATH": path}
-
-
-def _ended(status: int) -> str:
-    if status >= 0:
-        return f"failed with status {status}"
-    return f"was ended by {signal.Signals(-status).name}"
 
 
 # Functions ----------------------------------------------------------------------------
@@ -172,40 +198,33 @@ def _found(module: Any, name: str) -> Any:
 
 def imported(name: str) -> Any:
     """The object that a name from `dotted` stands for."""
-    module, name = name.split(":")
-    return _found(importlib.import_module(module), name)
+    return pkgutil.resolve_name(name)
 
 
 # Arguments ----------------------------------------------------------------------------
 
 
 def _encode(tree: Any) -> Any:
-    """A pytree of descriptions as JSON: standard containers and NamedTuples."""
+    """A pytree of descriptions as JSON: standard containers and NamedTuples.
+
+    A list stands for what is not plain: its kind, and what `_decode` makes it of.
+    """
     if tree is None:
         return None
     if isinstance(tree, dict):
-        return {"dict": [[_plain(k), _encode(v)] for k, v in tree.items()]}
+        return ["dict", *([_plain(k), _encode(v)] for k, v in tree.items())]
     if isinstance(tree, tuple | list):
-        items = [_encode(item) for item in tree]
-        if hasattr(tree, "_fields"):
-            return {"named": dotted(type(tree)), "items": items}
-        return {"tuple" if isinstance(tree, tuple) else "list": items}
+        named = hasattr(tree, "_fields")
+        kind = dotted(type(tree)) if named else type(tree).__name__
+        return [kind, *map(_encode, tree)]
     if isinstance(tree, NamedSharding):
-        spec = [list(axis) if isinstance(axis, tuple) else axis for axis in tree.spec]
-        return {
-            "mesh": list(tree.mesh.shape.items()),
-            "spec": spec,
-            "memory": tree.memory_kind,
-        }
+        axes = list(tree.mesh.shape.items())
+        return ["sharding", axes, list(tree.spec), tree.memory_kind]
     if isinstance(tree, jax.ShapeDtypeStruct):
         if jnp.issubdtype(tree.dtype, jax.dtypes.prng_key):
             raise _UnsendableError("an argument is a typed random key.")
-        return {
-            "shape": list(tree.shape),
-            "dtype": tree.dtype.name,
-            "weak": tree.weak_type,
-            "sharding": _encode(tree.sharding),
-        }
+        plain = tree.shape, tree.dtype.name, tree.weak_type
+        return ["array", *plain, _encode(tree.sharding)]
     raise _UnsendableError(f"an argument holds a {type(tree).__name__}.")
 
 
@@ -217,30 +236,27 @@ def _plain(value: Any) -> Any:
 
 
 def _decode(value: Any) -> Any:
-    if not isinstance(value, dict):
+    if not isinstance(value, list):
         return value
-    if "dict" in value:
-        return {k: _decode(v) for k, v in value["dict"]}
-    if "named" in value:
-        return imported(value["named"])(*map(_decode, value["items"]))
-    if "list" in value:
-        return [_decode(item) for item in value["list"]]
-    if "tuple" in value:
-        return tuple(_decode(item) for item in value["tuple"])
-    if "mesh" in value:
-        axes, sizes = zip(*value["mesh"])
-        spec = [
-            tuple(axis) if isinstance(axis, list) else axis for axis in value["spec"]
-        ]
-        mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * len(axes))
-        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=value["memory"])
-    return jax.ShapeDtypeStruct(
-        tuple(value["shape"]),
-        jnp.dtype(value["dtype"]),
-        weak_type=value["weak"],
-        sharding=_decode(value["sharding"]),
-    )
+    kind, *held = value
+    if kind == "dict":
+        return {k: _decode(v) for k, v in held}
+    if kind == "sharding":
+        axes, spec, memory = held
+        names, sizes = zip(*axes)
+        spec = (tuple(axis) if isinstance(axis, list) else axis for axis in spec)
+        mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+        return NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
+    if kind == "array":
+        shape, dtype, weak, sharding = held
+        return jax.ShapeDtypeStruct(
+            tuple(shape), jnp.dtype(dtype), weak_type=weak, sharding=_decode(sharding)
+        )
+    items = map(_decode, held)
+    if ":" in kind:
+        return imported(kind)(*items)
+    return list(items) if kind == "list" else tuple(items)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

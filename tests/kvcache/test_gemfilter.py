@@ -234,7 +234,7 @@ def test_the_program_does_not_depend_on_the_models_depth():
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), programs[1].args[0])
     assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), early)
     args = made(programs[0], None)
-    positions, scores = programs[0].jit()(*args)
+    positions, scores = programs[0].compile()(*args)
     assert positions.shape == (1, GEM.tokens)
     assert scores.shape == (1, 40)
 

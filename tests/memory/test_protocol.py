@@ -8,7 +8,7 @@ import pytest
 from jmem.memory import card, protocol
 from jmem.memory import live as live_module
 from jmem.memory.card import NoGPUError
-from jmem.memory.protocol import StageError, answer, confirm, environment, run_stage
+from jmem.memory.protocol import StageError, confirm, environment, run_stage
 from jmem.program import Program
 
 
@@ -43,13 +43,12 @@ def attached(monkeypatch):
         monkeypatch.setattr(module, "gpu", Allocator)
     asked = []
 
-    def run(stage, request, where, share=1.0):
-        asked.append(stage)
-        wire = json.loads(json.dumps(request)) | {"stage": stage, "where": where}
-        if stage == "plan":  # XLA plans for the attached GPU only with one attached
-            report = answer(wire | {"stage": "predict", "where": "h200"})
-            return json.dumps({"sums": PLANNED, "report": report})
-        return answer(wire)
+    def run(stage, *given, cache="", share=1.0):
+        asked.append(stage.__name__)
+        given = json.loads(json.dumps(given))
+        if stage is protocol.plan:  # XLA plans for a GPU only with one attached
+            return {"sums": PLANNED, "report": protocol.predict(*given, "h200")}
+        return stage(*given)
 
     monkeypatch.setattr(protocol, "run_stage", run)
     return asked
@@ -79,8 +78,8 @@ def test_further_runs_are_timed(attached, monkeypatch):
     ("predicted", "says"), [(200, "does not fit: 200.00 GiB"), (1, "stage 'plan'")]
 )
 def test_what_fails_is_told_with_whether_it_fits(monkeypatch, predicted, says):
-    def run(stage, request, where, share=1.0):
-        if stage == "predict":
+    def run(stage, *given, cache="", share=1.0):
+        if stage is protocol.predict:
             return json.dumps(predicted * 2**30)
         raise StageError("stage 'plan' failed: RESOURCE_EXHAUSTED")
 
@@ -129,9 +128,8 @@ class TestProcesses:
             protocol.call(module.add, 1, "x", environment=told)
 
     def test_a_stage_that_fails_is_named_with_its_last_lines(self):
-        request = {"builder": "elsewhere:build", "arguments": ["long"]}
         with pytest.raises(StageError) as raised:
-            run_stage("predict", request, "h200")
+            run_stage(protocol.predict, "elsewhere:build", ("long",), "h200")
         text = str(raised.value)
         assert text.startswith("stage 'predict' of elsewhere:build long failed:")
         assert "TypeError" in text

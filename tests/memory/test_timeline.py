@@ -9,7 +9,7 @@ from jmem.memory.timeline import ReplayError, Timeline, replay
 
 
 def event(kind, buffer, canonical=0):
-    return Event(kind, buffer, canonical, "main", f"op.{buffer}")
+    return Event(kind, buffer, canonical, f"op.{buffer}")
 
 
 def sized(*sizes):
