@@ -51,36 +51,28 @@ def ahead_of_time() -> contextlib.AbstractContextManager[None]:
     return _configured(**_NEVER_CACHED, jax_persistent_cache_enable_xla_caches="")
 
 
-@contextlib.contextmanager
-def use_device(devices: tuple[Any, ...] | None) -> Iterator[None]:
+def use_device(
+    devices: tuple[Any, ...] | None,
+) -> contextlib.AbstractContextManager[Any]:
     """Makes the first of `devices` JAX's default inside; None leaves it as it is."""
-    with jax.default_device(devices[0]) if devices else contextlib.nullcontext():
-        yield
+    return jax.default_device(devices[0]) if devices else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def use_mesh(mesh: Any, named: bool, devices: tuple[Any, ...] | None) -> Iterator[None]:
+def use_mesh(
+    mesh: Any, named: bool, devices: tuple[Any, ...] | None
+) -> contextlib.AbstractContextManager[Any]:
     """Lets the function's own constraints name axes: `with_sharding_constraint(P)`.
 
     With compile-only devices the mesh in scope is theirs, also where nobody named one:
     cuDNN's attention is lowered for devices, and the arguments, whose mesh is abstract
     so that they keep their memory, name none.
     """
-    if mesh is None:
-        yield
-    elif devices:
-        of_devices = Mesh(
-            np.reshape(devices, mesh.axis_sizes),
-            mesh.axis_names,
-            axis_types=mesh.axis_types,
-        )
-        with jax.set_mesh(of_devices):
-            yield
-    elif named:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield
-    else:
-        yield
+    if mesh is not None and devices:
+        grid = np.reshape(devices, mesh.axis_sizes)
+        return jax.set_mesh(Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types))
+    if mesh is not None and named:
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -94,9 +94,6 @@ class Layout:
                     f"Layout: {name}={getattr(self, name)} must be at least 1."
                 )
 
-    def __str__(self):
-        return f"Layout(fsdp={self.fsdp}, tensor={self.tensor})"
-
     @property
     def devices(self) -> int:
         return self.fsdp * self.tensor

@@ -250,90 +250,64 @@ _SMALL = {  # Ampere and Ada cards with 1,536 threads and 100 KiB a core
     "threads_per_core": 1536,
 }
 
+
+def _card(
+    name: str, description: str, compiler_bytes: int, bandwidth: float, **chip: Any
+) -> Target:
+    return Target(
+        name=name,
+        description=description,
+        compiler_bytes=compiler_bytes,
+        bandwidth=bandwidth,
+        **chip,
+    )
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(
-            name="h200",
-            description="NVIDIA H200",
-            compiler_bytes=151397597184,
-            bandwidth=4.8e12,
-            **_HOPPER,
-        ),
-        Target(
-            name="h100",
-            description="NVIDIA H100 80GB HBM3",
-            compiler_bytes=84942979072,
-            bandwidth=3.35232e12,
-            **_HOPPER,
-        ),
-        Target(
-            name="a100-80",
-            description="NVIDIA A100-SXM4-80GB",
-            compiler_bytes=85100068864,
-            bandwidth=2.03904e12,
-            **_A100,
-        ),
-        Target(
-            name="a100-40",
-            description="NVIDIA A100-SXM4-40GB",
-            compiler_bytes=42331013120,
-            bandwidth=1.5552e12,
-            **_A100,
-        ),
-        Target(
-            name="b200",
-            description="NVIDIA B200",
+        _card("h200", "NVIDIA H200", 151397597184, 4.8e12, **_HOPPER),
+        _card("h100", "NVIDIA H100 80GB HBM3", 84942979072, 3.35232e12, **_HOPPER),
+        _card("a100-80", "NVIDIA A100-SXM4-80GB", 85100068864, 2.03904e12, **_A100),
+        _card("a100-40", "NVIDIA A100-SXM4-40GB", 42331013120, 1.5552e12, **_A100),
+        _card(
+            *("b200", "NVIDIA B200", 191514411008, 7.67232e12),
             compute_capability="10.0",
             cores=148,
             fpus_per_core=128,
-            compiler_bytes=191514411008,
-            bandwidth=7.67232e12,
             l2_bytes=132644864,
             clock_ghz=1.965,
             shared_bytes_per_core=233472,
             shared_bytes_per_block=232448,
         ),
-        Target(
-            name="a6000",
-            description="NVIDIA RTX A6000",
+        _card(
+            *("a6000", "NVIDIA RTX A6000", 51041271808, 7.68096e11),
             compute_capability="8.6",
             cores=84,
-            compiler_bytes=51041271808,
-            bandwidth=7.68096e11,
             l2_bytes=6291456,
             clock_ghz=1.8,
             **_SMALL,
         ),
-        Target(
-            name="l4",
-            description="NVIDIA L4",
+        _card(
+            *("l4", "NVIDIA L4", 23580639232, 3.0e11),
             compute_capability="8.9",
             cores=58,
-            compiler_bytes=23580639232,
-            bandwidth=3.0e11,
             l2_bytes=50331648,
             clock_ghz=2.04,
             **_SMALL,
         ),
-        Target(
-            name="rtx4090",
-            description="NVIDIA GeForce RTX 4090",
+        _card(
+            *("rtx4090", "NVIDIA GeForce RTX 4090", 25386352640, 1.008e12),
             compute_capability="8.9",
             cores=128,
-            compiler_bytes=25386352640,
-            bandwidth=1.008e12,
             l2_bytes=75497472,
             clock_ghz=2.52,
             **_SMALL,
         ),
-        Target(
-            name="rtx3090",
-            description="NVIDIA GeForce RTX 3090",
+        _card(
+            *("rtx3090", "NVIDIA GeForce RTX 3090", 25438126080, 9.36e11),
             compute_capability="8.6",
             cores=82,
-            compiler_bytes=25438126080,
-            bandwidth=9.36e11,
             l2_bytes=6291456,
             clock_ghz=1.695,
             **_SMALL,
