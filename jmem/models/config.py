@@ -27,11 +27,11 @@ class DecoderConfig:
     max_positions: int
     """Longest sequence the model was trained for, in tokens."""
     positions: Positions = "rotary"
-    """Turn queries and keys, or add a row of a learned table [P, M] (GPT-2, OPT)."""
+    """Rotate queries and keys, or add a row of a learned table [P, M] (GPT-2, OPT)."""
     rope_theta: float = 10_000.0
     rope_scaling: Scaling | None = None
     rotary_dim: int | None = None
-    """Leading channels of a head that turn, the others pass (Phi-2). None: all."""
+    """Leading channels of a head that are rotated (Phi-2); None: all."""
     sliding_window: int | None = None
     """Positions that one attends, itself among them (Mistral 0.1). None: all before."""
     norm: NormKind = "rms"
@@ -52,20 +52,11 @@ class DecoderConfig:
     head_bias: bool = False
 
     def __post_init__(self):
-        sizes = (
-            "vocab_size",
-            "layers",
-            "hidden",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "intermediate",
-            "max_positions",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
                 raise ValueError(
-                    f"DecoderConfig: {name}={getattr(self, name)} must be at least 1."
+                    f"DecoderConfig: {field.name}={value} must be at least 1."
                 )
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -124,7 +115,7 @@ class DecoderConfig:
 
     @property
     def rope(self) -> Rope:
-        """What turns queries and keys; nothing where positions are learned."""
+        """What rotates queries and keys: no channel where positions are learned."""
         return Rope(
             head_dim=self.head_dim,
             theta=self.rope_theta,

@@ -98,7 +98,11 @@ class Block(nn.Module):
         return x + out, carry, aux
 
     def _fed_by_chunks(self, mlp: MLP, x, normal, ops: Ops):
-        """X plus the MLP's output. Inside a loop flax allows no module to be bound."""
+        """`x` plus the MLP's output, of `chunk` tokens at a time.
+
+        Inside the loop over chunks flax allows no module to be bound, so the MLP is
+        applied by itself.
+        """
         config, params = self.config, self.variables["params"]
         alone, own = mlp.clone(parent=None), ops.prefix_names("mlp")
 
@@ -322,7 +326,7 @@ class Decoder:
         return False
 
     def stats(self) -> dict:
-        """None are kept."""
+        """{}: a decoder keeps no statistics."""
         return {}
 
     def loss(

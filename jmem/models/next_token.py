@@ -46,7 +46,7 @@ def _chunks(layout: Layout | None, array: jax.Array) -> jax.Array:
 
 
 def _joined(layout: Layout | None, chunks: jax.Array, length: int) -> jax.Array:
-    """The [N, M] that `_chunks` made `chunks` of."""
+    """The inverse of `_chunks`: [N, M], of `length` tokens, from its chunks."""
     width = chunks.shape[-1]
     if layout is None:
         return chunks.reshape(-1, width)[:length]

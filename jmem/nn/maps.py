@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
+
 from jmem.targets import nearest
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -58,33 +60,19 @@ def find_dicts(
     tree: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]
 ) -> dict[str, dict]:
     """The dicts below `tree` that are wanted, by path; none lies in another."""
-    found = {}
-
-    def walk(tree: Mapping[str, Any], above: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, dict) and wanted(value):
-                found[above + name] = value
-            elif isinstance(value, dict):
-                walk(value, f"{above}{name}/")
-
-    walk(tree, "")
-    return found
+    flat = flatten_dict(tree, is_leaf=lambda path, d: bool(path) and wanted(d), sep="/")
+    return {path: value for path, value in flat.items() if isinstance(value, dict)}
 
 
 def replace_maps(blocks: Mapping[str, Any], maps: Mapping[str, dict]) -> dict:
     """`blocks` with other parameter dicts for the maps that `maps` names."""
-
-    def walk(tree: Mapping[str, Any], above: str) -> dict:
-        return {
-            name: maps[above + name]
-            if above + name in maps
-            else walk(value, f"{above}{name}/")
-            if isinstance(value, dict)
-            else value
-            for name, value in tree.items()
-        }
-
-    return walk(blocks, "")
+    flat = flatten_dict(
+        blocks,
+        keep_empty_nodes=True,
+        is_leaf=lambda path, _: "/".join(path) in maps,
+        sep="/",
+    )
+    return unflatten_dict({n: maps.get(n, leaf) for n, leaf in flat.items()}, sep="/")
 
 
 def check_maps(who: str, maps: tuple[str, ...]) -> None:

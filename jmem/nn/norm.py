@@ -14,7 +14,7 @@ NormKind = Literal["rms", "layer"]
 
 
 def rms_norm(x: jax.Array, scale: Float[Array, " M"], eps: float) -> jax.Array:
-    """X / sqrt(mean(x²) + eps) * scale; float32 inside, x's dtype outside.
+    """`x / sqrt(mean(x²) + eps) * scale`; float32 inside, x's dtype outside.
 
     Source: Zhang and Sennrich, 2019, arXiv:1910.07467; as in Llama, the product with
     `scale` happens after the cast back.

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jmem.nn import nf4
 from jmem.nn.linear import along_last, dense
-from jmem.nn.maps import choose_maps, find_maps, replace_maps
+from jmem.nn.maps import choose_maps, find_dicts, find_maps, replace_maps
 from jmem.offload import fetch
 from jmem.program import by_key
 
@@ -245,17 +245,17 @@ def unpacked_dtype(blocks: dict) -> jnp.dtype:
 
 def unpacked(tree: dict, dtype: DTypeLike) -> dict:
     """`tree` with every stacked packed leaf dequantised: kernels [L, in, out]."""
-    if "packed" not in tree:
-        return {
-            name: unpacked(value, dtype) if isinstance(value, dict) else value
-            for name, value in tree.items()
-        }
-    kernel = jax.lax.map(  # one layer's float32 values at a time
-        lambda row: _chosen(lambda values: values.T.astype(dtype), *row),
-        (tree["packed"], tree["kind"]),
-    )
-    kept = {name: tree[name] for name in tree.keys() - {"packed", "kind"}}
-    return kept | {"kernel": kernel}
+
+    def unpack_map(leaf: dict) -> dict:
+        kernel = jax.lax.map(  # one layer's float32 values at a time
+            lambda row: _chosen(lambda values: values.T.astype(dtype), *row),
+            (leaf["packed"], leaf["kind"]),
+        )
+        kept = {name: leaf[name] for name in leaf.keys() - {"packed", "kind"}}
+        return kept | {"kernel": kernel}
+
+    packed = find_dicts(tree, lambda leaf: "packed" in leaf)
+    return replace_maps(tree, {name: unpack_map(leaf) for name, leaf in packed.items()})
 
 
 def pack(params: dict, kind: str = "NF4") -> dict:
@@ -384,7 +384,7 @@ def _chosen(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
 
 
 def _after(x: jax.Array, packed: jax.Array) -> jax.Array:
-    """`packed`, but not before x is there.
+    """`packed`, tied to `x` so that XLA cannot use it before `x` is computed.
 
     Left free, XLA dequantises every map of a block at its start (seen in 0.12), and it
     takes an optimization barrier out before it orders anything.

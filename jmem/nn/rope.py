@@ -40,11 +40,7 @@ class Llama3Scaling:
     """Context the frequencies were first trained at, in tokens."""
 
     def __post_init__(self):
-        if self.factor < 1 or self.original_max_positions < 1:
-            raise ValueError(
-                f"Llama3Scaling: factor={self.factor} and original_max_positions="
-                f"{self.original_max_positions} must both be at least 1."
-            )
+        _check_stretch(self)
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"Llama3Scaling: low_freq_factor={self.low_freq_factor} must be "
@@ -80,11 +76,7 @@ class YarnScaling:
     """Whether the ramp's ends are rounded outwards to whole pairs."""
 
     def __post_init__(self):
-        if self.factor < 1 or self.original_max_positions < 1:
-            raise ValueError(
-                f"YarnScaling: factor={self.factor} and original_max_positions="
-                f"{self.original_max_positions} must both be at least 1."
-            )
+        _check_stretch(self)
         if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
                 f"YarnScaling: beta_slow={self.beta_slow} must be positive and below "
@@ -122,6 +114,15 @@ class YarnScaling:
         span = high - low if high != low else 0.001
         slowed = np.clip((np.arange(pairs) - low) / span, 0.0, 1.0)
         return (1 - slowed) * frequencies + slowed * frequencies / self.factor
+
+
+def _check_stretch(scaling: Llama3Scaling | YarnScaling) -> None:
+    if scaling.factor < 1 or scaling.original_max_positions < 1:
+        raise ValueError(
+            f"{type(scaling).__name__}: factor={scaling.factor} and "
+            f"original_max_positions={scaling.original_max_positions} must both be at "
+            "least 1."
+        )
 
 
 Scaling = LinearScaling | Llama3Scaling | YarnScaling

@@ -1,4 +1,4 @@
-"""Blocks stacked on axis 0 from birth, walked by one `lax.scan`.
+"""Blocks stacked on axis 0 from their initialisation on, run by one `lax.scan`.
 
 Freezing, offloading, streaming or evicting one layer is then array code on row
 `layer` of every leaf, and compile time does not grow with depth.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jmem.nn.ops import Attend, Ops
+from jmem.nn.ops import Ops
 from jmem.offload import fetch, fetch_row
 from jmem.program import HOST
 
@@ -113,15 +113,3 @@ def run_stack(
     xs = jnp.arange(first, last, dtype=jnp.int32), stacked if whole else None
     (x, carry), aux = jax.lax.scan(rematerialise(step, remat), (x, carry), xs)
     return x, carry, aux
-
-
-def count_from(attend: Attend, first: int) -> Attend:
-    """`attend` told layers from 0 where a range begins at `first`.
-
-    For a cache that holds the range's layers only.
-    """
-
-    def shifted(q, k, v, rope, positions, layer, carry):
-        return attend(q, k, v, rope, positions, layer - first, carry)
-
-    return shifted

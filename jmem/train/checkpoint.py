@@ -161,17 +161,11 @@ class Checkpoints:
 
         templates = _named(like)
         raw = {n: _raw_template(leaf) for n, leaf in templates.items() if leaf.size}
+        told = checkpoint.checkpoint_utils.construct_restore_args(raw)
+        wanted = checkpoint.args.PyTreeRestore(item=raw, restore_args=told)
         handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
         with checkpoint.Checkpointer(handler) as reader:
-            restored = reader.restore(
-                self.folder / str(step) / "state",
-                args=checkpoint.args.PyTreeRestore(
-                    item=raw,
-                    restore_args=checkpoint.checkpoint_utils.construct_restore_args(
-                        raw
-                    ),
-                ),
-            )
+            restored = reader.restore(self.folder / str(step) / "state", args=wanted)
         leaves = []
         for name, template in templates.items():
             leaf = restored.pop(name, None)  # Orbax saves no array of size zero
@@ -265,9 +259,7 @@ def _raw(leaf: jax.Array) -> jax.Array:
 
 
 def _raw_template(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if not _is_key(leaf):
-        return leaf
-    words = jax.eval_shape(jax.random.key_data, leaf)
+    words = jax.eval_shape(_raw, leaf)
     return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
 
 

@@ -53,11 +53,12 @@ class Best:
         Checkpoints(self._folder, keep=1).save(self.step, state, data=data)
 
     def improves(self, step: int, loss: float) -> bool:
-        """Takes an evaluation; whether it is the best."""
+        """Takes the loss after `step` updates; returns whether it is the best."""
         self._since += 1
         if loss < self._loss:
             self.step, self._loss, self._since = step, loss, 0
         return self._since == 0
 
     def exhausted(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations were no better; 0: never."""
         return 0 < patience <= self._since

@@ -24,12 +24,7 @@ RATE_STEPS = 20
 class Log:
     """Rows and progress, one step behind the device."""
 
-    def __init__(
-        self,
-        file: MetricsFile,
-        lines: Progress,
-        checkpoints: Checkpoints,
-    ):
+    def __init__(self, file: MetricsFile, lines: Progress, checkpoints: Checkpoints):
         self._file, self._lines, self._checkpoints = file, lines, checkpoints
         self._waiting: tuple[int, Mapping[str, jax.Array], Batch] | None = None
         self._recent = collections.deque(maxlen=RATE_STEPS)
@@ -58,6 +53,7 @@ class Log:
         self._lines.update(step, named["loss"], recent_count / recent_seconds)
 
     def held_out(self, step: int, loss: float) -> None:
+        """Write the held-out loss after `step` updates."""
         self._check(step, {"held_out_loss": loss})
         self._file.write({"step": step, "held_out_loss": loss})
         self._lines.note(f"step {step}  held-out loss {loss:.4f}")
@@ -91,14 +87,17 @@ class Trace:
         self._running = False
 
     def before(self, step: int) -> None:
+        """Start the profiler if `step`, about to run, is the first that is traced."""
         if self._steps and step == self._steps.start:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._running = True
 
     def ends(self, done: int) -> bool:
+        """Whether the last step to be traced is the one just done."""
         return self._running and done == self._steps.stop
 
     def stop(self) -> None:
+        """Stop the profiler, if it runs, and write the trace."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()

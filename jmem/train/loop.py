@@ -37,12 +37,7 @@ from jmem.train.finetuner import Finetuner
 from jmem.train.folder import prepare, require_free
 from jmem.train.log import Log, Trace
 from jmem.train.metrics import MetricsFile
-from jmem.train.step import (
-    check_batch,
-    choose_placement,
-    compile_step,
-    describe_plan,
-)
+from jmem.train.step import check_batch, choose_placement, compile_step, describe_plan
 
 __all__ = ["Data", "DivergedError", "Interrupted", "TrainingError", "train"]
 
@@ -56,7 +51,7 @@ class Data(Protocol):
 
     @property
     def digest(self) -> str:
-        """Another one for other data; a checkpoint remembers it."""
+        """A word that differs for other data; a checkpoint remembers it."""
         ...
 
     def batch(self, step: int) -> Batch:
@@ -185,7 +180,7 @@ def train[State](
         stop = stack.enter_context(_stop_between_steps(lines))
 
         def evaluated(done: int) -> bool:
-            """Writes the held-out loss; whether it is the best so far."""
+            """Writes the held-out loss; returns whether it is the best so far."""
             loss = held_out_loss(state)
             log.held_out(done, loss)
             return best.improves(done, loss)
@@ -277,12 +272,7 @@ def _check_unused(folder: pathlib.Path, checkpoints: Checkpoints) -> None:
 
 
 def _check_room(
-    folder,
-    like,
-    checkpoints: Checkpoints,
-    steps: int,
-    every: int,
-    keep_best: bool,
+    folder, like, checkpoints: Checkpoints, steps: int, every: int, keep_best: bool
 ) -> None:
     """Refuse a disk that is going to be full before the last checkpoint is written."""
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jmem.train.folder import FolderError
@@ -33,14 +33,11 @@ def read(path: str | os.PathLike) -> list[Row]:
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / NAME
-    return list(_rows(path))
-
-
-def _rows(path: pathlib.Path) -> Iterator[Row]:
+    rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                return
+                break
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -49,7 +46,8 @@ def _rows(path: pathlib.Path) -> Iterator[Row]:
                 raise MetricsError(
                     f"{path}:{number}: a row must be an object with an integer 'step'."
                 )
-            yield row
+            rows.append(row)
+    return rows
 
 
 class MetricsFile:

@@ -3,18 +3,20 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 
-@runtime_checkable
-class Progress(Protocol):
-    """Told after every step, and once at the end."""
+class Progress:
+    """What the loop tells how far it is. This one says nothing; the others do."""
 
-    def update(self, step: int, loss: float, rate: float) -> None: ...
+    def update(self, step: int, loss: float, rate: float) -> None:
+        """After a step: how many are done, its loss, and what is computed a second."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """A line of text in between."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Once, at the end."""
 
 
 def choose(
@@ -28,17 +30,17 @@ def choose(
 ) -> Progress:
     """`Bar` when `stream` (standard output by default) is a terminal, else `Lines`.
 
-    `unit` is the word for what a rate counts a second of.
+    `unit` is the word for what a rate counts a second of. `silent` is neither.
     """
     if silent:
-        return Silent()
+        return Progress()
     stream = sys.stdout if stream is None else stream
     kind = Bar if stream.isatty() else Lines
     return kind(name, steps, start=start, unit=unit, stream=stream)
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours from the first hour on.
+    """Seconds as text: minutes and seconds, with hours from the first hour on.
 
     >>> clock(75.4), clock(3 * 3600 + 65)
     ('1:15', '3:01:05')
@@ -48,20 +50,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class _Rate:
-    """Seconds left, from the mean time of the steps done since the first."""
+class Lines(Progress):
+    """A line for the first step, the last, and one every `every` seconds.
 
-    def __init__(self, steps: int, start: int, now: Callable[[], float]):
-        self.steps, self.first, self.now = steps, start, now
-        self.began = now()
-
-    def left(self, step: int) -> float:
-        done = max(step - self.first, 1)
-        return (self.steps - step) * (self.now() - self.began) / done
-
-
-class Lines:
-    """A line for the first step, the last, and one every `every` seconds."""
+    The time left is reckoned from the mean time of the steps done here.
+    """
 
     def __init__(
         self,
@@ -75,18 +68,18 @@ class Lines:
         now: Callable[[], float] = time.monotonic,
     ):
         self.name, self.steps, self.stream, self.every = name, steps, stream, every
-        self._unit = unit
-        self._rate = _Rate(steps, start, now)
-        self._next = now()
+        self._unit, self._first, self._now = unit, start, now
+        self._began = self._next = now()
 
     def update(self, step: int, loss: float, rate: float) -> None:
-        now = self._rate.now()
+        now = self._now()
         if now < self._next and step < self.steps:
             return
         self._next = now + self.every
+        mean = (now - self._began) / max(step - self._first, 1)
         self.note(
             f"step {step}/{self.steps}  loss {loss:.4f}  "
-            f"{rate:,.0f} {self._unit}/s  {clock(self._rate.left(step))} left"
+            f"{rate:,.0f} {self._unit}/s  {clock((self.steps - step) * mean)} left"
         )
 
     def note(self, text: str) -> None:
@@ -96,7 +89,7 @@ class Lines:
         self.stream.flush()
 
 
-class Bar:
+class Bar(Progress):
     """A rich progress bar with loss, rate and time left."""
 
     def __init__(
@@ -105,29 +98,25 @@ class Bar:
         from rich import console, progress
 
         self.name = name
-        self._rate = _Rate(steps, start, time.monotonic)
         self._bar = progress.Progress(
             progress.TextColumn("[bold]{task.description}"),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TextColumn(
-                f"loss {{task.fields[loss]}}  {{task.fields[rate]}} {unit}/s  "
-                "{task.fields[left]} left"
+                f"loss {{task.fields[loss]}}  {{task.fields[rate]}} {unit}/s "
             ),
+            progress.TimeRemainingColumn(compact=True),
+            progress.TextColumn("left"),
             console=console.Console(file=stream),
         )
         self._task: Any = self._bar.add_task(
-            name, total=steps, completed=start, loss="-", rate="-", left="-:--"
+            name, total=steps, completed=start, loss="-", rate="-"
         )
         self._bar.start()
 
     def update(self, step: int, loss: float, rate: float) -> None:
         self._bar.update(
-            self._task,
-            completed=step,
-            loss=f"{loss:.4f}",
-            rate=f"{rate:,.0f}",
-            left=clock(self._rate.left(step)),
+            self._task, completed=step, loss=f"{loss:.4f}", rate=f"{rate:,.0f}"
         )
 
     def note(self, text: str) -> None:
@@ -135,13 +124,3 @@ class Bar:
 
     def close(self) -> None:
         self._bar.stop()
-
-
-class Silent:
-    """Says nothing."""
-
-    def update(self, step: int, loss: float, rate: float) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def close(self) -> None: ...

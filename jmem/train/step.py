@@ -81,6 +81,11 @@ def describe_plan(step: jax.stages.Compiled, program: str) -> dict[str, Any]:
 
 
 def check_batch(batch: Batch, first: Batch, number: int, what: str = "data") -> None:
+    """Refuses a batch of other shapes or dtypes than the first; `number` is its own.
+
+    Raises:
+      TrainingError: names the array that differs, and `what` the batches are.
+    """
     if changed := difference(first, batch):
         name, before, after = changed
         raise TrainingError(

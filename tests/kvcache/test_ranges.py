@@ -19,7 +19,7 @@ from jmem.kvcache.prefill import read_prompts
 from jmem.kvcache.snapkv import SnapKV
 from jmem.models.decoder import Decoder
 from jmem.nn.attention import causal
-from jmem.nn.stack import count_from, run_stack
+from jmem.nn.stack import run_stack
 from jmem.program import Program
 
 MODEL = Decoder(dataclasses.replace(TINY, layers=4))
@@ -105,6 +105,18 @@ def plain(number: int) -> np.ndarray:
         return MODEL.head(params, x[:, -1], ops)
 
     return np.asarray(forward(params(), jnp.asarray(prompts()[:1, :number])))
+
+
+def count_from(attend, first):
+    """`attend` told layers from 0 where a range begins at `first`.
+
+    For a cache that holds the range's layers only.
+    """
+
+    def shifted(q, k, v, rope, positions, layer, carry):
+        return attend(q, k, v, rope, positions, layer - first, carry)
+
+    return shifted
 
 
 def test_tokens_are_dropped_between_two_ranges_with_two_caches():
