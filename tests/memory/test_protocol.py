@@ -45,10 +45,11 @@ def attached(monkeypatch):
 
     def run(stage, *given, cache="", share=1.0):
         asked.append(stage.__name__)
-        given = json.loads(json.dumps(given))
+        builder, arguments, *more = json.loads(json.dumps(given))
         if stage is protocol.plan:  # XLA plans for a GPU only with one attached
-            return {"sums": PLANNED, "report": protocol.predict(*given, "h200")}
-        return stage(*given)
+            report = protocol.predict(builder, arguments, "h200")
+            return {"sums": PLANNED, "report": report}
+        return stage(builder, arguments, *more)
 
     monkeypatch.setattr(protocol, "run_stage", run)
     return asked
