@@ -26,7 +26,7 @@ import time
 from collections import Counter
 
 from experiments.harness import cli, record, tables
-from experiments.harness.claim import Claim, Claims, ClaimsError
+from experiments.harness.claim import ClaimsError
 from experiments.harness.record import ROOT
 from experiments.harness.tables import Everything, current
 
@@ -106,10 +106,12 @@ def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> 
     """Measure claims of kind compile, keeping each record as soon as it is there."""
     wanted = [
         (claims, records, claim)
-        for claims, records in everything
-        for claim in claims.by_name.values()
+        for claims, records, claim in tables.list_claims(everything)
         if claim.kind == "compile"
-        and (not only or any(_matches(claims, claim, pattern) for pattern in only))
+        and any(
+            fnmatch.fnmatch(f"{claims.slug}/{claim.name}", pattern)
+            for pattern in only or ("*",)
+        )
         and not (missing and current(claim, records))
     ]
     if only and not wanted:
@@ -126,18 +128,13 @@ def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> 
         print(f"    {ours}: {words} ({time.monotonic() - start:.0f} s)")
 
 
-def _matches(claims: Claims, claim: Claim, pattern: str) -> bool:
-    return fnmatch.fnmatch(f"{claims.slug}/{claim.name}", pattern)
-
-
 def take_up(run: pathlib.Path, everything: Everything) -> None:
     """Record the claims that a finished run, or a check on a GPU, answers."""
     report = record.read_report(run)
     kind = "live" if run.is_file() else "train"
     asked = [
         (claims, records, claim)
-        for claims, records in everything
-        for claim in claims.by_name.values()
+        for claims, records, claim in tables.list_claims(everything)
         if claim.kind == kind
         and report["experiment"] == (claim.experiment or claims.slug)
     ]
@@ -146,14 +143,16 @@ def take_up(run: pathlib.Path, everything: Everything) -> None:
             f"--from-run {run}: no claim of kind {kind!r} asks for a run of"
             f" {report['experiment']!r}"
         )
-    # A method has claims about runs of several presets, a check rows not asked for.
-    mine = [one for one in asked if record.answers(one[0].slug, one[2], run)]
-    if kind == "train":
-        mine = mine or asked[:1]  # which says what differs
-    taken = [
-        (claims, records, claim.name, record.take(claims.slug, claim, run))
-        for claims, records, claim in mine
-    ]
+    taken, refused = [], []
+    for claims, records, claim in asked:
+        try:
+            found = record.take(claims.slug, claim, run)
+            taken.append((claims, records, claim.name, found))
+        except record.NotAnsweredError as error:
+            # A method has claims about runs of several presets, a check rows not asked.
+            refused.append(error)
+    if kind == "train" and not taken:
+        raise refused[0]
     for claims, records, name, found in taken:  # all or none
         records[name] = found
         record.save(claims, records)
@@ -168,19 +167,19 @@ def compare(everything: Everything, root: pathlib.Path) -> int:
     """
     status, unknown = 0, Counter[str]()
     today = datetime.date.today().isoformat()
+    for claims, records, claim in tables.list_claims(everything):
+        if (mine := current(claim, records)) is None:
+            continue
+        outcome, words = record.compare(claims.slug, claim, mine)
+        if outcome == "unknown" and claim.kind != "compile":
+            unknown[f"{claim.kind}: {words}"] += 1
+            continue
+        moved = (mine.moved or today) if outcome == "changed" else ""
+        records[claim.name] = dataclasses.replace(mine, moved=moved)
+        if words:
+            print(f"{claims.slug}/{claim.name}: {words}")
+            status = 1
     for claims, records in everything:
-        for claim in claims.by_name.values():
-            if (mine := current(claim, records)) is None:
-                continue
-            outcome, words = record.compare(claims.slug, claim, mine)
-            if outcome == "unknown" and claim.kind != "compile":
-                unknown[f"{claim.kind}: {words}"] += 1
-                continue
-            moved = (mine.moved or today) if outcome == "changed" else ""
-            records[claim.name] = dataclasses.replace(mine, moved=moved)
-            if words:
-                print(f"{claims.slug}/{claim.name}: {words}")
-                status = 1
         record.save(claims, records)
     for words, number in unknown.items():
         print(f"{number} of kind {words}")

@@ -111,7 +111,7 @@ def measure_here(name: str) -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The same from a process of its own, which takes most of the GPU's memory."""
+    """`measure_here`, in a process of its own that takes most of the GPU's memory."""
     with tempfile.TemporaryDirectory(prefix="jmem-decode-") as cache:
         environment = protocol.environment("run", cache)
         return protocol.call(measure_here, name, environment=environment)
@@ -126,7 +126,9 @@ def read(row: Mapping[str, Any]) -> list[Rate]:
 
 
 def line(found: Rate, point: Point, bandwidth: float) -> str:
-    """A row of the table, with the share of the roofline that was reached."""
+    """A row of the table: GiB, tokens a second, milliseconds a step, and the share of
+    the roofline that was reached.
+    """
     sizes = f"{found.point:<10}{found.policy:<11}{found.cache_bytes / GiB:>9.2f}"
     if found.tokens_per_second is None:
         return f"{sizes}  does not fit"
@@ -137,7 +139,7 @@ def line(found: Rate, point: Point, bandwidth: float) -> str:
 
 
 def below(found: list[Rate]) -> list[str]:
-    """What is slower than expected, in words."""
+    """A sentence for each cut cache that is slower than expected."""
     return [
         f"{one.point}: {one.policy} is {one.ratio:.2f} times as fast as the full "
         f"cache, expected {POINTS[one.point].expect}"

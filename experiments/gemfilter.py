@@ -18,34 +18,48 @@ compared on this machine; memory is that of the same programs compiled for `gpu`
 
 import dataclasses
 import functools
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 import jmem.data
-from experiments.harness import cli, filters, memory
+from experiments.harness import cli, memory, plots
 from experiments.harness.comparison import Trial, examine, prepare
+from experiments.harness.journal import keep
 from experiments.harness.needles import report_answered
-from experiments.harness.report import Column, share, sized
+from experiments.harness.report import Column, make_columns, percent, seconds, share
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Here, Weights, need
 from jmem.checkpoints import Checkpoint
 from jmem.data.needle import Haystack
+from jmem.evaluate.compare import Part
 from jmem.evaluate.needle import FilteredNeedles, hide_needles
 from jmem.evaluate.programs import build_programs
 from jmem.generate.decode import generate
+from jmem.generate.programs import prefill_program
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import (
     GemFilter,
     StagedWeights,
     explain,
+    filter_program,
+    layer_recall,
+    split,
 )
 from jmem.kvcache.snapkv import SnapKV
+from jmem.memory.report import sized
 from jmem.models.decoder import Decoder
-from jmem.offload import host_bytes
+from jmem.offload import host_bytes, on_device
 from jmem.program import Program
 from jmem.targets import Target
+
+FOUND = 0.95
+"""Mean recall from which on a layer counts as one that finds the needles."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +113,7 @@ class Config(Here, Card, Weights):
             )
 
     def count_kept(self, length: int, share: float) -> int:
-        """Of a prompt, in whole windows, so that every variant keeps as many."""
+        """Tokens kept of a prompt: whole windows, so that all variants keep as many."""
         return max(int(share * length) // self.window, 1) * self.window
 
 
@@ -147,11 +161,13 @@ def report_memory(config: Config, run: Run) -> None:
     gem, sizes = config.gemfilter, f"{config.prompt_tokens:,} + {config.new_tokens:,}"
     model = config.build(run.target, config.dimensions())
     chunks = f"{config.chunk:,} tokens" if config.chunk else "all tokens"
-    names = ("filter pass", "prefill", "decode", "peak", "on the host")
+    phases = make_columns(
+        sized, "filter pass", "prefill", "decode", "peak", "on the host"
+    )
     memory.report(
         *(run, programs(config, run.target)),
         title=f"Memory of an answer on {run.target.name}",
-        columns=["method", *(Column(name, sized) for name in names)],
+        columns=["method", *phases],
         rows=list_phases,
         note=f"{config.model}, {sizes} tokens, {config.dtype}, {model.attention} "
         f"attention, {chunks} at a time in the MLP. GemFilter chooses {gem.tokens:,} "
@@ -218,7 +234,7 @@ def variants(config: Config, *, layer: int, tokens: int) -> dict[str, GemFilter]
 def contend(
     config: Config, bench: Bench, task: FilteredNeedles, *, layer: int
 ) -> Trial[FilteredNeedles]:
-    """Who answers: the filters at each share, and SnapKV in the bytes of their caches.
+    """A trial of the filters at each share, and of SnapKV in the bytes of their caches.
 
     Raises:
       ValueError: a share is too small for SnapKV's window or for a variant's ends.
@@ -240,21 +256,10 @@ def main(config: Config, run: Run) -> None:
         return
     bench = open_bench(config)
     params = bench.checkpoint.params()
-
-    def vary(length: int) -> list[GemFilter]:
-        kept = [config.count_kept(length, part) for part in config.shares]
-        return [dataclasses.replace(config.gemfilter, tokens=count) for count in kept]
-
-    layer = filters.calibrate(
-        *(run, bench.model, params, vary, bench.calibration),
-        batch_size=config.batch_size,
-        names=[f"{share(part)} kept" for part in config.shares],
-        title=f"{config.model}: share of the needle's tokens among those kept",
-    )
+    layer = calibrate(config, run, bench, params)
     trials = [contend(config, bench, task, layer=layer) for task in bench.tasks]
     report = functools.partial(
         *(report_answered, run),
-        pictured=config.shares[0],
         title=f"{config.model}: needles answered",
         note='"as given" is the configured filter, "ends" also keeps the first '
         f"{config.keep_first} and the last {config.keep_last} tokens, which are the "
@@ -263,19 +268,129 @@ def main(config: Config, run: Run) -> None:
         "filtered prompts' caches.",
     )
     examine(run, bench.model, params, trials, report)
-    prompts = [task.rows[0] for task in bench.tasks]
-    gem = dataclasses.replace(config.gemfilter, layer=layer)
-    filters.report_time(
-        *(run, bench.model, params, gem, prompts),
-        kept=[config.count_kept(len(prompt), config.shares[0]) for prompt in prompts],
-        name=f"prefill of {share(config.shares[0])}",
-    )
+    chosen = dataclasses.replace(config.gemfilter, layer=layer)
+    config = dataclasses.replace(config, gemfilter=chosen)
+    report_time(config, run, bench, params)
     report_kept(config, run, bench, params, layer)
     run.note(
         f"Run here: {config.describe(bench.model)}. Measured below are other programs: "
         f"{config.dtype}, for {config.gpu}."
     )
-    report_memory(dataclasses.replace(config, gemfilter=gem), run)
+    report_memory(config, run)
+
+
+# Which layer chooses ------------------------------------------------------------------
+
+
+def calibrate(config: Config, run: Run, bench: Bench, params: dict) -> int:
+    """The first layer that finds the needles, by the filter of the first share.
+
+    A table and a picture show how much each layer finds, by each share.
+    """
+
+    def measure(task: FilteredNeedles, places: Sequence[int]) -> dict[str, np.ndarray]:
+        prompts = [task.rows[place] for place in places]
+        spans = [task.cases[place].span for place in places]
+        kept = [config.count_kept(task.prompt, part) for part in config.shares]
+        gems = [dataclasses.replace(config.gemfilter, tokens=count) for count in kept]
+        return {"recall": layer_recall(bench.model, params, gems, prompts, spans)}
+
+    parts = [
+        Part(
+            f"calibration {task.prompt} {number}",
+            *(task, prompts, functools.partial(measure, task, prompts.places)),
+        )
+        for task in bench.calibration
+        for number, prompts in enumerate(task.batches(config.batch_size))
+    ]
+    found = [
+        np.asarray(values["recall"]) * len(part.prompts.places)
+        for part, values in keep(run, parts)
+    ]
+    count = sum(map(len, bench.calibration))
+    recall = np.sum(found, axis=0) / count  # [shares, layers]
+    layer = choose_layer(recall[0])
+    names = [f"{share(part)} kept" for part in config.shares]
+    rows = [(index, *row) for index, row in enumerate(recall.T.tolist())]
+    columns = ["layer", *make_columns(percent, *names)]
+    run.table("Recall of the needle by layer", columns, rows)
+    first = f"the first that keeps {FOUND:.0%}" if recall[0][layer] >= FOUND else "best"
+    run.note(
+        f"Filter layer: {layer}, {first} of the needles' tokens ({recall[0][layer]:.0%}"
+        f") with {names[0]}, over {count} prompts that are not used again."
+    )
+    curves = dict(zip(names, recall.tolist()))
+    run.plot(
+        "recall",
+        lambda: plots.by_index(
+            *(curves, layer),
+            mark=f"layer {layer} is used",
+            index_label="layer whose attention chooses",
+            label="recall of the needle",
+            title=f"{config.model}: share of the needle's tokens among those kept",
+        ),
+    )
+    return layer
+
+
+def choose_layer(recall: Float[np.ndarray, " L"]) -> int:
+    """The first layer of at least `FOUND`; where there is none, the first of the best.
+
+    >>> found = np.array([0.1, 0.97, 1.0]), np.array([0.1, 0.6, 0.5])
+    >>> choose_layer(found[0]), choose_layer(found[1])
+    (1, 1)
+    """
+    return int(np.argmax(recall >= min(FOUND, recall.max())))
+
+
+# The time to the first token ----------------------------------------------------------
+
+
+def report_time(config: Config, run: Run, bench: Bench, params: dict) -> None:
+    """Filter pass and second prefill against the prefill of the whole prompt.
+
+    Of the first prompt of each length, cut to the first share.
+    """
+    model, gem, rows = bench.model, config.gemfilter, []
+    early = on_device(split(params, gem.layer)[0])
+
+    def time_prefill(tokens: jax.Array) -> float:
+        plan = Full().plan(model, prompt=tokens.shape[1], new_tokens=1)
+        given = params, tokens, jnp.array(tokens.shape[1:])
+        program = prefill_program(model, plan)
+        return time_fastest(program, *given, donated=lambda: plan.method.begin(plan))
+
+    for task in bench.tasks:
+        tokens, length = jnp.asarray([task.rows[0]], jnp.int32), len(task.rows[0])
+        kept = config.count_kept(length, config.shares[0])
+        filtering = filter_program(model, gem, prompt=length)
+        with run.console.status(f"timing {length:,} tokens"):
+            whole = time_prefill(tokens)
+            first = time_fastest(filtering, early, tokens, jnp.array([length]))
+            second = time_prefill(tokens[:, :kept])
+        both = (first + second) / whole
+        rows.append((f"{length:,} tokens", whole, first, second, both))
+    again = f"prefill of {share(config.shares[0])}"
+    times = make_columns(seconds, "whole prefill", "filter pass", again)
+    title = f"Seconds to the first token on {jax.devices()[0].device_kind}"
+    run.table(title, ["prompt", *times, Column("both, of whole", percent)], rows)
+    run.note(
+        "The fastest of two runs, one prompt at a time, without compiling. The filter "
+        f"pass reads {gem.layer} of {model.config.layers} layers; both is that and the "
+        "prefill of what it kept."
+    )
+
+
+def time_fastest(program: Program, *args, donated=None) -> float:
+    """Seconds of the faster of two runs; `donated()` makes the last argument anew."""
+    call, taken = program.compile(), []
+    for _ in range(2):
+        given = (*args, donated()) if donated else args
+        jax.block_until_ready(given)
+        start = time.perf_counter()
+        jax.block_until_ready(call(*given))
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 # What was kept ------------------------------------------------------------------------
@@ -308,17 +423,16 @@ def report_kept(
         f"each span's mean score:\n{text}\nAnswer: {tokenizer.decode(found[0])!r}, "
         f"hidden was {middle.answer!r}."
     )
+    title = "Weights of that answer, of which the late part waits on the host"
     run.table(
-        "Weights of that answer, of which the late part waits on the host",
-        ["phase", Column("on the device", sized), Column("on the host", sized)],
-        rows,
+        title, ["phase", *make_columns(sized, "on the device", "on the host")], rows
     )
     same = "the same as" if found == expected else "OTHER THAN"
     run.note(f"Its tokens are {same} those with all weights on the device throughout.")
 
 
 def place(phase: str, *trees: Any) -> tuple[str, int, int]:
-    """A phase, and the bytes of its arrays on the device and on the host."""
+    """A row of a table: a phase, and the bytes of its arrays on device and host."""
     host = host_bytes(trees)
     return phase, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) - host, host
 

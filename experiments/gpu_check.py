@@ -89,7 +89,7 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
 
 
 def faults(report: LiveReport) -> list[str]:
-    """What of a program does not hold, in words; nothing when all does."""
+    """In words, each bound that the program's peak is outside of."""
     plan, peak = report.planned_bytes, report.peak_bytes
     found = []
     if not report.own:
@@ -102,7 +102,7 @@ def faults(report: LiveReport) -> list[str]:
 
 
 def table(reports: dict[str, LiveReport]) -> str:
-    """The programs side by side, in GiB; the peak against the prediction in percent."""
+    """A line a program, in GiB; the peak's distance from the prediction in percent."""
     head = f"{'GiB':<12}{'ahead of time':>19}{'planned':>10}{'peak':>10}"
     lines = [f"{head}{'off':>8}{'named':>8}  verdict", "─" * 88]
     for case, report in reports.items():
@@ -181,17 +181,15 @@ def list_todo(everything: tables.Everything) -> list[str]:
     Rows without a record come first, then those of an earlier program.
     """
     found: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
-    for claims, records in everything:
-        for claim in claims.by_name.values():
-            if claim.kind != "live":
-                continue
-            if (mine := tables.current(claim, records)) is None:
-                age = (0, "", "not measured")
-            else:
-                outcome, words = record.compare(claims.slug, claim, mine)
-                when = f"of {mine.date}" + (f"; {words}" if words else "")
-                age = (1 if outcome == "changed" else 2, mine.date, when)
-            found.setdefault((claim.experiment, claim.report[1]), []).append(age)
+    for claims, records, claim in tables.list_claims(everything):
+        if claim.kind != "live":
+            continue
+        age = (0, "", "not measured")
+        if mine := tables.current(claim, records):
+            outcome, words = record.compare(claims.slug, claim, mine)
+            when = f"of {mine.date}" + (f"; {words}" if words else "")
+            age = (1 if outcome == "changed" else 2, mine.date, when)
+        found.setdefault((claim.experiment, claim.report[1]), []).append(age)
     oldest = {row: min(ages) for row, ages in found.items()}
     ordered = sorted(oldest, key=lambda row: oldest[row][:2])
     return [

@@ -39,7 +39,15 @@ import numpy as np
 import jmem.data
 from experiments.harness import cli, memory, needles, plots
 from experiments.harness.comparison import Outcome, Trial, draw_curves, examine, prepare
-from experiments.harness.report import Column, gib, loss, mib, percent, score
+from experiments.harness.report import (
+    Column,
+    gib,
+    loss,
+    make_columns,
+    mib,
+    percent,
+    score,
+)
 from experiments.harness.run import Run
 from experiments.harness.settings import Compiled, Here, Weights, need
 from jmem.checkpoints import Checkpoint
@@ -155,17 +163,13 @@ def report_memory(config: Config, run: Run) -> None:
             by = getattr(plan, "attention", "xla")
             yield name, plan.bytes(), cache, *peaks, by
 
+    caches = make_columns(mib, "cache, planned", "cache, compiled")
     what = f"{config.model}, {asked.batch_size} x {asked.prompt:,} tokens"
     memory.report(
         run,
         programs(config, target),
         title=f"Memory on {target.name}",
-        columns=[
-            "policy",
-            *(Column(f"cache, {how}", mib) for how in ("planned", "compiled")),
-            *(Column(part, gib) for part in parts),
-            "decodes by",
-        ],
+        columns=["policy", *caches, *make_columns(gib, *parts), "decodes by"],
         rows=rows,
         note=f"{what} and room for {asked.new_tokens:,} more, {asked.dtype}; prefill "
         f"by {model.attention} attention, {asked.chunk:,} tokens at a time in the MLP. "
@@ -236,13 +240,8 @@ def main(config: Config, run: Run) -> None:
     bench = open_bench(config)
     model, params = bench.model, bench.checkpoint.params()
     ask = functools.partial(examine, run, model, params, rows=config.read_rows)
-    find = functools.partial(
-        needles.report_kept,
-        run,
-        methods=list(config.methods),
-        shares=config.shares,
-        note=f"{config.describe(model)}.",
-    )
+    note = f"{config.describe(model)}."
+    find = functools.partial(needles.report_kept, run, note=note)
     panels = ask(bench.needles, find)
     panels += ask(bench.passages, functools.partial(report_passages, config, run))
     ask(bench.longbench, functools.partial(report_longbench, config, run))
@@ -265,23 +264,16 @@ def report_passages(
         mean, share = float(losses.mean()), share_of_full(outcome.contenders, name)
         above = float(more.mean()), find_error(more)
         rows.append((name, share, mean, *above, math.exp(mean)))
-    run.table(
-        "Loss of a continuation",
-        [
-            "cache",
-            Column("of full", percent),
-            *(Column(n, loss) for n in ("loss", "above full", "standard error")),
-            "perplexity",
-        ],
-        rows,
-    )
+    losses = make_columns(loss, "loss", "above full", "standard error")
+    columns = ["cache", Column("of full", percent), *losses, "perplexity"]
+    run.table("Loss of a continuation", columns, rows)
     run.note(
         f"Nats a token over the {config.continuation} tokens after each of {count} "
         f"held-out texts of {config.passage} tokens; standard error of what is above "
         "the full cache, text by text."
     )
     return draw_curves(
-        *(outcomes, list(config.methods), config.shares),
+        outcomes,
         title=f"Continuations of {count} texts, standard errors",
         label="loss above the full cache's, nats a token",
     )
@@ -296,8 +288,7 @@ def report_longbench(
         means = [100 * float(np.mean(own.scores[name])) for own in outcomes]
         rows.append((name, *means, float(np.mean(means))))
     heads = [f"{own.task.dataset} ({len(own.places)})" for own in outcomes]
-    columns = [Column(head, score) for head in (*heads, "mean")]
-    run.table("LongBench", ["cache", *columns], rows)
+    run.table("LongBench", ["cache", *make_columns(score, *heads, "mean")], rows)
     run.note(
         "Each data set by its own metric, from 0 to 100; of prompts above "
         f"{config.longbench_tokens:,} tokens the middle is left out. Shares are of the "

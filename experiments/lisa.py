@@ -18,17 +18,19 @@ is another question, and a few hundred steps a rate long.
 
 import dataclasses
 import functools
+import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
 from experiments.harness import cli, memory, plots, sweep
-from experiments.harness.report import Column, gib
+from experiments.harness.report import Column, gib, loss, make_columns, rate
 from experiments.harness.run import Run
 from experiments.harness.settings import need
-from experiments.harness.training import Training, learn, tabulate_losses
+from experiments.harness.training import Training, learn
 from jmem.data import Batch, Loader
 from jmem.data.source import TextSource
 from jmem.finetune.adamw import AdamW
@@ -159,16 +161,9 @@ def main(config: Config, run: Run) -> None:
             evaluate_first=not rows,  # all start from the same weights
             checkpoint_every=config.checkpoint_every,
         )
-        told = metrics.read(folder)
-        before = before or [row for row in told if row["step"] == 0]
-        rows[method] = told if not rows else before + told
-    rates = {method: getattr(config, method).adamw.learning_rate for method in rows}
-    tabulate_losses(run, rows, rates, seed=config.seed)
-    run.note(
-        f"{config.steps} steps of {config.size} at one rate a method, one seed: each "
-        "works, but this is not a ranking. Losses are nats a token over "
-        f"{config.held_out_tokens:,} held-out tokens."
-    )
+        rows[method] = before + metrics.read(folder)
+        before = before or [row for row in rows[method] if row["step"] == 0]
+    report_losses(config, run, rows)
     run.note(
         f"Trained here: {config.describe(model, f'remat {config.run_remat}')}; memory "
         "here is XLA's plan of that step. Measured below is another program: "
@@ -179,13 +174,41 @@ def main(config: Config, run: Run) -> None:
 
 
 def batches(config: Config, checkpoint: Any) -> tuple[Loader, tuple[Batch, ...]]:
-    """What every method is trained on, and what none is."""
+    """Batches that every method is trained on, and those that are held out."""
     return config.batches(
         checkpoint,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         held_out_tokens=config.held_out_tokens,
         seed=config.seed,
+    )
+
+
+def report_losses(
+    config: Config, run: Run, rows: Mapping[str, Sequence[metrics.Row]]
+) -> None:
+    """The loss before and after, and what a step took here.
+
+    `rows` are the metrics of every method, with those of before the first update.
+    """
+
+    def line(method: str, own: Sequence[metrics.Row]) -> tuple[Any, ...]:
+        held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
+        steps = [row for row in own if "loss" in row]
+        timed = sorted(row["tokens_per_second"] for row in steps)
+        plan = json.loads((run.folder_of(method) / "plan.json").read_text())
+        losses = held[0], held[-1], held[0] - held[-1], steps[-1]["loss"]
+        at = getattr(config, method).adamw.learning_rate, config.seed
+        return method, *losses, len(steps), timed[len(timed) // 2], *at, plan["bytes"]
+
+    losses = make_columns(loss, "before", "after", "gain", "train loss")
+    here = Column("tokens", rate), "rate", "seed", Column("memory here", gib)
+    lines = [line(method, own) for method, own in rows.items()]
+    run.table("Held-out loss", ["method", *losses, "steps", *here], lines)
+    run.note(
+        f"{config.steps} steps of {config.size} at one rate a method, one seed: each "
+        "works, but this is not a ranking. Losses are nats a token over "
+        f"{config.held_out_tokens:,} held-out tokens."
     )
 
 
@@ -234,10 +257,8 @@ def compare(
         return run.memory[method].device_bytes, best
 
     columns = [Column("device", gib), "best rate"]
-    sweep.tabulate(
-        *(run, "Loss against bytes", outcomes, columns, cells),
-        before=before,
-    )
+    title = "Loss against bytes"
+    sweep.tabulate(run, title, outcomes, columns, cells, before=before)
     run.note(
         f"Before: {before:.4f}. {config.steps} steps of {config.size} in "
         f"{config.run_dtype}, at the best of {len(config.factors)} rates; that is "

@@ -23,7 +23,7 @@ import jax
 
 import jmem
 from experiments.harness import cli
-from experiments.harness.report import Column, GiB, gib
+from experiments.harness.report import GiB, gib, make_columns
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Weights, need
 from jmem import offload
@@ -86,7 +86,7 @@ class Config(Card, Weights):
 
     @property
     def name(self) -> str:
-        """Of the program."""
+        """The program's, in tables and file names."""
         return f"train-{self.method}" if self.program == "train" else self.program
 
 
@@ -101,10 +101,7 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
             program = loss_program(model, **sizes)
         case "decode":
             plan = FullCache().plan(
-                model,
-                prompt=config.seq_len,
-                new_tokens=0,
-                batch_size=config.batch_size,
+                model, prompt=config.seq_len, new_tokens=0, batch_size=config.batch_size
             )
             program = decode_program(model, plan)
     if config.weights == "host":
@@ -158,11 +155,8 @@ def compare_remat(config: Config, run: Run, report: MemoryReport) -> None:
             found = report
         saved = report.device_bytes - found.device_bytes
         rows.append((remat, found.device_bytes, found.host_bytes, saved))
-    run.table(
-        "What the backward pass keeps",
-        ["remat", Column("device", gib), Column("host", gib), Column("saves", gib)],
-        rows,
-    )
+    columns = ["remat", *make_columns(gib, "device", "host", "saves")]
+    run.table("What the backward pass keeps", columns, rows)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import numpy as np
 
 import jmem.data
 from experiments.harness import cli, memory, plots, sweep
-from experiments.harness.report import Column, gib, loss
+from experiments.harness.report import Column, gib, loss, make_columns, score
 from experiments.harness.run import Run
 from experiments.harness.settings import need
 from experiments.harness.training import Training, learn
@@ -131,7 +131,7 @@ def finetuner(
 
 
 def rows(config: Config, method: Method) -> int:
-    """Of a method's batch."""
+    """Rows of a method's batch: those of all its mixtures."""
     return config.batch_size * (config.together if method == "joint" else 1)
 
 
@@ -139,15 +139,11 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
     """One training step a method, for `target`."""
     dims = config.dimensions(seq_len=config.seq_len)
     model = config.build(target, dims, remat=config.remat)
-    return {
-        method: step_program(
-            finetuner(config, method, dims),
-            model,
-            batch_size=rows(config, method),
-            seq_len=config.seq_len,
-        )
-        for method in config.methods
-    }
+    found = {}
+    for method in config.methods:
+        size = {"batch_size": rows(config, method), "seq_len": config.seq_len}
+        found[method] = step_program(finetuner(config, method, dims), model, **size)
+    return found
 
 
 # The run ------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ def main(config: Config, run: Run) -> None:
 
 
 def held_out(config: Config, rows: Batch) -> tuple[Batch, Batch]:
-    """Every other row each: to choose a rate by, and to judge by."""
+    """Two batches of every other row: to choose a rate by, and to judge by."""
     most = config.held_out_rows
     halves = (Batch(*(leaf[i::2][:most] for leaf in rows)) for i in (0, 1))
     return next(halves), next(halves)
@@ -248,17 +244,14 @@ def report_training(
     def by_task(own: sweep.Outcome, task: str) -> float:
         return float(np.mean([found["parts"][task] for found in own.more]))
 
-    columns = [Column(method, loss) for method in outcomes]
+    rows: list[tuple] = [
+        (task, before[task], *(by_task(own, task) for own in outcomes.values()))
+        for task in before
+    ]
     means = (own.mean for own in outcomes.values())
-    run.table(
-        "Held-out loss by task",
-        ["task", Column("before", loss), *columns],
-        [
-            (task, before[task], *(by_task(own, task) for own in outcomes.values()))
-            for task in before
-        ]
-        + [("mean", float(np.mean(list(before.values()))), *means)],
-    )
+    rows.append(("mean", float(np.mean(list(before.values()))), *means))
+    columns = ["task", *make_columns(loss, "before", *outcomes)]
+    run.table("Held-out loss by task", columns, rows)
 
     def cells(method: Method, own: sweep.Outcome) -> tuple[int, int, float]:
         made = finetuner(config, method, dims, own.factor)
@@ -280,27 +273,20 @@ def report_training(
 def report_load(config: Config, run: Run, load: dict[str, list]) -> None:
     """Which experts each task uses, and how unevenly."""
     loads = {task: np.array(own) for task, own in load.items()}  # [L, E]
-    run.table(
-        "Router load: slots a token spends on each expert, mean over layers",
-        [
-            "task",
-            *(Column(str(e), "{:.2f}".format) for e in range(config.mixture.experts)),
-        ],
-        [(task, *map(float, own.mean(axis=0))) for task, own in loads.items()],
-    )
+    title = "Router load: slots a token spends on each expert, mean over layers"
+    experts = make_columns(score, *map(str, range(config.mixture.experts)))
+    rows = [(task, *map(float, own.mean(axis=0))) for task, own in loads.items()]
+    run.table(title, ["task", *experts], rows)
     tasks = np.stack(list(loads.values()))
     mean = tasks.mean(axis=0)
     busiest = float((mean.max(axis=1) / mean.mean(axis=1)).max())
     apart = float(np.abs(tasks - mean).sum(axis=-1).mean() / 2)
-    run.table(
-        "Router",
-        [
-            "of",
-            Column("busiest expert of a layer, share", "{:.2f}".format),
-            Column("slots a task spends apart from the mean", "{:.2f}".format),
-        ],
-        [("all layers", busiest, apart)],
+    heads = (
+        "busiest expert of a layer, share",
+        "slots a task spends apart from the mean",
     )
+    columns = ["of", *make_columns(score, *heads)]
+    run.table("Router", columns, [("all layers", busiest, apart)])
 
 
 def report_memory(config: Config, run: Run) -> None:

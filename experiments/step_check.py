@@ -22,7 +22,8 @@ from typing import Any
 
 import jax
 
-from experiments.harness import check, cli, models
+from experiments.harness import check, cli
+from experiments.harness.settings import attached
 from experiments.harness.timed import FINETUNERS, make_finetuners
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.program import step_program
@@ -84,10 +85,13 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
 
 
 def losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
-    """Of every step, on this process's default device; of the first of the copies."""
+    """The loss of every step, in nats a token, on this process's default device.
+
+    Of several copies at once, those of the first.
+    """
 
     def one(number: int) -> list[float]:
-        program = build(method, sizes, dtype, models.attached())
+        program = build(method, sizes, dtype, attached())
         compiled, found = program.compile(), []
         state, batch = made(program, number)
         for _ in range(sizes.steps):
@@ -101,7 +105,7 @@ def losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
 
 
 def run_here(method: str, config: dict, dtype: Precision) -> list[float]:
-    """`losses`, of a config as the report has it."""
+    """`losses` of a config as JSON holds it, for another process to call."""
     return losses(method, Sizes(**config), dtype)
 
 

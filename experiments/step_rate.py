@@ -59,7 +59,7 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
 
 
 def line(method: str, step: LiveReport, sizes: StepSizes) -> str:
-    """A row of the table."""
+    """A row of the table, in GiB, milliseconds and tokens a second."""
     low, high = (end / GiB for end in step.interval)
     seconds = statistics.median(step.seconds)
     return (
@@ -72,7 +72,7 @@ def line(method: str, step: LiveReport, sizes: StepSizes) -> str:
 
 
 def unmet(found: Mapping[str, LiveReport]) -> list[str]:
-    """What is not as expected, in words."""
+    """A sentence for each expectation that is not met."""
     words = []
     for method, step in found.items():
         if not step.own:

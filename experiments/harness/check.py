@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from typing import Any
 
-from experiments.harness.config import slug_of
-from experiments.harness.run import write_atomically
+from experiments.harness.config import from_plain, slug_of
+from experiments.harness.record import write_atomically
 from jmem.memory import protocol
 from jmem.memory.card import NoGPUError, described
 from jmem.memory.measure import stablehlo_hash
@@ -137,7 +137,7 @@ class Check:
             list(beside.map(one, left))  # or what one of them raised
         if none := [r for r in left if r not in found and r not in self.broken]:
             print(f"no time for {' '.join(none)}; the same call goes on with them")
-        return {row: found[row] for row in self.rows if row in found}
+        return self._sort(found)
 
     def confirm(self, row: str, **how: Any) -> Row:
         """A `LiveReport` of a row's one program; `how` as `protocol.confirm` takes it.
@@ -159,6 +159,7 @@ class Check:
         return found
 
     def _hash_programs(self) -> dict[str, dict[str, str]]:
+        """`hash_programs` of the rows, in a process of its own without the GPU."""
         arguments = (self.name, self.rows, self.config, self.gpu)
         without_gpu = protocol.environment("predict", "")
         return protocol.call(hash_programs, *arguments, environment=without_gpu)
@@ -172,18 +173,17 @@ class Check:
         ours = {**self.probed, "config": json.loads(json.dumps(self.config))}
         if any(report.get(key) != value for key, value in ours.items()):
             return {}
-        rows, now = report.get(part, {}), hashes.result()
-        return {
-            row: rows[row]
-            for row in self.rows
-            if row in rows and rows[row].get("programs") == now[row]
-        }
+        kept, now = self._sort(report.get(part, {})), hashes.result()
+        return {row: kept[row] for row in kept if kept[row].get("programs") == now[row]}
 
     def _write(self, part: str, rows: Mapping[str, Row]) -> None:
-        ordered = {row: rows[row] for row in self.rows if row in rows}
-        whole = len(ordered) == len(self.rows)
-        head = (self.name, self.probed, self.config, whole)
-        write(self.flags.out, *head, **{part: ordered})
+        """Writes the report with the rows so far; with all of them it is complete."""
+        head = (self.name, self.probed, self.config, len(rows) == len(self.rows))
+        write(self.flags.out, *head, **{part: self._sort(rows)})
+
+    def _sort(self, rows: Mapping[str, Row]) -> dict[str, Row]:
+        """Those of this call's rows that are there, in their order."""
+        return {row: rows[row] for row in self.rows if row in rows}
 
 
 def write(
@@ -209,9 +209,7 @@ def write(
 def restore[Value](kind: type[Value], row: Row) -> Value:
     """A dataclass whose fields are a row's entries, lists as tuples."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    given = {name: row[name] for name in names}
-    lists = {name: tuple(v) for name, v in given.items() if isinstance(v, list)}
-    return kind(**given | lists)
+    return from_plain(kind, {name: row[name] for name in names})
 
 
 # Programs -----------------------------------------------------------------------------

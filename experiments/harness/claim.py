@@ -18,6 +18,8 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
+from experiments.harness.config import from_plain, locate
+
 BYTES = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 """Units of memory. Values in any other unit are kept as they are written."""
 
@@ -136,12 +138,10 @@ class Relation(NamedTuple):
 
     def holds(self, value: Callable[[str], float | None]) -> bool | None:
         """Whether it holds for the values of its terms; None while one is missing."""
-        sides = []
-        for factor, name in (self.left, self.right):
-            known = value(name)
-            if known is None:
-                return None
-            sides.append(factor * known)
+        known = [(factor, value(name)) for factor, name in (self.left, self.right)]
+        sides = [factor * number for factor, number in known if number is not None]
+        if len(sides) < 2:
+            return None
         left, right = sides
         return {
             "<": left < right,
@@ -179,7 +179,11 @@ def read(path: pathlib.Path) -> Claims:
         raise ClaimsError(f"{path}: {error}") from None
 
     def fail(message: str, key: str, block: int = -1) -> typing.NoReturn:
-        raise ClaimsError(f"{path}:{_line(text, key, block)}: {message}")
+        lines = locate(text)
+        own = ("claim", block)
+        places = [(*own, key), ("defaults", key), own] if block >= 0 else [(key,)]
+        line = next(lines[place] for place in places if place in lines)
+        raise ClaimsError(f"{path}:{line}: {message}")
 
     parts: dict[str, Any] = {"setting": "", "defaults": {}, "claim": []}
     for key, value in document.items():
@@ -193,8 +197,7 @@ def read(path: pathlib.Path) -> Claims:
         values = parts["defaults"] | values
         for key, message in _mistakes(values):
             fail(message, key, block)
-        lists = {key: tuple(v) for key, v in values.items() if isinstance(v, list)}
-        claim = Claim(**values | lists)
+        claim = from_plain(Claim, values)
         if claim.name in by_name:
             fail(f"the name {claim.name!r} is used twice", "name", block)
         by_name[claim.name] = claim
@@ -229,7 +232,7 @@ def _mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value is what a field's annotation says; true is no number."""
+    """Whether a TOML value has the type of a field's annotation; true is no number."""
     if hint == tuple[str, ...]:
         return isinstance(value, list) and all(isinstance(word, str) for word in value)
     if typing.get_origin(hint) is Literal:
@@ -238,6 +241,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _broken_relations(claim: Claim, others: dict[str, Claim]) -> Iterable[str]:
+    """A message for each relation that cannot be read, or whose terms are not there."""
     for text in claim.relations:
         try:
             relation = Relation.parse(text)
@@ -257,19 +261,7 @@ def _broken_relations(claim: Claim, others: dict[str, Claim]) -> Iterable[str]:
 
 
 def _unknown(what: str, name: Any, names: Iterable[str]) -> str:
+    """The message of a name that is none, with the nearest one that is."""
     near = difflib.get_close_matches(str(name), list(names), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
     return f"unknown {what} {name!r}; {hint}"
-
-
-def _line(text: str, key: str, block: int) -> int:
-    """Line of a key: within the `block`-th [[claim]], else before all of them."""
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    heads = [number for number, line in lines if re.match(r"\[\[\s*claim", line)]
-    starts = [*([heads[block]] if block >= 0 else []), 1]
-    for start in starts:
-        stop = min((head for head in heads if head > start), default=len(lines) + 1)
-        for number, line in lines[start - 1 : stop - 1]:
-            if re.match(rf"\[*\s*[\"']?{re.escape(key)}[\"']?\s*[=\]]", line):
-                return number
-    return starts[0]

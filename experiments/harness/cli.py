@@ -88,7 +88,6 @@ def run[Config](main: Callable[[Config, "Run"], None], config: type[Config]) -> 
             chosen,
             target=target,
             runs=flags.runs,
-            config_folder=ROOT / "configs" / slug,
             measure_only=flags.measure_only,
             resume=pathlib.Path(flags.resume) if flags.resume else None,
             trace=flags.trace,
@@ -105,31 +104,20 @@ def script[Command](
 
     Refusals and interruptions end as those of an experiment do. The module's docstring
     is the head of --help.
-    """
-    with _refusals():
-        status = main(read(main, command, arguments))
-    sys.exit(status or 0)
-
-
-def read[Command](
-    main: Callable[[Command], Any],
-    command: type[Command],
-    arguments: Sequence[str] | None = None,
-) -> Command:
-    """The flags of a script.
-
-    `--help` and a flag that is not one end the process, as command lines do.
 
     Raises:
       TypeError: `command` cannot be one (`experiments.harness.config.check`).
     """
-    configs.check(command)
-    return read_flags(
-        command,
-        sys.argv[1:] if arguments is None else arguments,
-        prog=f"python -m experiments.{slug_of(main)}",
-        description=_describe(main),
-    )
+    with _refusals():
+        configs.check(command)
+        chosen = read_flags(
+            command,
+            sys.argv[1:] if arguments is None else arguments,
+            prog=f"python -m experiments.{slug_of(main)}",
+            description=_describe(main),
+        )
+        status = main(chosen)
+    sys.exit(status or 0)
 
 
 @contextlib.contextmanager
@@ -164,8 +152,9 @@ def parse[Config](
     import tyro
 
     configs.check(config)
-    if both := configs.hints(config).keys() & configs.hints(Flags).keys():
-        raise TypeError(f"{config.__name__}.{min(both)} is a flag of every experiment.")
+    if hidden := configs.hints(config).keys() & configs.hints(Flags).keys():
+        name = f"{config.__name__}.{min(hidden)}"
+        raise TypeError(f"{name} is a flag of every experiment.")
     base = config()
     saved = None
     if folder := _given("--resume", arguments):
@@ -175,23 +164,21 @@ def parse[Config](
 
     known = ", ".join(presets(slug)) or "none"
     bare = tyro.conf.arg(name="")  # no prefix before the names of fields
-    command_type = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("flags", Annotated[Flags, bare, tyro.conf.FlagCreatePairsOff]),
-            ("config", Annotated[config, bare]),
-        ],
+    parts = (
+        Annotated[Flags, bare, tyro.conf.FlagCreatePairsOff],
+        Annotated[config, bare],
     )
-    command = tyro.cli(
-        command_type,
+    both: Any = tuple[*parts]
+    flags, chosen = tyro.cli(
+        both,
         args=list(arguments),
-        default=command_type(Flags(), base),
+        default=(Flags(), base),
         prog=f"python -m experiments.{slug}",
         description=f"{description}\n\nPresets: {known}".strip(),
     )
     if saved is not None:
-        _check_resumed(command.flags, saved, command.config)
-    return command.flags, command.config
+        _check_resumed(flags, saved, chosen)
+    return flags, chosen
 
 
 def _given(flag: str, arguments: Sequence[str]) -> str:
@@ -230,6 +217,7 @@ def presets(slug: str) -> list[str]:
 
 
 def _saved[Config](folder: pathlib.Path, base: Config) -> Config:
+    """The config of the run in a folder; ConfigError if there is none."""
     path = folder / "config.toml"
     if not path.is_file():
         raise ConfigError(
@@ -240,6 +228,7 @@ def _saved[Config](folder: pathlib.Path, base: Config) -> Config:
 
 
 def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
+    """Refuse to continue a run with another config, `PLACES` aside."""
     if flags.measure_only:
         raise ConfigError("--resume and --measure-only: there is nothing to resume.")
     for name, before, now in configs.differences(saved, given):

@@ -1,48 +1,45 @@
-"""Caches compared on tasks: the loop, which a stopped run goes on with, and its curves.
+"""Caches compared on tasks: the loop over all batches, and curves of what it finds.
 
     trials = [prepare(task, model, methods, shares, batch_size=8) for task in tasks]
     panels = examine(run, model, params, trials, report)
 
-What is compared, and how it is scored, is `jmem.evaluate`'s; here it is told while it
-goes on, kept in the run's journal, and reported, also where it was stopped.
+What is compared, and how it is scored, is `jmem.evaluate`'s. Here progress is printed,
+scores are kept in the run's journal, so that a stopped run can be continued, and a
+report is made, also of a run that is stopped.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.harness.journal import Journal, told
+from experiments.harness.journal import keep
 from experiments.harness.plots import Panel
 from experiments.harness.run import Run
-from jmem.evaluate.compare import Part, compare, join
-from jmem.evaluate.contenders import (
-    Contender,
-    at_equal_bytes,
-    name_contender,
-    share_of_full,
-)
+from jmem.evaluate.compare import compare, join
+from jmem.evaluate.contenders import Contender, at_equal_bytes, share_of_full
 from jmem.evaluate.task import Summary, Task
 from jmem.kvcache.budget import Sized
 from jmem.models.decoder import Decoder
 
 
 class Trial[AnyTask: Task](NamedTuple):
-    """A task, and who is asked."""
+    """A task, and the caches that are compared on it."""
 
     task: AnyTask
     contenders: Mapping[str, Contender]
 
 
 class Outcome[AnyTask: Task](NamedTuple):
-    """What came of a trial; of one that was stopped, of its first cases."""
+    """The scores of a trial; of one that was stopped, those of its first cases."""
 
     task: AnyTask
     contenders: Mapping[str, Contender]
     places: Sequence[int]
-    """Which cases were asked."""
+    """Which cases were asked, as their numbers in the task."""
     scores: Mapping[str, np.ndarray]
-    """Theirs, by contender."""
+    """Of those cases, in their order, by contender."""
 
 
 def prepare[AnyTask: Task](
@@ -75,17 +72,6 @@ def prepare[AnyTask: Task](
     return Trial(task, contenders)
 
 
-def keep(run: Run, parts: Sequence[Part]) -> Iterator[tuple[Part, Mapping[str, Any]]]:
-    """Every part's scores, told while it goes on; what the journal has is not asked."""
-    journal = Journal(run.folder, resume=True)
-    for part in told(
-        *(run, parts),
-        name=lambda part: part.name.rpartition(" ")[0],
-        size=lambda part: part.prompts.tokens.size,
-    ):
-        yield part, journal(part.name, part.scores)
-
-
 def examine[AnyTask: Task, Told](
     run: Run,
     model: Decoder,
@@ -99,27 +85,26 @@ def examine[AnyTask: Task, Told](
 
     At most `rows` are read at a time.
     """
-    parts, done = [], [([], []) for _ in trials]
+    parts, done = [], {id(trial.task): [] for trial in trials}
     for task, contenders in trials:
         parts += compare(model, params, contenders, task, rows=rows)
-    at = {id(trial.task): index for index, trial in enumerate(trials)}
     try:
         for part, scores in keep(run, parts):
-            places, found = done[at[id(part.task)]]
-            places += part.prompts.places
-            found.append(scores)
+            done[id(part.task)].append((part.prompts.places, scores))
     finally:
-        outcomes = [
-            Outcome[AnyTask](trial.task, trial.contenders, places, join(found))
-            for trial, (places, found) in zip(trials, done)
-            if found
-        ]
+        outcomes = []
+        for trial in trials:
+            if found := done[id(trial.task)]:
+                places, scores = zip(*found)
+                asked = [*itertools.chain(*places)]
+                own = trial.task, trial.contenders, asked, join(scores)
+                outcomes.append(Outcome[AnyTask](*own))
         panels = report(outcomes) if outcomes else []
     return panels
 
 
 def summarise(outcomes: Sequence[Outcome], name: str) -> Summary:
-    """What a contender is worth on the cases of all outcomes together."""
+    """The task's summary of a contender, on the cases of all outcomes together."""
     scores = join(outcome.scores for outcome in outcomes)
     return outcomes[0].task.summary(scores["full"], scores[name])
 
@@ -129,24 +114,19 @@ def mean_share(outcomes: Sequence[Outcome], name: str) -> float:
     return float(np.mean([share_of_full(own.contenders, name) for own in outcomes]))
 
 
-def draw_curves(
-    outcomes: Sequence[Outcome],
-    methods: Sequence[str],
-    shares: Sequence[float],
-    *,
-    find_share: Callable[[Sequence[Outcome], str], float] = mean_share,
-    **words: Any,
-) -> list[Panel]:
-    """Quality against bytes, a curve a method; nothing where no case counts."""
-    curves: dict[str, list] = {method: [] for method in methods}
-    for method in methods:
-        for share in sorted(shares):
-            name = name_contender(method, share)
-            value, interval, *_ = summarise(outcomes, name)
-            if value is not None:
-                ends = interval or (value, value)
-                curves[method].append((find_share(outcomes, name), value, *ends))
+def draw_curves(outcomes: Sequence[Outcome], **words: Any) -> list[Panel]:
+    """Quality against bytes, a curve a method; no panel where no case counts.
+
+    `words` are the panel's title and what else `Panel` says of its axes.
+    """
     reference = summarise(outcomes, "full").value
     if reference is None:
         return []
+    curves: dict[str, list] = {}
+    contenders = outcomes[0].contenders.values()
+    for own in sorted(contenders, key=lambda own: own.share):
+        value, interval, *_ = summarise(outcomes, own.name)
+        if own.method != "full" and value is not None:
+            point = mean_share(outcomes, own.name), value, *(interval or (value, value))
+            curves.setdefault(own.method, []).append(point)
     return [Panel(curves=curves, reference=reference, **words)]

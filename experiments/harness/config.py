@@ -13,6 +13,7 @@ so by the word `None`.
 import dataclasses
 import difflib
 import json
+import operator
 import pathlib
 import re
 import sys
@@ -22,8 +23,9 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeGuard
 
-Keys = tuple[str, ...]
-"""A key's place: ("lisa", "adamw", "learning_rate")."""
+Keys = tuple[str | int, ...]
+"""A key's place: ("lisa", "adamw", "learning_rate"); of tables in an array, their
+numbers too."""
 
 
 NONE = "None"
@@ -97,6 +99,7 @@ def check(config: type) -> None:
 
 
 def _check_value(where: str, hint: Any) -> None:
+    """Refuse a type that neither TOML nor a command line can state."""
     hint = _optional(hint) or hint
     if typing.get_origin(hint) is tuple:
         for item in typing.get_args(hint):
@@ -142,7 +145,7 @@ def read[Config](path: pathlib.Path, base: Config) -> Config:
 def _apply(
     base: Any, values: Mapping[str, Any], where: Callable[[Keys], str], above: Keys
 ) -> Any:
-    """`base` with `values`, recursively; errors say `where` a key stands."""
+    """`base` with `values`, recursively; errors name the line of a key (`where`)."""
     types, given = hints(type(base)), {}
     for name, value in values.items():
         keys = (*above, name)
@@ -157,7 +160,7 @@ def _apply(
         else:
             raise ConfigError(
                 f"{where(keys)}: {name}={value!r} must be a table: write "
-                f"{'.'.join(keys)}.KEY = ..."
+                f"{'.'.join(map(str, keys))}.KEY = ..."
             )
     try:
         return dataclasses.replace(base, **given)
@@ -169,21 +172,22 @@ def _apply(
 
 def _hint(name: str, config: type) -> str:
     """The end of an unknown key's message: the nearest name, in a table below too."""
-    known = [keys[-1] for keys, _ in _leaves(config)] + list(hints(config))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    if not near:
-        return f"; known: {', '.join(hints(config))}"
-    paths = [keys for keys, _ in _leaves(config) if keys[-1] == near[0]]
-    best = near[0] if near[0] in hints(config) else ".".join(paths[0])
-    return f"; did you mean {best!r}?"
+    own = {name: name for name in hints(config)}
+    below = {path.rpartition(".")[2]: path for path in reversed([*_leaves(config)])}
+    paths = below | own
+    near = difflib.get_close_matches(name, paths, n=1, cutoff=0.4)
+    return (
+        f"; did you mean {paths[near[0]]!r}?" if near else f"; known: {', '.join(own)}"
+    )
 
 
-def _leaves(config: type, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+def _leaves(config: type, above: str = "") -> Iterator[str]:
+    """Dotted names of the fields of a config, and of the configs within it."""
     for name, hint in hints(config).items():
         if _is_table(hint):
-            yield from _leaves(hint, (*above, name))
+            yield from _leaves(hint, f"{above}{name}.")
         else:
-            yield (*above, name), hint
+            yield above + name
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -217,7 +221,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def from_plain[Kind](kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """A dataclass of plain values, as JSON, TOML and argparse give them.
+
+    Lists become tuples; what is not a field of `kind` is a TypeError.
+    """
+    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+    return kind(**{**values, **lists})
+
+
 def _name(hint: Any) -> str:
+    """What a value of this type is called in a message."""
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         if items[-1] is Ellipsis:
@@ -227,10 +241,10 @@ def _name(hint: Any) -> str:
 
 
 def locate(text: str) -> dict[Keys, int]:
-    """Line of every key of a valid TOML text.
+    """Line of every key of a valid TOML text, counted from 1.
 
-    A key stands where the statement begins after which the text so far, read by
-    itself, holds it: growing prefixes are parsed, as tomllib tells no places.
+    That of the first line of the statement that sets it. tomllib gives no places, so
+    growing beginnings of the text are parsed: after the statement, the key is there.
     """
     lines, found, start = text.splitlines(), {}, 0
     for end in range(1, len(lines) + 1):
@@ -246,9 +260,12 @@ def locate(text: str) -> dict[Keys, int]:
     return found
 
 
-def _paths(values: Mapping[str, Any], above: Keys = ()) -> Iterator[Keys]:
+def _paths(values: Mapping[Any, Any], above: Keys = ()) -> Iterator[Keys]:
+    """Every key of nested tables, and of arrays of tables, with those above it."""
     for name, value in values.items():
         yield (*above, name)
+        if isinstance(value, list):
+            value = {n: one for n, one in enumerate(value) if isinstance(one, dict)}
         if isinstance(value, dict):
             yield from _paths(value, (*above, name))
 
@@ -256,28 +273,13 @@ def _paths(values: Mapping[str, Any], above: Keys = ()) -> Iterator[Keys]:
 # Writing ------------------------------------------------------------------------------
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested dicts of plain values, tuples as lists."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return to_dict(value)
-        if isinstance(value, tuple):
-            return [plain(entry) for entry in value]
-        return str(value) if isinstance(value, pathlib.PurePath) else value
-
-    return {
-        field.name: plain(getattr(config, field.name))
-        for field in dataclasses.fields(config)
-    }
-
-
 def write(config: Any) -> str:
     """A config as TOML, every field stated; `read` gives an equal config back."""
-    return "\n".join(_table(to_dict(config), ()))
+    return "\n".join(_table(dataclasses.asdict(config), ()))
 
 
-def _table(values: Mapping[str, Any], above: Keys) -> Iterable[str]:
+def _table(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterable[str]:
+    """Lines of a table and, after its own values, of those within it."""
     for name, value in values.items():
         if not isinstance(value, dict):
             yield f"{name} = {_toml(value)}"
@@ -288,14 +290,15 @@ def _table(values: Mapping[str, Any], above: Keys) -> Iterable[str]:
 
 
 def _toml(value: Any) -> str:
+    """A single value, or a tuple of them, as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
     if value is None:
         return f'"{NONE}"'
-    if isinstance(value, str):  # JSON's escapes are TOML's, but for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, str | pathlib.PurePath):  # TOML's escapes are JSON's and DEL
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")
     return f"[{', '.join(map(_toml, value))}]"
 
 
@@ -304,13 +307,7 @@ def _toml(value: Any) -> str:
 
 def differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
     """Dotted names of the fields whose values differ, with both values."""
-    for keys, _ in _leaves(type(first)):
-        values = [_get(config, keys) for config in (first, second)]
-        if values[0] != values[1]:
-            yield ".".join(keys), *values
-
-
-def _get(config: Any, keys: Keys) -> Any:
-    for name in keys:
-        config = getattr(config, name)
-    return config
+    for name in _leaves(type(first)):
+        own, other = map(operator.attrgetter(name), (first, second))
+        if own != other:
+            yield name, own, other

@@ -46,9 +46,7 @@ def read[Command](
         near = difflib.get_close_matches(unknown[0], names.values(), 1)
         tail = f"; did you mean {near[0]}?" if near else ""
         parser.error(f"unknown: {' '.join(unknown)}{tail}")
-    given = vars(found)
-    lists = {name: tuple(v) for name, v in given.items() if isinstance(v, list)}
-    return command(**given | lists)
+    return configs.from_plain(command, vars(found))
 
 
 def _options(hint: Any) -> dict[str, Any]:

@@ -1,22 +1,24 @@
-"""Work in parts: told while it goes on, and kept so that a stopped run goes on."""
+"""Comparisons in parts: progress is printed, and results are kept on the disk."""
 
 import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments.harness.run import Run
+from jmem.evaluate.compare import Part
 from jmem.train.progress import clock
 
 
 class Journal:
     """Results by name in `results.jsonl`: a stopped run goes on where it was."""
 
-    def __init__(self, folder: pathlib.Path, *, resume: bool):
+    def __init__(self, folder: pathlib.Path):
         path = folder / "results.jsonl"
-        lines = path.read_bytes().splitlines(True) if resume and path.exists() else []
+        lines = path.read_bytes().splitlines(True) if path.exists() else []
         whole = [line for line in lines if line.endswith(b"\n")]  # the last may be torn
         self._known = dict(map(json.loads, whole))
         path.write_bytes(b"".join(whole))
@@ -34,22 +36,19 @@ class Journal:
         return self._known[name]
 
 
-def told[Part](
-    run: Run,
-    parts: Sequence[Part],
-    *,
-    name: Callable[[Part], str],
-    size: Callable[[Part], int],
-) -> Iterator[Part]:
-    """The parts, one by one, while it is told which it is and how long is left.
+def keep(run: Run, parts: Sequence[Part]) -> Iterator[tuple[Part, Mapping[str, Any]]]:
+    """Every part of a comparison with its scores; what the journal has is not asked.
 
-    Time goes with `size`, as the number of tokens.
+    Which part it is, and how long is left, is printed before each: on a terminal as one
+    line that changes, elsewhere as a line a part. Time is taken to grow with the number
+    of tokens.
     """
-    total = sum(map(size, parts))
+    journal = Journal(run.folder)
+    total = sum(part.prompts.tokens.size for part in parts)
     done, began = 0, time.monotonic()
     with run.console.status("") as status:
         for number, part in enumerate(parts, 1):
-            words = f"{name(part)}: {number} of {len(parts)}"
+            words = f"{part.name.rpartition(' ')[0]}: {number} of {len(parts)}"
             if done:
                 left = (time.monotonic() - began) * (total - done) / done
                 words += f", {clock(left)} left"
@@ -57,5 +56,5 @@ def told[Part](
                 status.update(words)
             else:
                 run.console.print(words, highlight=False)
-            yield part
-            done += size(part)
+            yield part, journal(part.name, part.scores)
+            done += part.prompts.tokens.size

@@ -16,7 +16,7 @@ from typing import Any
 
 import jmem
 from experiments.harness import plots
-from experiments.harness.report import Column, gib, gib_number, seconds
+from experiments.harness.report import Column, gib, gib_number, make_columns, seconds
 from experiments.harness.run import Run
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
@@ -25,7 +25,7 @@ Reports = Mapping[str, MemoryReport]
 """By program."""
 
 FIT = (
-    *("method", Column("device", gib), Column("at most", gib)),
+    *("method", *make_columns(gib, "device", "at most")),
     *("fits", Column("compiled in", seconds)),
 )
 """Columns of `fit`: one program a row."""
@@ -101,8 +101,6 @@ def tabulate_kinds(run: Run) -> None:
     }
     other = [total - sum(sizes) for total, *sizes in zip(totals, *rows.values())]
     rows |= {"other": other} if any(other) else {}
-    run.table(
-        f"Memory at the peak on {reports[0].target}, GiB",
-        ["kind", *(Column(name, gib_number) for name in run.memory)],
-        [(kind, *row) for kind, row in (rows | {"total": totals}).items()],
-    )
+    lines = [(kind, *row) for kind, row in (rows | {"total": totals}).items()]
+    columns = ["kind", *make_columns(gib_number, *run.memory)]
+    run.table(f"Memory at the peak on {reports[0].target}, GiB", columns, lines)

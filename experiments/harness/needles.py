@@ -7,17 +7,17 @@ import numpy as np
 
 from experiments.harness import plots
 from experiments.harness.comparison import Outcome, draw_curves, mean_share
-from experiments.harness.report import Column, mib, percent, share
+from experiments.harness.report import Column, make_columns, mib, percent, share
 from experiments.harness.run import Run
 from jmem.evaluate.compare import join
-from jmem.evaluate.contenders import name_contender
 from jmem.evaluate.interval import wilson
 from jmem.evaluate.needle import FilteredNeedles, Needles, Retained, retained
 
 ENOUGH = 2 / 3
 """Of the cells, what the full cache must answer for the others to be compared."""
 KEPT = 0.95
-"""Of the needles, what a policy should keep at `PICTURED`; what it loses is told."""
+"""Of the needles, what a policy should keep at `PICTURED`; of one that keeps less, the
+report names the cells that it lost."""
 PICTURED = 0.125
 """The share whose needles are drawn cell by cell, or the nearest one that was run."""
 
@@ -43,7 +43,10 @@ class Cells:
         return np.array(found, bool)
 
     def kept(self, name: str, **fields: Any) -> Retained:
-        """What a contender keeps there of what the full cache answers."""
+        """What a contender still answers of what the full cache answers.
+
+        Of all cells, or of those of one length, depth or both, as `where` takes them.
+        """
         mine = self.where(**fields)
         return retained(self.scores["full"][mine], self.scores[name][mine])
 
@@ -96,37 +99,21 @@ def draw_cells(
 
 
 def report_kept(
-    run: Run,
-    outcomes: Sequence[Outcome[Needles]],
-    methods: Sequence[str],
-    shares: Sequence[float],
-    *,
-    note: str,
+    run: Run, outcomes: Sequence[Outcome[Needles]], *, note: str
 ) -> list[plots.Panel]:
     """Needles that are still found, of those that the full cache finds."""
     cells, longest = Cells(outcomes), max(outcomes, key=lambda own: own.task.prompt)
-    rows = []
-    for name, contender in longest.contenders.items():
+    rows, contenders = [], longest.contenders
+    for name, contender in contenders.items():
         own, plan = cells.kept(name), contender.plan
-        rows.append(
-            (
-                *(name, plan.bytes() // plan.batch_size, mean_share(outcomes, name)),
-                *(own.hits, own.cells, own.share, *(own.interval or (None, None))),
-                *(cells.kept(name, length=length).share for length in cells.lengths),
-            )
-        )
-    run.table(
-        "Needles kept",
-        [
-            "cache",
-            Column(f"at {longest.task.prompt:,}", mib),
-            Column("of full", percent),
-            *("hits", "of"),
-            *(Column(head, percent) for head in ("kept", "from", "to")),
-            *(Column(f"{length:,}", percent) for length in cells.lengths),
-        ],
-        rows,
-    )
+        size = plan.bytes() // plan.batch_size, mean_share(outcomes, name)
+        kept = own.hits, own.cells, own.share, *(own.interval or (None, None))
+        each = (cells.kept(name, length=length).share for length in cells.lengths)
+        rows.append((name, *size, *kept, *each))
+    size = Column(f"at {longest.task.prompt:,}", mib), Column("of full", percent)
+    lengths = (f"{length:,}" for length in cells.lengths)
+    kept = make_columns(percent, "kept", "from", "to", *lengths)
+    run.table("Needles kept", ["cache", *size, "hits", "of", *kept], rows)
     full = cells.kept("full")
     words = (
         f"{full.cells} of {len(cells)} cells count: the full cache does not answer the "
@@ -136,9 +123,15 @@ def report_kept(
     if full.cells < ENOUGH * len(cells):
         words += " TOO FEW to compare policies by: give a model that finds its needles."
     run.note(words)
-    pictured = min(shares, key=lambda budget: abs(budget - PICTURED))
-    drawn = {method: name_contender(method, pictured) for method in methods}
-    drawn = {"full": "full"} | drawn
+    pictured = min(
+        (own.share for own in contenders.values() if own.method != "full"),
+        key=lambda budget: abs(budget - PICTURED),
+    )
+    drawn = {
+        own.method: name
+        for name, own in contenders.items()
+        if own.method == "full" or own.share == pictured
+    }
     lost = [
         cells.lost(name)
         for name in drawn.values()
@@ -151,7 +144,7 @@ def report_kept(
         title=f"Needles kept in {share(pictured)} of the full cache's bytes",
     )
     return draw_curves(
-        *(outcomes, methods, shares),
+        outcomes,
         title=f"Needles, {full.cells} prompts, 95 % intervals",
         label="still found",
         percent=True,
@@ -162,11 +155,13 @@ def report_answered(
     run: Run,
     outcomes: Sequence[Outcome[FilteredNeedles]],
     *,
-    pictured: float,
     title: str,
     note: str,
 ) -> list[plots.Panel]:
-    """Needles that are answered, of all, and what filters kept; `pictured` is drawn."""
+    """Needles that are answered, of all, and what filters kept.
+
+    Those of the first share are drawn cell by cell, under `title`.
+    """
     cells, contenders = Cells(outcomes), outcomes[0].contenders
     rows = []
     for name, contender in contenders.items():
@@ -175,26 +170,20 @@ def report_answered(
         means = [float(part.mean()) if contender.filter else None for part in kept]
         share = right / count
         rows.append((name, right, count, share, *wilson(right, count), *means))
-    run.table(
-        "Needles answered",
-        [
-            *("contender", "hits", "of"),
-            *(Column(head, percent) for head in ("share", "low", "high")),
-            *(Column(f"{what} kept", percent) for what in ("needle", "last token")),
-        ],
-        rows,
-    )
+    heads = "share", "low", "high", "needle kept", "last token kept"
+    columns = ["contender", "hits", "of", *make_columns(percent, *heads)]
+    run.table("Needles answered", columns, rows)
     seeds = len({case.seed for own in outcomes for case in own.task.cases})
     run.note(
         f"{len(cells.lengths)} lengths x {len(cells.depths)} depths x {seeds} seeds; "
         f"low and high bound the share (Wilson, 95 %). {note}"
     )
-    first = name_contender("", pictured)
-    drawn = [name for name in contenders if name == "full" or name.endswith(first)]
+    shares = [own.share for own in contenders.values()][:2]  # the full cache, the first
+    drawn = {name: name for name, own in contenders.items() if own.share in shares}
 
     def count_hits(name: str, **at: Any) -> tuple[int, int]:
         hits = cells.scores[name][cells.where(**at), 0]
         return int(hits.sum()), len(hits)
 
-    draw_cells(run, cells, {name: name for name in drawn}, count_hits, title)
+    draw_cells(run, cells, drawn, count_hits, title)
     return []

@@ -22,6 +22,10 @@ DASHES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)), "-", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LOST, KEPT = "#FBE8D3", "#00487A"
 """From none to all in a heat map: light to dark, so also in grey."""
+OFFSET: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
+"""Of an annotation: its second place counts from its first, in points."""
+AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), **OFFSET}
+"""The same, with the first place beside an edge of the axes, at a value."""
 
 
 def curve(index: int, **more: Any) -> dict[str, Any]:
@@ -87,58 +91,36 @@ def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
         places[index] = min(places[index], high)
         high = places[index] - gap
     for place, (_, method, colour) in zip(places, ends):
-        axes.annotate(
-            method,
-            xy=(1.0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-            annotation_clip=False,
-        )
+        style = {"va": "center", "color": colour, "fontweight": "bold"}
+        axes.annotate(method, (1.0, place), (6, 0), **style, **AT_EDGE)
 
 
-def memory(
-    reports: Mapping[str, Any], *, title: str = "", reserve: int = GiB
-) -> "Figure":
+def memory(reports: Mapping[str, Any], *, title: str = "") -> "Figure":
     """Bytes at the peak by kind, one bar a program, with what the card can give.
 
     `reports` are `jmem.MemoryReport`s of one target, by program.
     """
     from jmem.memory.plot import COLOURS
 
-    names, own = list(reports), list(reports.values())
-    figure, axes = _figure(8.0, 1.9 + 0.55 * len(names))
-    sizes = [report.device_bytes / GiB for report in own]
-    parts = {kind: [r.by_kind.get(kind, 0) / GiB for r in own] for kind in COLOURS}
-    parts = {kind: row for kind, row in parts.items() if max(row) * 200 > max(sizes)}
-    shown = [sum(column) for column in zip(*parts.values())] or [0.0] * len(own)
-    parts["other"] = [size - known for size, known in zip(sizes, shown)]
-    left = [0.0] * len(own)
+    own, places = list(reports.values()), range(len(reports))
+    figure, axes = _figure(8.0, 1.9 + 0.55 * len(own))
+    sizes = np.array([report.device_bytes for report in own]) / GiB
+    parts = {kind: np.array([r.by_kind.get(kind, 0) for r in own]) for kind in COLOURS}
+    left = np.zeros(len(own))
+    bar: dict[str, Any] = {"height": 0.62, "edgecolor": "white", "linewidth": 0.8}
     for kind, row in parts.items():
-        axes.barh(
-            *(range(len(names)), row),
-            left=left,
-            height=0.62,
-            color=COLOURS.get(kind, REST),
-            edgecolor="white",
-            linewidth=0.8,
-            label=kind,
-        )
-        left = [start + size for start, size in zip(left, row)]
+        if (size := row / GiB).max() * 200 > sizes.max():
+            colour = COLOURS[kind]
+            axes.barh(places, size, left=left, label=kind, color=colour, **bar)
+            left = left + size
+    axes.barh(places, sizes - left, left=left, label="other", color=REST, **bar)
     for place, report in enumerate(own):
-        fits = "" if report.fits(reserve) else "  does not fit"
-        axes.text(
-            sizes[place] + max(sizes) * 0.01,
-            place,
-            f"{sizes[place]:.2f} GiB{fits}",
-            va="center",
-            fontweight="bold",
-            color=WARNING if fits else INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )
+        fits = "" if report.fits() else "  does not fit"
+        at, words = sizes[place] + max(sizes) * 0.01, f"{sizes[place]:.2f} GiB{fits}"
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        colour = WARNING if fits else INK
+        bold = {"va": "center", "fontweight": "bold", "color": colour}
+        axes.text(at, place, words, bbox=clear, **bold)
     usable, right = own[0].usable_bytes / GiB, max(sizes) * 1.28
     words = f"{own[0].target}: {usable:.1f} GiB usable"
     if usable < right:
@@ -148,9 +130,8 @@ def memory(
         axes.text(usable, -0.62, f" {words}", **style)
     else:
         _above(axes, f"{words}, beyond the right edge")
-    axes.set_xlim(0, right)
-    axes.set_ylim(len(names) - 0.45, -0.7)
-    axes.set_yticks(range(len(names)), names)
+    axes.set(xlim=(0, right), ylim=(len(own) - 0.45, -0.7))
+    axes.set_yticks(places, list(reports))
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
     a_device = ", a device" if own[0].devices > 1 else ""
@@ -186,12 +167,7 @@ def quality(
     Bars are intervals; points of like bytes stand a little apart. `shares` are the
     budgets, where the axis has its ticks.
     """
-    from matplotlib.ticker import (
-        FixedLocator,
-        FuncFormatter,
-        NullLocator,
-        PercentFormatter,
-    )
+    from matplotlib.ticker import FixedLocator
 
     figure, all_axes = _figure(6.6 * len(panels), 4.8, columns=len(panels))
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -204,21 +180,14 @@ def quality(
             axes.errorbar(x, y, yerr=(low, high), **style)
             ends.append((y[-1], name, style["color"]))
         axes.axhline(panel.reference, color=INK, linewidth=1.2)
-        axes.annotate(
-            "full cache",
-            xy=(0.0, panel.reference),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 4),
-            textcoords="offset points",
-            color=INK,
-            fontsize=9,
-        )
+        small = {"color": INK, "fontsize": 9, **AT_EDGE}
+        axes.annotate("full cache", (0.0, panel.reference), (4, 4), **small)
         axes.set_xscale("log", base=2)
+        axes.minorticks_off()
         axes.xaxis.set_major_locator(FixedLocator(list(shares)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g} %"))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
         if panel.percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter("{x:.0%}")
         axes.margins(x=0.06, y=0.1)
         _name_ends(axes, ends)
         words = "bytes of the cache, as a share of the full one's"
@@ -252,15 +221,9 @@ def against_bytes(
         style = curve(index, linestyle="none", markersize=8, elinewidth=1.2)
         spread = [[mean - min(values)], [max(values) - mean]]
         axes.errorbar([size / GiB], [mean], yerr=spread, **style)
-        axes.annotate(
-            name,
-            xy=(size / GiB, mean),
-            xytext=(-7 if blocked else 7, 5),
-            textcoords="offset points",
-            horizontalalignment="right" if blocked else "left",
-            color=style["color"],
-            fontsize=9.5,
-        )
+        side = {"ha": "right" if blocked else "left", "color": style["color"]}
+        offset = (-7 if blocked else 7, 5)
+        axes.annotate(name, (size / GiB, mean), offset, fontsize=9.5, **side, **OFFSET)
     axes.margins(x=0.15, y=0.15)
     _label(axes, "device memory of a step, GiB", label, title)
     return figure
@@ -276,7 +239,7 @@ def by_index(
     title: str = "",
 ) -> "Figure":
     """Shares by a whole number, a curve each; a dashed line says what `marked` is."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = _figure(8.0, 4.2)
     axes.axvline(marked, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
@@ -285,7 +248,7 @@ def by_index(
     for index, (name, values) in enumerate(curves.items()):
         axes.plot(range(len(values)), values, label=name, **curve(index))
     axes.set_ylim(0, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter("{x:.0%}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label(axes, index_label, label, title)
     axes.legend(frameon=False, loc="upper left")
@@ -300,7 +263,6 @@ def cells(
     row_label: str = "",
     column_label: str = "",
     title: str = "",
-    across: int = 3,
 ) -> "Figure":
     """Heat maps of hits, one a panel: `panels[name][row][column]` is (hits, of).
 
@@ -309,7 +271,7 @@ def cells(
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("kept", [LOST, "#63A5CB", KEPT])
-    across = min(across, len(panels))
+    across = min(3, len(panels))
     down = -(-len(panels) // across)
     width, height = 0.95 + 0.72 * len(columns), 0.95 + 0.42 * len(rows)
     figure, grid = _figure(
@@ -324,13 +286,9 @@ def cells(
         white = {"edgecolors": "white", "linewidth": 1.6}
         axes.pcolormesh(shares, cmap=colours, vmin=0, vmax=1, **white)
         for (y, x), count in np.ndenumerate(of):
-            axes.text(
-                *(x + 0.5, y + 0.5, f"{hits[y, x]}/{count}" if count else ""),
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="white" if shares[y, x] > 0.55 else INK,
-            )
+            words = f"{hits[y, x]}/{count}" if count else ""
+            style = {"color": "white" if shares[y, x] > 0.55 else INK, "fontsize": 9}
+            axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", **style)
         axes.set_title(f"{name}  {hits.sum()}/{of.sum()}", loc="left", fontsize=10.5)
         axes.invert_yaxis()
         axes.grid(visible=False)

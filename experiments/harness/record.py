@@ -30,6 +30,8 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from experiments.harness import cli
+from experiments.harness import config as configs
 from experiments.harness.claim import Claim, Claims, ClaimsError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -73,15 +75,10 @@ def load(path: pathlib.Path) -> dict[str, Record]:
         return {}
     try:
         values = json.loads(path.read_text())
-        return {name: _from_plain(fields) for name, fields in values.items()}
+        found = {name: configs.from_plain(Record, own) for name, own in values.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ClaimsError(f"{path}: not a file of records: {error}") from error
-
-
-def _from_plain(fields: dict[str, Any]) -> Record:
-    if (interval := fields.get("interval")) is not None:
-        fields["interval"] = tuple(interval)
-    return Record(**fields)
+    return found
 
 
 def save(claims: Claims, records: dict[str, Record]) -> None:
@@ -89,8 +86,13 @@ def save(claims: Claims, records: dict[str, Record]) -> None:
     known = {name: records[name] for name in claims.by_name if name in records}
     plain = {name: dataclasses.asdict(record) for name, record in known.items()}
     path = claims.path.with_name("records.json")
+    write_atomically(path, json.dumps(plain, indent=2) + "\n")
+
+
+def write_atomically(path: pathlib.Path, content: str) -> None:
+    """Write a whole file or nothing."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(plain, indent=2) + "\n")
+    partial.write_text(content)
     os.replace(partial, path)
 
 
@@ -106,7 +108,7 @@ class Comparison(NamedTuple):
 
 
 def compare(slug: str, claim: Claim, record: Record) -> Comparison:
-    """Lower the programs of a record again."""
+    """Lower the programs of a record again, and compare their hashes."""
     import jax
 
     if not record.programs:
@@ -143,12 +145,13 @@ def _programs(slug: str, claim: Claim, device: str) -> tuple[Mapping[str, Any], 
 
 @functools.cache
 def _build(build: Callable, config: Any, target: Any) -> Mapping[str, Any]:
-    """Claims about one config share its programs, and so what is made of them."""
+    """The programs of a config; kept, so that its claims share what is made of them."""
     return build(config, target)
 
 
 @functools.cache
 def _hash(program: Any, target: Any) -> str:
+    """The hash of a program's StableHLO; kept, as claims share programs."""
     from jmem.memory.measure import stablehlo_hash
 
     return stablehlo_hash(program.lower(target).as_text())
@@ -156,6 +159,7 @@ def _hash(program: Any, target: Any) -> str:
 
 @functools.cache
 def _report(program: Any, target: Any, bounds: bool) -> Any:
+    """The memory report of a program; kept, as claims share programs."""
     from jmem.memory.measure import measure
 
     return measure(program, target=target, bounds=bounds, cache=False)
@@ -163,8 +167,6 @@ def _report(program: Any, target: Any, bounds: bool) -> Any:
 
 def _experiment(slug: str, claim: Claim) -> tuple[Any, Any]:
     """The experiment's module, and its config as its command line would read it."""
-    from experiments.harness import cli
-
     module = importlib.import_module(f"experiments.{slug}")
     preset = ("--preset", claim.preset) if claim.preset else ()
     words = [*preset, *claim.flags]
@@ -239,31 +241,27 @@ def read_report(run: pathlib.Path) -> dict[str, Any]:
     return report
 
 
-def answers(slug: str, claim: Claim, run: pathlib.Path) -> bool:
-    """Whether a run is of the claim's config; of a check, whether it has the row."""
-    if claim.kind == "train":
-        return not _differences(slug, claim, run)[0]
-    value: Any = read_report(run)
-    for key in claim.report:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value is not None
+class NotAnsweredError(ClaimsError):
+    """A run of another config than the claim's, or a check without the claim's row."""
 
 
 def take(slug: str, claim: Claim, run: pathlib.Path) -> Record:
     """Take a claim's number out of a finished run of the claim's own config.
 
     Raises:
-      ClaimsError: the run had another config, or its report has no such number.
+      NotAnsweredError: the run was not asked what the claim says.
+      ClaimsError: it was, but its report has no such number; or a check was of other
+        sizes.
     """
     report = read_report(run)
-    check = _check_config if claim.kind == "live" else _run_config
-    config = check(slug, claim, run)
+    live = claim.kind == "live"
+    config = "" if live else _run_config(slug, claim, run)
     value: Any = report
     programs = report.get("programs")
     for key in claim.report:
         if not isinstance(value, dict) or key not in value:
             known = map(repr, value) if isinstance(value, dict) else ("nothing",)
-            raise ClaimsError(
+            raise (NotAnsweredError if live else ClaimsError)(
                 f"--from-run {run}: report.json has no {key!r} of"
                 f" {'/'.join(claim.report)}; there is {', '.join(known)}"
             )
@@ -274,6 +272,8 @@ def take(slug: str, claim: Claim, run: pathlib.Path) -> Record:
         raise ClaimsError(
             f"--from-run {run}: {'/'.join(claim.report)} is {value!r}, no number"
         )
+    if live:
+        config = _check_config(slug, claim, run)
     return Record(
         value=value,
         definition=claim.definition,
@@ -300,24 +300,14 @@ def _check_config(slug: str, claim: Claim, file: pathlib.Path) -> str:
 
 def _run_config(slug: str, claim: Claim, run: pathlib.Path) -> str:
     """The config of a run as TOML, if it is the claim's; else the field is named."""
-    from experiments.harness import config as configs
-
-    differences, ran = _differences(slug, claim, run)
-    for field, expected, found in differences:
-        raise ClaimsError(
+    _, wanted = _experiment(slug, claim)
+    ran = configs.read(run / "config.toml", wanted)
+    for field, expected, found in configs.differences(wanted, ran):
+        raise NotAnsweredError(
             f"--from-run {run}: {field}={found!r}, but {slug}/{claim.name} is about"
             f" {field}={expected!r}"
         )
     return configs.write(ran)
-
-
-def _differences(slug: str, claim: Claim, run: pathlib.Path) -> tuple[list, Any]:
-    """Fields in which a run's config is not the claim's, and the run's config."""
-    from experiments.harness import config as configs
-
-    _, wanted = _experiment(slug, claim)
-    ran = configs.read(run / "config.toml", wanted)
-    return list(configs.differences(wanted, ran)), ran
 
 
 def commit() -> str:

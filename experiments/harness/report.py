@@ -1,7 +1,8 @@
 """What a run found, as terminal tables, report.md and report.json.
 
 Numbers are kept as they were computed and formatted only when they are shown: a column
-says how (`gib`, `seconds`, ...), a plain one shows what `text` makes of a value.
+says how (`gib`, `seconds`, ...), a plain one shows what `text` makes of a value. None
+is shown as "–" in every column.
 """
 
 import dataclasses
@@ -9,9 +10,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from jmem.memory.report import sized as _sized
+from typing import Any, Literal
 
 GiB = 2**30
 DASH = "–"
@@ -40,8 +39,9 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def _shown(form: str, factor: float = 1.0) -> Callable[[float | None], str]:
-    return lambda value: DASH if value is None else form.format(value * factor)
+def _shown(form: str, factor: float) -> Callable[[float], str]:
+    """A function that formats `factor` times a value."""
+    return lambda value: form.format(value * factor)
 
 
 gib = _shown("{:,.2f} GiB", 1 / GiB)
@@ -52,25 +52,16 @@ mib = _shown("{:,.1f} MiB", 1 / 2**20)
 """Bytes as MiB with one decimal."""
 kib = _shown("{:,.1f} KiB", 1 / 2**10)
 """Bytes as KiB with one decimal."""
-loss = _shown("{:.4f}")
+loss = "{:.4f}".format
 """A loss in nats a token."""
 percent = _shown("{:.1f} %", 100)
 """A fraction as percent."""
-rate = _shown("{:,.0f}/s")
+rate = "{:,.0f}/s".format
 """Tokens, or anything else, a second."""
 milliseconds = _shown("{:.2f} ms", 1e3)
 """A duration in seconds as milliseconds."""
-score = _shown("{:.2f}")
+score = "{:.2f}".format
 """A mark from 0 to 100, or anything else with two decimals."""
-
-
-def sized(nbytes: int | None) -> str:
-    """Bytes in the unit that suits them.
-
-    >>> sized(1536), sized(None)
-    ('1.50 KiB', '–')
-    """
-    return DASH if nbytes is None else _sized(nbytes)
 
 
 def share(value: float) -> str:
@@ -82,14 +73,12 @@ def share(value: float) -> str:
     return f"{100 * value:g} %"
 
 
-def seconds(value: float | None) -> str:
+def seconds(value: float) -> str:
     """A duration: seconds with one decimal, minutes from two minutes on.
 
     >>> seconds(3.14159), seconds(250.0)
     ('3.1 s', '4:10 min')
     """
-    if value is None:
-        return DASH
     if value < 120:
         return f"{value:.1f} s"
     return f"{int(value) // 60}:{int(value) % 60:02} min"
@@ -104,6 +93,11 @@ class Column:
 
     name: str
     show: Callable[[Any], str] = text
+
+
+def make_columns(show: Callable[[Any], str], *names: str) -> list[Column]:
+    """Columns of these names, whose values are all shown by `show`."""
+    return [Column(name, show) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +125,7 @@ class Table:
     def cells(self) -> list[list[str]]:
         """The rows as they are shown."""
         return [
-            [column.show(value) for column, value in zip(self.columns, row)]
+            [DASH if v is None else c.show(v) for c, v in zip(self.columns, row)]
             for row in self.rows
         ]
 
@@ -141,32 +135,27 @@ class Table:
 
         shown = table.Table(box=box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
-            if index == 0:
-                shown.add_column(column.name, no_wrap=True, style="bold")
-            else:
-                shown.add_column(column.name, justify=self._justified(index))
+            style = None if index else "bold"
+            justify, whole = self._justify(index), not index
+            shown.add_column(column.name, style=style, justify=justify, no_wrap=whole)
         for row in self.cells():
             shown.add_row(*(cell.replace("[", r"\[") for cell in row))
         return shown
 
-    def _justified(self, index: int) -> Any:
+    def _justify(self, index: int) -> Literal["left", "right"]:
+        """Numbers are to the right, but in the column that names the rows."""
         values = [row[index] for row in self.rows]
-        return (
-            "right"
-            if all(isinstance(v, int | float | None) for v in values)
-            else "left"
-        )
+        numbers = index and all(isinstance(v, int | float | None) for v in values)
+        return "right" if numbers else "left"
 
     def markdown(self) -> str:
         """The table for report.md."""
         heads = [column.name for column in self.columns]
-        rules = [
-            "---" if i == 0 or self._justified(i) == "left" else "---:"
-            for i in range(len(heads))
-        ]
+        rules = {"left": "---", "right": "---:"}
+        ruled = [rules[self._justify(index)] for index in range(len(heads))]
         lines = [
             "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
-            for row in [heads, rules, *self.cells()]
+            for row in [heads, ruled, *self.cells()]
         ]
         return "\n".join([f"### {self.title}", "", *lines])
 
@@ -183,9 +172,9 @@ class Table:
 class Report:
     """All that a run has to say, in the order it was said."""
 
-    head: dict[str, Any]
-    """What ran: experiment, command, versions, device, status, times."""
     config: Mapping[str, Any]
+    head: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What ran: experiment, command, versions, device, status, times."""
     parts: list[Table | str] = dataclasses.field(default_factory=list)
     """Tables and notes."""
     memory: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -227,6 +216,7 @@ def _note(words: str) -> str:
 
 
 def _inline(value: Any) -> str:
+    """A value of the report's head on one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_inline(v)}" for name, v in value.items())
     return text(value)

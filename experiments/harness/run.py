@@ -9,10 +9,10 @@ runs/<experiment>/<time>-<hash of the config>/
 """
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
-import os
 import pathlib
 import platform
 import shlex
@@ -23,7 +23,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from experiments.harness import config as configs
-from experiments.harness.record import HERE
+from experiments.harness.record import HERE, write_atomically
 from experiments.harness.report import Column, GiB, Report, Table, gib, seconds
 from jmem.targets import Target
 from jmem.train.folder import prepare
@@ -50,7 +50,6 @@ class Run(contextlib.AbstractContextManager):
         *,
         target: Target | None = None,
         runs: pathlib.Path = pathlib.Path("runs"),
-        config_folder: pathlib.Path | None = None,
         measure_only: bool = False,
         resume: pathlib.Path | None = None,
         trace: bool = False,
@@ -60,8 +59,6 @@ class Run(contextlib.AbstractContextManager):
         self.slug = slug
         self.config = config
         self._target = target
-        self.config_folder = config_folder or pathlib.Path("configs", slug)
-        """Where the experiment's presets and claims are."""
         self.measure_only = measure_only
         """Compile only: nothing runs, and the report names no device."""
         self.resume = resume is not None
@@ -70,7 +67,7 @@ class Run(contextlib.AbstractContextManager):
         """Whether the user asked for profiler traces."""
         self.console = Console(width=None if sys.stdout.isatty() else WIDTH)
         self._began = time.monotonic()
-        now = datetime.datetime.now().astimezone()
+        self._now = now = datetime.datetime.now().astimezone()
         toml = configs.write(config)
         self._made = resume is not None
         if resume is None:
@@ -80,19 +77,7 @@ class Run(contextlib.AbstractContextManager):
         else:
             self._folder = prepare(resume)
         self._toml = f"# Config of a run of {slug}; --preset takes this file.\n{toml}\n"
-        self.report = Report(
-            head={
-                "experiment": slug,
-                "command": command(slug),
-                "status": "running",
-                "started": f"{now:%Y-%m-%d %H:%M:%S %z}",
-                "seconds": 0.0,
-                "target": target.name if target else None,
-                "device": None,
-                "versions": versions(),
-            },
-            config=configs.to_dict(config),
-        )
+        self.report = Report(config=dataclasses.asdict(config))
         self.memory: dict[str, Any] = {}
         """Recorded memory reports, by program."""
 
@@ -156,20 +141,18 @@ class Run(contextlib.AbstractContextManager):
         self.memory[name] = report
         self.report.programs[name] = report.stablehlo_hash
         verdict = report.fits(reserve)
-        plain = json.loads(report.to_json())
-        folder = self.folder / "memory"
-        folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"{name}.json", json.dumps(plain) + "\n")
+        whole = report.to_json()
+        write_atomically(self.folder_of("memory") / f"{name}.json", whole + "\n")
+        plain = json.loads(whole)
         self.report.memory[name] = {field: plain[field] for field in _KEPT} | {
             "fits": bool(verdict),
             "reserve_bytes": reserve,
         }
-        host = (
-            f" + {gib(report.host_bytes)} of host memory" if report.host_bytes else ""
-        )
+        host = report.host_bytes
+        more = f" + {gib(host)} of host memory" if host else ""
         fits = "[green]fits[/]" if verdict else "[red]does not fit[/]"
         self.console.print(
-            f"[bold]{name}[/]  {gib(report.device_bytes)}{host}  {fits} {report.target}"
+            f"[bold]{name}[/]  {gib(report.device_bytes)}{more}  {fits} {report.target}"
             f"  [dim]compiled in {seconds(report.compile_seconds)}[/]",
             highlight=False,
         )
@@ -190,27 +173,33 @@ class Run(contextlib.AbstractContextManager):
         if error is None:
             self.finish("complete")
             return False
-        self.report.head["error"] = str(error) or kind.__name__
         interrupted = isinstance(error, KeyboardInterrupt)
         if interrupted:
             self._say(str(error) or "interrupted")
         if self._made or self.report.parts:
-            self.finish("interrupted" if interrupted else "failed")
+            status = "interrupted" if interrupted else "failed"
+            self.finish(status, error=str(error) or kind.__name__)
         if interrupted and self._made and not self.measure_only:
             folder = shlex.quote(str(self._folder))
             self._say(f"python -m experiments.{self.slug} --resume {folder}")
         return False
 
-    def finish(self, status: str) -> None:
-        """Write report.json and report.md."""
-        self.report.head["status"] = status
-        self.report.head["seconds"] = round(time.monotonic() - self._began, 1)
-        self.report.head["device"] = None if self.measure_only else device()
+    def finish(self, status: str, **more: str) -> None:
+        """Write report.json and report.md; `more` goes into their head."""
+        self.report.head = {
+            "experiment": self.slug,
+            "command": command(self.slug),
+            "status": status,
+            "started": f"{self._now:%Y-%m-%d %H:%M:%S %z}",
+            "seconds": round(time.monotonic() - self._began, 1),
+            "target": self._target.name if self._target else None,
+            "device": None if self.measure_only else device(),
+            "versions": versions(),
+            **more,
+        }
         for plan in sorted(self.folder.glob("*/plan.json")):  # of what was trained here
-            hashed = json.loads(plan.read_text()).get("program")
-            self.report.programs |= (
-                {f"{HERE}{plan.parent.name}": hashed} if hashed else {}
-            )
+            if hashed := json.loads(plan.read_text()).get("program"):
+                self.report.programs[f"{HERE}{plan.parent.name}"] = hashed
         write_atomically(self.folder / "report.json", self.report.json())
         write_atomically(self.folder / "report.md", self.report.markdown())
         self._say(f"report: {self.folder / 'report.md'}")
@@ -224,13 +213,6 @@ _KEPT = (
     *("by_kind", "by_label", "stablehlo_hash", "compile_seconds"),
 )
 """Of a memory report, what report.json repeats; memory/ holds all of it."""
-
-
-def write_atomically(path: pathlib.Path, content: str) -> None:
-    """Write a whole file or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(content)
-    os.replace(partial, path)
 
 
 def command(slug: str) -> str:
@@ -249,6 +231,5 @@ def device() -> str:
     """The default device that programs ran on, in words."""
     import jax
 
-    first = jax.devices()[0]
-    count = jax.device_count()
-    return first.device_kind if count == 1 else f"{count} x {first.device_kind}"
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    return kind if count == 1 else f"{count} x {kind}"

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import jmem.checkpoints
-from experiments.harness import models
 from experiments.harness.config import slug_of
-from experiments.harness.models import attached, build
 from jmem.checkpoints import Checkpoint
-from jmem.models.decoder import Decoder, DecoderConfig, Precision
-from jmem.targets import Target
+from jmem.models import zoo
+from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
+from jmem.nn.stack import Remat
+from jmem.sharding import Layout
+from jmem.targets import Target, resolve
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,7 +51,7 @@ class Weights:
         Raises:
           ValueError: there is no such model, or it has positions for fewer tokens.
         """
-        dims = models.dimensions(self.model)
+        dims = dimensions(self.model)
         if sum(tokens.values()) > dims.max_positions:
             sizes = " + ".join(f"{name}={size}" for name, size in tokens.items())
             verb = "exceed" if len(tokens) > 1 else "exceeds"
@@ -81,7 +82,7 @@ class Card:
     """GPU whose memory is laid out: a name, or a TOML file of your own."""
 
     def build(self, target: Target, dims: DecoderConfig, **more: Any) -> Decoder:
-        """The model as it is compiled for `target`; `more` as `models.build`."""
+        """The model as it is compiled for `target`; `more` as `build`."""
         return build(target, dims, self.dtype, **more)
 
 
@@ -94,13 +95,13 @@ class Here:
     JAX_DEFAULT_MATMUL_PRECISION=highest."""
 
     def build_here(self, dims: DecoderConfig, **more: Any) -> Decoder:
-        """The model as it runs on the attached device; `more` as `models.build`."""
+        """The model as it runs on the attached device; `more` as `build`."""
         return build(attached(), dims, self.run_dtype, **more)
 
     def describe(self, model: Decoder, *more: str) -> str:
         """In words, how and where `model` runs.
 
-        >>> Here().describe(Decoder(models.dimensions("gpt2")), "remat none")
+        >>> Here().describe(Decoder(dimensions("gpt2")), "remat none")
         'float32, xla attention, remat none, on cpu'
         """
         words = (self.run_dtype, f"{model.attention} attention", *more)
@@ -128,7 +129,7 @@ class Compiled:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Those that a cache is planned by."""
+        """The arguments that a cache is planned by."""
         names = ("prompt", "new_tokens", "batch_size")
         return {name: getattr(self, name) for name in names}
 
@@ -140,6 +141,50 @@ class Compiled:
         """
         dims = weights.dimensions(prompt=self.prompt, new_tokens=self.new_tokens)
         return build(target, dims, self.dtype, chunk=self.chunk)
+
+
+# Models -------------------------------------------------------------------------------
+
+
+def dimensions(model: str) -> DecoderConfig:
+    """Sizes of a model of the zoo, or of the checkpoint that `model` is the path of."""
+    if "/" in model or model.endswith((".gguf", ".safetensors")):
+        return jmem.checkpoints.load(model).config
+    return zoo.get(model)
+
+
+def attached() -> Target | None:
+    """The kind of GPU in this machine as far as attention goes; None without one."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return None
+    capability = str(device.compute_capability)
+    return dataclasses.replace(resolve("h200"), compute_capability=capability)
+
+
+def build(
+    target: Target | None,
+    dims: DecoderConfig,
+    dtype: Precision,
+    *,
+    remat: Remat = "none",
+    chunk: int | None = None,
+    layout: Layout | None = None,
+) -> Decoder:
+    """The decoder for `target`, or for a CPU (None).
+
+    Raises:
+      ValueError: the target has another number of devices than the mesh of `layout`.
+    """
+    if target and layout and target.devices != layout.devices:
+        raise ValueError(
+            f"gpu={target.name!r} is {target.devices} devices, and mesh.fsdp="
+            f"{layout.fsdp} * mesh.tensor={layout.tensor} is {layout.devices}. Make "
+            "them equal; a mesh of GPUs is written like 'h200x8'."
+        )
+    precision = PRECISIONS[dtype]
+    model = Decoder.on(target, dims, **precision, remat=remat, layout=layout)
+    return dataclasses.replace(model, chunk=chunk) if chunk else model
 
 
 # Refusals -----------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from typing import Any
 
 import jax
 
-from experiments.harness.report import Column, loss
-from experiments.harness.run import Run, device, write_atomically
+from experiments.harness.record import write_atomically
+from experiments.harness.report import Column, loss, make_columns
+from experiments.harness.run import Run, device
 from jmem.train.loop import DivergedError
 
 
@@ -45,9 +46,9 @@ class Outcome:
     edge: bool
     """The best factor is the least or the greatest tried: one beyond may be better."""
     losses: tuple[float, ...]
-    """One a seed, of text that chose nothing."""
+    """One a seed, of other text than the rate was chosen by."""
     more: tuple[dict[str, Any], ...]
-    """All that the trials told, one a seed."""
+    """All that `train` returned, one a seed."""
     places: frozenset[str]
     """Devices that it was trained on, at any rate, and the versions of JAX."""
     first: str
@@ -78,11 +79,11 @@ def search[Method: str](
     seeds: tuple[int, ...],
     train: Callable[[Trial[Method], pathlib.Path], dict[str, Any]],
 ) -> dict[Method, Outcome]:
-    """Trains every method as said above.
+    """Trains every method at every rate, and at its best one with every seed.
 
     `train(trial, folder)` gives {"choose": loss, "loss": loss} and what else JSON can
     hold, and continues what it finds in the folder. Its checkpoints are removed once it
-    is done. `done.json` tells the device and the version of JAX besides.
+    is done. `done.json` also holds the device and the version of JAX.
 
     Raises:
       DivergedError: a method diverges at every rate, or with another seed at its best.
@@ -111,10 +112,7 @@ def search[Method: str](
                 f"{method}, at every rate: {next(iter(tried.values()))['diverged']}"
             )
         best = min(able, key=lambda factor: tried[factor]["choose"])
-        found = [
-            tried[best] if seed == seeds[0] else result(Trial(method, best, seed))
-            for seed in seeds
-        ]
+        found = [result(Trial(method, best, seed)) for seed in seeds]
         for seed, one in zip(seeds, found):
             if "diverged" in one:
                 raise DivergedError(f"{method}, seed {seed}: {one['diverged']}")
@@ -145,12 +143,11 @@ def tabulate[Method: str](
       run: where it goes.
       title: of the table.
       outcomes: of `search`.
-      columns: what else is told, before the losses.
+      columns: heads of further columns, before the losses.
       cells: its values in a method's row.
       name: of the mean loss.
-      before: loss of what all started from; a last loss tells the gain on it.
+      before: loss of what all started from; with it there is a column of the gain.
     """
-    gain = () if before is None else (Column("gain", loss),)
 
     def line(method: Method, own: Outcome) -> tuple[Any, ...]:
         return (
@@ -160,18 +157,14 @@ def tabulate[Method: str](
             *(len(own.losses), "at the edge" if own.edge else ""),
         )
 
-    run.table(
-        title,
-        [
-            *("method", *columns),
-            *(Column(column, loss) for column in (name, "least", "most")),
-            *(*gain, "seeds", "of the rates"),
-        ],
-        [line(*pair) for pair in outcomes.items()],
-    )
+    gain = () if before is None else ("gain",)
+    losses = make_columns(loss, name, "least", "most", *gain)
+    heads = ["method", *columns, *losses, "seeds", "of the rates"]
+    run.table(title, heads, [line(*pair) for pair in outcomes.items()])
 
 
 def _place(done: dict[str, Any]) -> str:
+    """In words, what a trial was trained on, from its `done.json`."""
     if "device" not in done:  # of a version that did not write it
         return "a device that was not noted"
     return f"{done['device']} with JAX {done['jax']}"

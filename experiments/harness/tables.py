@@ -1,14 +1,13 @@
-"""Claims beside their records: whether what must hold does, and the tables of it.
+"""Claims beside their records: whether what must hold does, and tables that show it.
 
-Everything here is made of files, without JAX: `configs/<slug>/claims.toml`, the
-records beside it, and nothing measured anew.
+Reads `configs/<slug>/claims.toml` and the records beside it, measures nothing, and
+imports no JAX.
 """
 
 import pathlib
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from experiments.harness import record
 from experiments.harness.claim import BYTES, Claim, Claims, ClaimsError, Relation, read
@@ -31,11 +30,18 @@ def load(root: pathlib.Path) -> Everything:
     return [(read(path), record.load(path.with_name("records.json"))) for path in paths]
 
 
+def list_claims(everything: Everything) -> Iterator[tuple[Claims, Records, Claim]]:
+    """Every claim, with the claims and records of its method."""
+    for claims, records in everything:
+        for claim in claims.by_name.values():
+            yield claims, records, claim
+
+
 # Verdicts -----------------------------------------------------------------------------
 
 
 def verdict(claim: Claim, claims: Claims, records: Records) -> str:
-    """One of `OUTCOMES`, those that went wrong in bold; and why."""
+    """One of `OUTCOMES`, in bold where it is "fails" or "stale"; and after ":" why."""
     if claim.kind == "not-checkable":
         return f"not checkable: {claim.reason}"
     mine = records.get(claim.name)
@@ -44,17 +50,12 @@ def verdict(claim: Claim, claims: Claims, records: Records) -> str:
     if mine.definition != claim.definition:
         return "**stale**: the claim was edited after it was measured"
 
-    ours = mine.value
-    bars: dict[str, Any] = {"paper": claim.paper, "expect": claim.expect}
-    bars["margin"] = claim.margin
-
     def value(name: str) -> float | None:
-        if name == "ours":
-            return ours
-        if name in claims.by_name:
-            theirs = current(claims.by_name[name], records)
-            return None if theirs is None else theirs.value
-        number = bars[name] if name in bars else float(name)
+        if named := claim if name == "ours" else claims.by_name.get(name):
+            found = current(named, records)
+            return found and found.value
+        bar = name in ("paper", "expect", "margin")
+        number = getattr(claim, name) if bar else float(name)
         return None if number is None else number * claim.scale
 
     relations = {text: Relation.parse(text).holds(value) for text in claim.relations}
@@ -85,50 +86,31 @@ def table(claims: Claims, records: Records) -> str:
     heads = ("claim", "paper", "expected", "ours", "must hold", "verdict", "measured")
     rows = []
     for claim in claims.by_name.values():
-        mine = records.get(claim.name)
-        rows.append(
-            (
-                claim.what,
-                _paper(claim),
-                _amount(claim.expect, claim),
-                describe_value(claim, mine),
-                _code(claim.relations),
-                verdict(claim, claims, records),
-                _measured(claim, mine),
-            )
-        )
+        mine, words = records.get(claim.name), verdict(claim, claims, records)
+        asked = claim.what, _paper(claim), _amount(claim.expect, claim)
+        found = describe_value(claim, mine), _code(claim.relations), words
+        rows.append((*asked, *found, _measured(claim, mine)))
     return _markdown(heads, rows)
 
 
 def page(everything: Everything) -> str:
     """The whole of docs/claims.md: counts, what fails, and a section for each slug."""
     counts = {claims.slug: count(claims, records) for claims, records in everything}
-    failing = [
-        (
-            claims.slug,
-            claim.what,
-            describe_value(claim, records.get(claim.name)),
-            words.partition(": ")[2],
-        )
-        for claims, records in everything
-        for claim in claims.by_name.values()
-        if (words := verdict(claim, claims, records)).startswith("**fails")
+    counted = [
+        (f"[{slug}](#{slug})", own.total(), *(own[word] for word in OUTCOMES))
+        for slug, own in counts.items()
     ]
+    failing = []
+    for claims, records, claim in list_claims(everything):
+        outcome, _, why = verdict(claim, claims, records).partition(": ")
+        if outcome == "**fails**":
+            ours = describe_value(claim, records.get(claim.name))
+            failing.append((claims.slug, claim.what, ours, why))
     parts = [
         "# What the papers claim, and what we find",
         "Written by `python -m experiments.claims` from `configs/<slug>/claims.toml`\n"
         "and `records.json`; a test fails when page and records differ.",
-        _markdown(
-            ("claims of", "all", *OUTCOMES),
-            [
-                (
-                    f"[{slug}](#{slug})",
-                    str(own.total()),
-                    *(str(own[word]) for word in OUTCOMES),
-                )
-                for slug, own in counts.items()
-            ],
-        ),
+        _markdown(("claims of", "all", *OUTCOMES), counted),
         f"## The {len(failing)} that fail",
         _markdown(("method", "claim", "ours", "does not hold"), failing),
     ]
@@ -139,7 +121,7 @@ def page(everything: Everything) -> str:
 
 
 def summary(everything: Everything) -> str:
-    """The README's paragraph: how many claims hold and fail, and where all stand."""
+    """The README's paragraph: how many claims hold and fail, and where they all are."""
     counts = {claims.slug: count(claims, records) for claims, records in everything}
     total = sum(counts.values(), Counter())
     failing = {slug: own["fails"] for slug, own in counts.items() if own["fails"]}
@@ -168,8 +150,7 @@ def choices(everything: Everything) -> str:
     """
     found = [
         (claim.choice, mine)
-        for claims, records in everything
-        for claim in claims.by_name.values()
+        for _, records, claim in list_claims(everything)
         if claim.choice and (mine := current(claim, records))
     ]
     found.sort(key=lambda row: row[1].value)
@@ -184,9 +165,9 @@ def choices(everything: Everything) -> str:
     return _markdown(("model", "method", "trains", "device memory", "fits"), rows)
 
 
-def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]) -> str:
     """A table; "" without rows."""
-    lines = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    lines = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
     if not lines:
         return ""
     every = [heads, ["---"] * len(heads), *lines]
@@ -229,7 +210,7 @@ def _measured(claim: Claim, mine: Record | None) -> str:
 
 
 def _doubt(mine: Record) -> str:
-    """What is to be said of the program that was measured; "" of today's."""
+    """Whether an earlier or an unknown program was measured; "" of today's."""
     if mine.moved:
         return EARLIER
     return "" if mine.programs else UNKNOWN
@@ -255,7 +236,7 @@ def files(
 
 
 def splice(text: str, name: str, section: str, file: str) -> str:
-    """`text` of a file with what stands between the markers called `name` replaced.
+    """`text` of a file, with what is between the markers called `name` replaced.
 
     Raises:
       ClaimsError: the file has no such markers.

@@ -23,6 +23,7 @@ from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 from jmem.finetune.mixlora import MixLora, Mixture
 from jmem.finetune.program import step_program
+from jmem.finetune.samples import build_decoder
 from jmem.generate.programs import decode_program
 from jmem.kvcache.full import Full as FullCache
 from jmem.kvcache.plan import PolicyPlan
@@ -67,7 +68,7 @@ FINETUNERS = tuple(name for name in make_finetuners(UNCLIPPED) if name != "lisa-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepSizes:
-    """Of the model whose training step is timed, and of its batch."""
+    """Sizes of the training step that is timed: its model and its batch."""
 
     model: str = "llama2-7b"
     """A name in jmem.models.zoo."""
@@ -80,7 +81,7 @@ class StepSizes:
 def build_step(method: str, sizes: StepSizes, target: Target) -> Program:
     """A donated training step in bfloat16, blocks computed again going backward."""
     finetuner = make_finetuners(UNCLIPPED, rank=128)[method]
-    model = Decoder.on(target, zoo.get(sizes.model), dtype="bfloat16", remat="block")
+    model = build_decoder(sizes.model, target)
     size = {"batch_size": sizes.batch_size, "seq_len": sizes.seq_len}
     return step_program(finetuner, model, **size)
 

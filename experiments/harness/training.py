@@ -1,21 +1,17 @@
-"""What experiments share that train several methods and compare them."""
+"""Settings and the training of one method, for experiments that compare several."""
 
 import dataclasses
 import gc
-import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from experiments.harness.report import Column, gib, loss, rate
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Here, Weights, need
 from jmem.finetune.start import init_state
 from jmem.models.decoder import Decoder
 from jmem.nn.stack import Remat
-from jmem.train import metrics
 from jmem.train.loop import Data, train
 
 
@@ -47,7 +43,7 @@ class Training(Here, Card, Weights):
 
     @property
     def size(self) -> str:
-        """Of a batch, in words."""
+        """The size of a batch, in words."""
         return f"{self.batch_size} x {self.seq_len} tokens"
 
 
@@ -81,42 +77,4 @@ def learn(
         resume=run.resume,
         trace_steps=2 if run.trace else 0,
         **more,
-    )
-
-
-def tabulate_losses(
-    run: Run,
-    rows: Mapping[str, Sequence[metrics.Row]],
-    rates: Mapping[str, float],
-    *,
-    seed: int,
-) -> None:
-    """A table of the loss before and after, and of what a step took here.
-
-    `rows` are the metrics of every method, by name, with those of before the first
-    update; `rates` the learning rates.
-    """
-
-    def line(method: str, own: Sequence[metrics.Row]) -> Iterator[Any]:
-        held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
-        steps = [row for row in own if "loss" in row]
-        timed = sorted(row["tokens_per_second"] for row in steps)
-        yield from (method, held[0], held[-1], held[0] - held[-1])
-        yield from (steps[-1]["loss"], len(steps), timed[len(timed) // 2])
-        yield from (rates[method], seed)
-        plan = json.loads((run.folder_of(method) / "plan.json").read_text())
-        yield plan["bytes"]
-
-    run.table(
-        "Held-out loss",
-        [
-            "method",
-            *(Column(n, loss) for n in ("before", "after", "gain", "train loss")),
-            "steps",
-            Column("tokens", rate),
-            "rate",
-            "seed",
-            Column("memory here", gib),
-        ],
-        [tuple(line(method, own)) for method, own in rows.items()],
     )

@@ -21,7 +21,7 @@ Tokens  0 padding; 1, 2, 3 the three questions; 4 the marker; then symbols, numb
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -252,6 +252,35 @@ class Lesson:
             questions=self.questions,
         )
         return rows.batch
+
+
+class Step(NamedTuple):
+    """A part of `CURRICULUM`: what is asked in the end, made easier."""
+
+    changes: Mapping[str, int]
+    """Fields of `Recall` that differ from what is asked in the end."""
+    rows: int
+    """Texts of a batch."""
+    updates: int
+
+
+CURRICULUM = (
+    Step({"text": 64, "value": 3}, 64, 350),
+    Step({"text": 128}, 16, 150),
+    Step({}, 16, 150),
+)
+"""From easy to hard: of long texts alone, to find is not learnt in 1,200 updates."""
+
+
+def make_lessons(recall: Recall, *, questions: int, seed: int) -> list[Lesson]:
+    """A `Lesson` for each step of `CURRICULUM`, with `questions` on each text."""
+    return [
+        Lesson(
+            dataclasses.replace(recall, **step.changes),
+            *(step.rows, questions, (seed, number)),
+        )
+        for number, step in enumerate(CURRICULUM)
+    ]
 
 
 def _distinct(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jmem.data.recall import Kind, Recall, Rows
+from jmem.data.recall import KINDS, Kind, Recall, Rows
 from jmem.evaluate.decoding import Context, continue_text
 from jmem.evaluate.interval import wilson
 from jmem.evaluate.task import Prompts, Summary, Task
@@ -47,3 +47,21 @@ class Questions(Task):
         return Summary(
             right / count, wilson(right, count), int(full.sum()) / count, count
         )
+
+
+def draw_questions(
+    recall: Recall, kind: Kind, *, count: int, batch_size: int, seed: int
+) -> Questions:
+    """`count` texts with a question of one kind, drawn `batch_size` at a time.
+
+    None of them is in a lesson of `jmem.data.recall.make_lessons`, whatever its seed.
+    `count` must be a multiple of `batch_size`.
+    """
+    purpose = 1
+    drawn = [
+        recall.sample(
+            batch_size, seed=(seed, KINDS.index(kind), number, purpose), kinds=(kind,)
+        )
+        for number in range(count // batch_size)
+    ]
+    return Questions(kind, recall, Rows(*map(np.concatenate, zip(*drawn))))

@@ -13,9 +13,9 @@ from tiny_decoder import TINY, random_params
 
 import jmem.checkpoints
 from experiments import gemfilter
-from experiments.harness import cli, filters
-from experiments.harness.models import dimensions
+from experiments.harness import cli
 from experiments.harness.run import Run
+from experiments.harness.settings import dimensions
 from jmem.data.needle import Haystack
 from jmem.evaluate import compare, needle
 from jmem.kvcache.gemfilter import (
@@ -97,9 +97,8 @@ def cases(config, lengths, seeds):
 def run_without_the_rest(config, tmp_path, **more):
     """All but memory, time, and the answer from staged weights."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("report_memory", "report_kept"):
+        for name in ("report_memory", "report_kept", "report_time"):
             patch.setattr(gemfilter, name, lambda *parts: None)
-        patch.setattr(filters, "report_time", lambda *parts, **more: None)
         return run(config, tmp_path, **more)
 
 
@@ -120,7 +119,7 @@ def test_a_run_of_ones_own_checkpoint(config, finished):
     recall = calibrate_filter_layer(model, params, gem, prompts, spans)
     rows = found["Recall of the needle by layer"].values()
     np.testing.assert_allclose([row["50 % kept"] for row in rows], recall, rtol=1e-6)
-    layer = filters.choose_layer(recall)
+    layer = gemfilter.choose_layer(recall)
 
     rows = found["Needles answered"]
     kinds = ("snapkv", *gemfilter.variants(config, layer=0, tokens=16))
@@ -142,7 +141,7 @@ def test_a_run_of_ones_own_checkpoint(config, finished):
 
 def test_a_finished_run_asks_nothing_twice(config, finished, tmp_path, monkeypatch):
     again = shutil.copytree(finished, tmp_path / "again")
-    monkeypatch.setattr(filters, "layer_recall", None)
+    monkeypatch.setattr(gemfilter, "layer_recall", None)
     monkeypatch.setattr(compare, "read_all", None)
     assert run_without_the_rest(config, tmp_path, resume=again) == again
     assert tables(again) == tables(finished)
@@ -164,11 +163,8 @@ def test_every_contender_has_the_tokens_or_the_bytes_of_a_share(config):
 def test_an_answer_from_staged_weights_and_the_time_to_it(config, tmp_path):
     bench = gemfilter.open_bench(config)
     params = bench.checkpoint.params()
-    gem, prompts = GemFilter(layer=1, tokens=32), [bench.tasks[0].rows[0]]
     with Run("gemfilter", config, runs=tmp_path) as started:
-        filters.report_time(
-            *(started, bench.model, params, gem, prompts), kept=[80], name="second"
-        )
+        gemfilter.report_time(config, started, bench, params)
         gemfilter.report_kept(config, started, bench, params, 1)
     found = tables(started.folder)
     (times,) = found["Seconds to the first token on cpu"].values()
@@ -215,8 +211,8 @@ def test_memory_of_the_phases(config, tmp_path, monkeypatch):
 
 
 def test_the_layer_is_the_first_that_finds_or_else_the_best():
-    assert filters.choose_layer(np.array([0.2, 0.96, 0.94, 1.0])) == 1
-    assert filters.choose_layer(np.array([0.2, 0.5, 0.9, 0.9])) == 2
+    assert gemfilter.choose_layer(np.array([0.2, 0.96, 0.94, 1.0])) == 1
+    assert gemfilter.choose_layer(np.array([0.2, 0.5, 0.9, 0.9])) == 2
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -294,7 +294,7 @@ def main(config, run):
         raise ValueError("Toy: fail='refused' is refused.\\nUse another.")
     if config.fail == "bug":
         1 / 0
-    run.note(f"compiled for {run.target.name}, presets in {run.config_folder.name}")
+    run.note(f"compiled for {run.target.name}")
     if config.fail == "stopped":
         raise KeyboardInterrupt("toy: stopped after update 3")
 
@@ -330,7 +330,7 @@ class TestProcess:
     def test_run_leaves_config_and_report(self, toy, tmp_path):
         status, out, err = toy("--gpu", "rtx4090")
         assert (status, err) == (0, "")
-        assert "compiled for rtx4090, presets in toy" in out
+        assert "compiled for rtx4090" in out
         [folder] = (tmp_path / "runs" / "toy").iterdir()
         saved = json.loads((folder / "report.json").read_text())
         assert saved["command"] == "python -m experiments.toy --gpu rtx4090"

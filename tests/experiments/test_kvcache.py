@@ -200,11 +200,11 @@ def test_of_a_task_that_was_stopped_the_first_cases_are_told(config, tmp_path):
 
 
 def test_a_torn_result_is_made_again(tmp_path):
-    first = Journal(tmp_path, resume=False)
+    first = Journal(tmp_path)
     first("a", lambda: {"x": np.array([1.5])})
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text() + '["b", {"x": [2')
-    again = Journal(tmp_path, resume=True)
+    again = Journal(tmp_path)
     assert again("a", lambda: {}) == {"x": [1.5]}
     assert again("b", lambda: {"x": np.array([3])}) == {"x": [3]}
     assert [json.loads(line)[0] for line in path.read_text().splitlines()] == ["a", "b"]
@@ -234,9 +234,7 @@ def test_shares_are_of_what_the_full_cache_finds(config, tmp_path):
     config = dataclasses.replace(config, only=("snapkv",))
     outcomes = fabricate(config)
     with Run("kvcache", config, runs=tmp_path) as started:
-        [panel] = needles.report_kept(
-            *(started, outcomes, ["snapkv"], config.shares), note="Here."
-        )
+        [panel] = needles.report_kept(started, outcomes, note="Here.")
     report = report_of(started.folder)
     table = report["tables"]["Needles kept"]
     assert (table["full"]["hits"], table["full"]["of"]) == (3, 3)

@@ -13,10 +13,12 @@ from tiny_decoder import TINY
 
 import jmem
 from experiments import windowkv
-from experiments.harness import cli, recall
+from experiments.harness import cli
 from experiments.harness.run import Run
+from jmem.data import recall
 from jmem.data.recall import Recall
 from jmem.evaluate.contenders import share_of_full
+from jmem.evaluate.recall import draw_questions
 from jmem.kvcache import task
 from jmem.kvcache.windowkv import WindowKV
 from jmem.models import zoo
@@ -65,7 +67,7 @@ def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
     quick = functools.partial(task.train, steps=3, batch_size=4)
     monkeypatch.setattr(task, "train", quick)
     monkeypatch.setattr(task, "accuracy", functools.partial(task.accuracy, count=2))
-    monkeypatch.setattr(recall, "STEPS", recall.STEPS[:1])
+    monkeypatch.setattr(recall, "CURRICULUM", recall.CURRICULUM[:1])
     monkeypatch.setattr(
         windowkv,
         "policies",
@@ -101,7 +103,7 @@ def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
 
 
 def test_measuring_trains_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(recall.Small, "learn", None)
+    monkeypatch.setattr(windowkv, "learn", None)
     once = functools.partial(jmem.measure, bounds=False)
     monkeypatch.setattr(jmem, "measure", once)
     folder, report = run(CONFIG, tmp_path, measure_only=True)
@@ -176,9 +178,9 @@ def test_every_budget_is_in_bytes_of_the_prompt():
 
 def test_no_question_is_drawn_twice():
     sizes: Any = {"count": 8, "batch_size": 4, "seed": 0}
-    asked = recall.draw_questions(CONFIG.recall, "find", **sizes)
+    asked = draw_questions(CONFIG.recall, "find", **sizes)
     assert len({tuple(row) for row in asked.rows}) == 8
-    again = recall.draw_questions(CONFIG.recall, "find", **sizes)
+    again = draw_questions(CONFIG.recall, "find", **sizes)
     np.testing.assert_array_equal(asked.asked.tokens, again.asked.tokens)
 
 
@@ -210,7 +212,7 @@ def test_refusals(given, words):
 def test_a_budget_below_what_a_policy_observes_is_refused_before_training(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(recall.Small, "learn", None)
+    monkeypatch.setattr(windowkv, "learn", None)
     config = dataclasses.replace(CONFIG, shares=(0.02,))
     with pytest.raises(ValueError, match=r"shares=0\.02 .* too little for snapkv"):
         run(config, tmp_path)
