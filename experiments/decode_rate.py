@@ -31,7 +31,7 @@ import jax
 from experiments.harness import check, cli, timed
 from experiments.harness.timed import POINTS, Point
 from jmem.generate.rate import time_tokens, weight_bytes
-from jmem.kernels import _bench
+from jmem.kernels._bench import copy_bandwidth
 from jmem.memory import protocol
 from jmem.memory.card import described, gpu
 from jmem.models.decoder import Decoder
@@ -102,7 +102,7 @@ def rates(
 def measure_here(name: str) -> dict[str, Any]:
     """A point's rates by policy, and the bandwidth of a copy, in this process."""
     device = gpu()
-    bandwidth, limit = _bench.copy_bandwidth(), device.memory_stats()["bytes_limit"]
+    bandwidth, limit = copy_bandwidth(), device.memory_stats()["bytes_limit"]
     model = timed.build_reader(described(device.device_kind))
     params = jax.jit(model.init)(jax.random.key(0))
     found = rates(model, params, name, POINTS[name], limit=limit, steps=STEPS)

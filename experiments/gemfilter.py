@@ -47,7 +47,6 @@ from jmem.kvcache.gemfilter import (
     GemFilter,
     StagedWeights,
     explain,
-    filter_program,
     layer_recall,
     split,
 )
@@ -363,7 +362,7 @@ def report_time(config: Config, run: Run, bench: Bench, params: dict) -> None:
     for task in bench.tasks:
         tokens, length = jnp.asarray([task.rows[0]], jnp.int32), len(task.rows[0])
         kept = config.count_kept(length, config.shares[0])
-        filtering = filter_program(model, gem, prompt=length)
+        filtering = gem.program(model, prompt=length)
         with run.console.status(f"timing {length:,} tokens"):
             whole = time_prefill(tokens)
             first = time_fastest(filtering, early, tokens, jnp.array([length]))

@@ -160,8 +160,7 @@ def report_memory(config: Config, run: Run) -> None:
         for name, plan in plans.items():
             cache = found[f"{name}-prefill"].by_label["kv cache"]
             peaks = [device.get(f"{name}-{part}") for part in parts]
-            by = getattr(plan, "attention", "xla")
-            yield name, plan.bytes(), cache, *peaks, by
+            yield name, plan.bytes(), cache, *peaks, plan.attention
 
     caches = make_columns(mib, "cache, planned", "cache, compiled")
     what = f"{config.model}, {asked.batch_size} x {asked.prompt:,} tokens"

@@ -94,15 +94,15 @@ def _topic(topics: dict[str, str], name: str) -> Document:
 
 def _module(name: str) -> Document:
     """Documentation strings of a module, laid out as the language reference is."""
-    tree = parsed(name)
+    tree = ast.parse(read_source(name))
     title = f'The "{name}" module'
     parts = [f"{title}\n{'*' * len(title)}", ast.get_docstring(tree) or ""]
     parts += _entries(tree, prefix=f"{name}.")
     return Document(text="\n\n".join(filter(None, parts)), source=f"module:{name}")
 
 
-def parsed(name: str) -> ast.Module:
-    """The syntax tree of a standard library module, which is not imported.
+def read_source(name: str) -> str:
+    """The source of a standard library module, which is not imported.
 
     Raises:
       DataError: this Python was installed without it.
@@ -110,7 +110,7 @@ def parsed(name: str) -> ast.Module:
     path = Path(sysconfig.get_path("stdlib"), *name.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     try:
-        return ast.parse(path.read_bytes())
+        return path.read_text("utf-8")
     except OSError as error:
         raise _missing(f"the source of module {name!r} ({path})") from error
 

@@ -12,13 +12,11 @@ Honest  Questions and dialogues are words of those documents in fixed forms: the
 
 import functools
 import re
-import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from jmem.data.builtin import HELD_OUT_MODULES, python_reference
+from jmem.data.builtin import HELD_OUT_MODULES, python_reference, read_source
 from jmem.data.document import DataError, Document
 from jmem.data.longbench import TASKS
 
@@ -208,8 +206,7 @@ class _Material:
         self, documents: Iterable[Document], modules: Iterable[str], seed: int
     ):
         self.texts = [document["text"] for document in documents]
-        folder = Path(sysconfig.get_path("stdlib"))
-        self.code = [(folder / f"{name}.py").read_text("utf-8") for name in modules]
+        self.code = [*map(read_source, modules)]
         self.random = np.random.default_rng(seed)
 
     def one[T](self, choices: Sequence[T]) -> T:
@@ -336,17 +333,6 @@ class _Material:
 
 
 _corpus = functools.cache(python_reference)
-
-
-def _source(name: str) -> str:
-    path = Path(sysconfig.get_path("stdlib"), f"{name}.py")
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise DataError(
-            f"prompts: this Python comes without the source of module {name!r} "
-            f"({path}). Install the whole standard library."
-        ) from error
 
 
 def prompts(

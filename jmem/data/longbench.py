@@ -10,12 +10,12 @@ Differs The instructions say the same in words of our own, so scores lie near pu
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from jmem.data import answers, rows
 from jmem.data.document import DataError, nearest, text_of
-from jmem.data.text import checked
+from jmem.data.text import checked, read_all
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -227,16 +227,12 @@ def read_longbench(*paths: str | os.PathLike[str]) -> list[Example]:
         that is not such a row, is of a data set that is not scored here, or whose
         answers do not fit its metric. The message starts with `path:line`.
     """
-    found = []
-    for path in checked("read_longbench", paths, (".jsonl", ".json")):
-        before = len(found)
-        try:
-            found += [_example(row, place) for place, row in rows.json_lines(path)]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-        if len(found) == before:
-            raise DataError(f"{path}: holds blank lines only; leave it out.")
-    return found
+
+    def examples(path: Path) -> Iterator[Example]:
+        return (_example(row, place) for place, row in rows.json_lines(path))
+
+    files = checked("read_longbench", paths, (".jsonl", ".json"))
+    return read_all(files, examples, "blank lines only")
 
 
 def without_middle(tokens: list[int], limit: int) -> list[int]:

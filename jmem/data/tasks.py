@@ -34,8 +34,8 @@ from jmem.data.builtin import (
     Definition,
     documented,
     paragraphs_of,
-    parsed,
     python_reference,
+    read_source,
     words_of,
 )
 from jmem.data.document import Document, answered
@@ -156,7 +156,7 @@ def _is_drawn(member: _Member) -> bool:
 
 def _members(modules: Iterable[str]) -> Iterator[_Member]:
     for module in modules:
-        for name, node, text in _walk(parsed(module)):
+        for name, node, text in _walk(ast.parse(read_source(module))):
             definition, summary = _definition(node), _first_sentence(text)
             if (
                 len(definition) <= DEFINITION_CHARACTERS

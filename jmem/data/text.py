@@ -79,35 +79,40 @@ def read(
     return gather(files, lambda path: _documents(path, columns, unit))
 
 
+def read_all[Item](
+    files: Iterable[Path],
+    items_of: Callable[[Path], Iterable[Item]],
+    nothing: str = "no text, only blank lines or a header",
+) -> list[Item]:
+    """What all files hold, in order.
+
+    Raises:
+      DataError: names a file that cannot be read, or that holds `nothing`, as it says.
+    """
+    items: list[Item] = []
+    for path in files:
+        before = len(items)
+        try:
+            items.extend(items_of(path))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+        if len(items) == before:
+            raise DataError(f"{path}: holds {nothing}; leave it out.")
+    return items
+
+
 def gather(
     files: Iterable[Path], documents_of: Callable[[Path], Iterable[Document]]
 ) -> "datasets.Dataset":
     """The documents of all files as a Dataset; each file must hold one at least."""
-    documents: list[Document] = []
-    for path in files:
-        before = len(documents)
-        try:
-            documents.extend(documents_of(path))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-        if len(documents) == before:
-            raise DataError(
-                f"{path}: holds no text, only blank lines or a header; leave it out."
-            )
-    return _dataset(documents)
-
-
-def _dataset(documents: list[Document]) -> "datasets.Dataset":
     from datasets import Dataset, Features, List, Value
 
+    documents = read_all(files, documents_of)
     # 64-bit offsets: the texts together may exceed 2 GiB.
     features: dict[str, Any] = dict.fromkeys(("text", "source"), Value("large_string"))
     if "loss_spans" in documents[0]:
         features["loss_spans"] = List(List(Value("int64"), length=2))
-    return Dataset.from_dict(
-        {key: [document[key] for document in documents] for key in features},
-        features=Features(features),
-    )
+    return Dataset.from_list([*map(dict, documents)], features=Features(features))
 
 
 def checked(
@@ -120,24 +125,22 @@ def checked(
             f"{caller}: no path given; name at least one {_or(kinds)} file."
         )
     for path in files:
-        _check(path, kinds)
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; name the {_or(kinds)} files inside.")
+        if not path.exists():
+            folder = path.parent
+            near = nearest(path.name, os.listdir(folder)) if folder.is_dir() else ""
+            raise DataError(f"{path}: no such file{near}.")
+        if path.stat().st_size == 0:
+            raise DataError(
+                f"{path}: is empty; give a file with text, or leave it out."
+            )
+        if path.suffix.lower() not in kinds:
+            raise DataError(
+                f"{path}: is not {_or(kinds)}. Convert it, or open it with "
+                "datasets.load_dataset(...) and give the Dataset to jmem.data.tokenise."
+            )
     return files
-
-
-def _check(path: Path, kinds: tuple[str, ...]) -> None:
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name the {_or(kinds)} files inside.")
-    if not path.exists():
-        folder = path.parent
-        near = nearest(path.name, os.listdir(folder)) if folder.is_dir() else ""
-        raise DataError(f"{path}: no such file{near}.")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty; give a file with text, or leave it out.")
-    if path.suffix.lower() not in kinds:
-        raise DataError(
-            f"{path}: is not {_or(kinds)}. Convert it, or open it with "
-            "datasets.load_dataset(...) and give the Dataset to jmem.data.tokenise."
-        )
 
 
 def _documents(path: Path, columns: tuple[str, ...], unit: str) -> Iterable[Document]:

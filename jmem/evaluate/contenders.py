@@ -12,11 +12,11 @@ those bytes holds.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jmem.kvcache.budget import Sized, fitted
 from jmem.kvcache.full import Full
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import Plan, Sizes
 from jmem.kvcache.shorten import Shorten
 
 
@@ -63,12 +63,12 @@ def at_equal_bytes(
       ValueError: a share outside (0, 1), or one that is too small for a method, which
         is named with what it needs.
     """
-    size: Any = {"prompt": prompt, "new_tokens": new_tokens, "batch_size": batch_size}
+    size = Sizes(prompt=prompt, new_tokens=new_tokens, batch_size=batch_size)
     whole = Full().plan(model, **size)
     besides = 0
     if answer_besides:
-        empty = Full().plan(model, **(size | {"new_tokens": 0}))
-        besides = whole.device_bytes() - empty.device_bytes()
+        alone = Full().plan(model, prompt=prompt, new_tokens=0, batch_size=batch_size)
+        besides = whole.device_bytes() - alone.device_bytes()
     shared = whole.device_bytes() - besides
     found = {"full": Contender("full", "full", 1.0, whole, None, besides)}
     for method, given in methods.items():
@@ -94,8 +94,7 @@ def at_equal_bytes(
                     f"case.\n{error}"
                 ) from error
             name = name_contender(method, share)
-            own = Contender(name, method, share, plan, cut.filter, besides)
-            found[name] = own
+            found[name] = Contender(name, method, share, plan, cut.filter, besides)
     return found
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from jmem.generate.sampling import Sampling
 from jmem.kvcache.method import CacheMethod
 from jmem.kvcache.plan import Plan
-from jmem.offload import check_host
 
 
 def check_tokens(where: str, model, rows: Sequence[Sequence[int]]) -> None:
@@ -68,16 +67,6 @@ def check_positions(
             f"{where}: {text} prompt tokens + max_new_tokens={new_tokens} exceed the "
             f"model's max_positions={limit}."
         )
-
-
-def check_host_memory(where: str, plan: Plan) -> None:
-    """Refuses a cache whose part in host memory does not fit there.
-
-    Raises:
-      HostMemoryError: names the bytes needed and available.
-    """
-    if plan.host_bytes():
-        check_host(plan.host_bytes(), f"{where}: the cache")
 
 
 def checked_lengths(

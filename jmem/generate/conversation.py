@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmem.generate.checks import (
-    check_host_memory,
     check_positions,
     check_positive,
     check_stops,
@@ -36,6 +35,7 @@ from jmem.generate.reading import read
 from jmem.generate.sampling import Sampling
 from jmem.kvcache.full import Full
 from jmem.kvcache.method import CacheMethod
+from jmem.kvcache.plan import Sizes
 
 PADDING = 64
 """Turns are padded to multiples of it, so that one program serves many of them."""
@@ -76,18 +76,11 @@ class Conversation:
         self.key = checked_key(where, self.sampling, key)
         check_stops(where, model, stop_tokens)
         check_positive(where, max_new_tokens=max_new_tokens, prompt_chunk=prompt_chunk)
-        self.plan = planned(
-            model,
-            policy or Full(),
-            cache_bytes,
-            prompt=prompt,
-            new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
+        sizes = Sizes(prompt=prompt, new_tokens=max_new_tokens, batch_size=batch_size)
+        self.plan = planned(where, model, policy or Full(), cache_bytes, **sizes)
         self.stop_tokens, self.prompt_chunk = tuple(stop_tokens), prompt_chunk
         self.turns = 0
         self.lengths = [0] * batch_size
-        check_host_memory(where, self.plan)
         self._cache = self.plan.method.begin(self.plan)
 
     def say(self, turn: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -7,7 +7,7 @@ Two compiled programs serve a whole generation: one reads the prompts
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmem.generate.checks import (
-    check_host_memory,
     check_positions,
     check_positive,
     check_stops,
@@ -27,9 +26,10 @@ from jmem.generate.sampling import Sampling
 from jmem.kvcache.budget import fitted
 from jmem.kvcache.full import Full
 from jmem.kvcache.method import CacheMethod
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import Plan, Sizes
 from jmem.kvcache.shorten import Shorten, padded
 from jmem.nn.stack import IN_PLACE, run_stack
+from jmem.offload import check_host
 
 GREEDY = Sampling()
 
@@ -221,27 +221,34 @@ def answer(
 # From prompts to answers --------------------------------------------------------------
 
 
+class Options(TypedDict, total=False):
+    """What `generate` and `stream` may be told; see `generate`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    key: jax.Array | None
+    stop_tokens: Sequence[int]
+    policy: CacheMethod | None
+    cache_bytes: int | None
+    prompt_chunk: int | None
+    shorten: Shorten | None
+
+
 def generate(
     model,
     params: dict,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    key: jax.Array | None = None,
-    stop_tokens: Sequence[int] = (),
-    policy: CacheMethod | None = None,
-    cache_bytes: int | None = None,
-    prompt_chunk: int | None = None,
-    shorten: Shorten | None = None,
+    **options: Unpack[Options],
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by at most `max_new_tokens` tokens.
 
-    Rows may differ in length; each gets what it would get alone. A row ends with the
-    first of `stop_tokens` that it produced. `temperature`, `top_k` and `top_p` are
-    those of `jmem.generate.sampling.Sampling`.
+    Rows may differ in length; each gets what it would get alone. The options are those
+    of `stream`. A row ends with the first of `stop_tokens` that it produced.
+    `temperature`, `top_k` and `top_p` are those of `jmem.generate.sampling.Sampling`,
+    and `key` is what is drawn with; without them the likeliest token is taken.
 
     `policy` says what of the prompts is kept for decoding (`jmem.kvcache`); None keeps
     all. `cache_bytes` cuts it to the largest capacity whose cache takes no more.
@@ -255,23 +262,8 @@ def generate(
         range or without `key`, more positions than the model has, a budget that is too
         small, or logits that are not finite.
     """
-    pieces = stream(
-        model,
-        params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        every=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        key=key,
-        stop_tokens=stop_tokens,
-        policy=policy,
-        cache_bytes=cache_bytes,
-        prompt_chunk=prompt_chunk,
-        shorten=shorten,
-    )
-    return joined(pieces)
+    sizes = {"max_new_tokens": max_new_tokens, "every": max_new_tokens}
+    return joined(stream(model, params, prompts, **sizes, **options))
 
 
 def joined(pieces: Iterator[list[list[int]]]) -> list[list[int]]:
@@ -317,16 +309,8 @@ def stream(
     if shorten is not None:
         kept = min(kept, shorten.tokens)
     check_positions("generate", model, policy, kept, max_new_tokens)
-    plan = planned(
-        model,
-        policy,
-        cache_bytes,
-        prompt=kept,
-        new_tokens=max_new_tokens,
-        batch_size=len(prompts),
-    )
-    check_host_memory("generate", plan)
-
+    sizes = Sizes(prompt=kept, new_tokens=max_new_tokens, batch_size=len(prompts))
+    plan = planned("generate", model, policy, cache_bytes, **sizes)
     if shorten is not None:
         prompts = shorten.shorten(model, params, *padded(prompts)).prompts()
     cache = plan.method.begin(plan)
@@ -347,16 +331,22 @@ def stream(
 
 
 def planned(
+    where: str,
     model,
     policy: CacheMethod,
     cache_bytes: int | None,
-    *,
-    prompt: int,
-    new_tokens: int,
-    batch_size: int,
+    **sizes: Unpack[Sizes],
 ) -> Plan:
-    """The plan of `policy`, cut first to the largest that `cache_bytes` hold."""
-    sizes: Any = {"prompt": prompt, "new_tokens": new_tokens, "batch_size": batch_size}
+    """The plan of `policy`, cut first to the largest that `cache_bytes` hold.
+
+    Raises:
+      ValueError: `cache_bytes` hold no cache of the policy's.
+      HostMemoryError: the cache's part in host memory does not fit there; names the
+        caller, `where`, and the bytes needed and available.
+    """
     if cache_bytes is not None:
         policy = fitted(policy, model, cache_bytes, **sizes)
-    return policy.plan(model, **sizes)
+    plan = policy.plan(model, **sizes)
+    if plan.host_bytes():
+        check_host(plan.host_bytes(), f"{where}: the cache")
+    return plan

@@ -1,9 +1,9 @@
 """From text to text: tokenise, generate, decode, and end at a stop string."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-from jmem.generate.decode import generate
+from jmem.generate.decode import Options, generate
 
 
 def complete(
@@ -14,7 +14,7 @@ def complete(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
-    **options: Any,
+    **options: Unpack[Options],
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt.
 

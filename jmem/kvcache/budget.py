@@ -8,62 +8,32 @@ tokens that it leaves. Bytes are common to all.
     fitted(SnapKV(), model, budget, prompt=2048, new_tokens=64)   # SnapKV(capacity=...)
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Unpack
 
-from jmem.kvcache.plan import Plan
-from jmem.targets import Target
+from jmem.kvcache.method import CacheMethod
+from jmem.kvcache.plan import Sizes
+from jmem.kvcache.shorten import Shorten
+
+Sized = CacheMethod | Shorten
+"""What fills a cache of some bytes: a cache's method, or what shortens a prompt that a
+full cache then holds."""
 
 REACH = 256
 """Capacities that are tried beyond the first that does not fit. Rounding can give back
 half a token a layer and a window: far fewer."""
 
 
-@runtime_checkable
-class Sized(Protocol):
-    """What fills a cache of some bytes: a `CacheMethod`, or a `Shorten` before one."""
-
-    @property
-    def filter(self) -> Any:
-        """What shortens a prompt before it is read; None where nothing does."""
-
-    def resize(self, capacity: int) -> Any:
-        """The same with another capacity, in tokens; asked only where it has one.
-
-        Raises:
-          ValueError: it cannot do with so few.
-        """
-        ...
-
-    def plan(
-        self,
-        model,
-        *,
-        prompt: int,
-        new_tokens: int,
-        batch_size: int = 1,
-        target: Target | None = None,
-    ) -> Plan:
-        """The sizes of its cache."""
-        ...
-
-
 def fitted[Method: Sized](
-    policy: Method,
-    model,
-    nbytes: int,
-    *,
-    prompt: int,
-    new_tokens: int,
-    batch_size: int = 1,
-    target: Target | None = None,
+    policy: Method, model, nbytes: int, **sizes: Unpack[Sizes]
 ) -> Method:
     """`policy` with the largest capacity whose cache takes at most `nbytes` bytes.
 
     No larger than `prompt + new_tokens`, which is all there is to keep. The model and
-    the sizes are those of `CacheMethod.plan`, by which bytes of the device are counted,
-    and so is `target`, for whose kernel slots are rounded up. A policy without a
-    capacity, as `Full`, comes back as it is, if it fits. What shortens a prompt keeps
-    as many tokens as a full cache of those bytes has room for.
+    the sizes are those of `CacheMethod.plan` (prompt, new_tokens, batch_size=1,
+    target=None), by which bytes of the device are counted; for a kernel of `target`
+    slots are rounded up. A policy without a capacity, as `Full`, comes back as it is,
+    if it fits. What shortens a prompt keeps as many tokens as a full cache of those
+    bytes has room for.
 
     Raises:
       ValueError: no capacity fits, or the policy and the model do not go together at
@@ -71,17 +41,12 @@ def fitted[Method: Sized](
     """
 
     def size(candidate: Method) -> int:
-        plan = candidate.plan(
-            model,
-            prompt=prompt,
-            new_tokens=new_tokens,
-            batch_size=batch_size,
-            target=target,
-        )
-        return plan.device_bytes()
+        return candidate.plan(model, **sizes).device_bytes()
 
+    prompt, new_tokens = sizes["prompt"], sizes["new_tokens"]
     name, what = type(policy).__name__, f"{prompt:,} + {new_tokens:,} tokens"
-    what += f" a row, {batch_size:,} rows" if batch_size > 1 else ""
+    if (rows := sizes.get("batch_size", 1)) > 1:
+        what += f" a row, {rows:,} rows"
     given = getattr(policy, "capacity", None)
     if given is None:
         if (least := size(policy)) > nbytes:
@@ -92,7 +57,7 @@ def fitted[Method: Sized](
             )
         return policy
 
-    at = policy.resize
+    at = policy.resize  # with another capacity
 
     def allowed(capacity: int) -> bool:
         try:

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,24 @@ import numpy as np
 from jmem import offload
 from jmem.kernels.windowed_attention import Implementation
 from jmem.program import by_key
+from jmem.targets import Target
 
 if TYPE_CHECKING:
     from jmem.kvcache.method import CacheMethod
     from jmem.kvcache.policy import Policy
+
+
+class Sizes(TypedDict):
+    """What a cache is planned for: the arguments of `CacheMethod.plan`, by name."""
+
+    prompt: int
+    """Tokens of the longest prompt."""
+    new_tokens: int
+    """Tokens decoded after it."""
+    batch_size: NotRequired[int]
+    """Rows; 1 if it is left out."""
+    target: NotRequired[Target | None]
+    """The GPU that decodes; None, or left out, is the CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +45,8 @@ class Plan(abc.ABC):
     """Longest prompt, in tokens; a shorter row keeps what fits."""
     new_tokens: int
     """Tokens decoded after it."""
+    attention: Implementation = "xla"
+    """How a new token attends; "mosaic_gpu" is the kernel `windowed_attention`."""
 
     @property
     @abc.abstractmethod
@@ -130,8 +146,6 @@ class PolicyPlan(Plan):
     """The prompt's first tokens, which are never recent."""
     tail: int
     """Slots of every layer for the recent tokens and new ones; a ring."""
-    attention: Implementation = "xla"
-    """How a new token attends; "mosaic_gpu" is the kernel `windowed_attention`."""
 
     @property
     def method(self) -> "Policy":

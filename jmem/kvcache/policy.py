@@ -174,8 +174,7 @@ class Policy(CacheMethod):
         lengths: Int[Array, " B"],
         model,
     ) -> Attend:
-        how = model.attention, model.config.sliding_window, model.chunk
-        return turn_attend(plan, cache.start, before, lengths, *how)
+        return turn_attend(plan, cache.start, before, lengths, model)
 
     def check_turn(
         self,

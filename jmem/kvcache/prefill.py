@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from jmem.kvcache.method import Read
 from jmem.kvcache.plan import Plan
-from jmem.nn.attention import Implementation, causal_attention
+from jmem.nn.attention import causal_attention
 from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
 
@@ -24,18 +24,13 @@ QUERIES = 256
 """Of a prompt, that XLA's attention scores at a time."""
 
 
-def attend_prompts(
-    keeps: Sequence[Keep],
-    lengths: Int[Array, " B"],
-    implementation: Implementation,
-    window: int | None,
-    chunk: int | None = None,
-) -> Attend:
+def attend_prompts(keeps: Sequence[Keep], lengths: Int[Array, " B"], model) -> Attend:
     """Causal attention among the prompts' own tokens, of which each of `keeps` keeps.
 
     The carry is a tuple with one entry for each. Prompts are padded on the right;
-    padding is never seen. `chunk` is the decoder's.
+    padding is never seen.
     """
+    window, chunk = model.config.sliding_window, model.chunk
 
     def attend(q, k, v, rope, positions, layer, carry):
         turned = by_chunks(rope, k, positions, size=chunk)
@@ -45,7 +40,7 @@ def attend_prompts(
         # Caches first: what writing them needs is gone when attention begins.
         q, turned, v, kept = jax.lax.optimization_barrier((q, turned, v, tuple(kept)))
         out = causal_attention(
-            q, turned, v, implementation, window=window, block=QUERIES
+            q, turned, v, model.attention, window=window, block=QUERIES
         )
         return out, kept
 
@@ -84,11 +79,7 @@ def read_prompts(
                     "plan alone."
                 )
             return functools.partial(_alone, attend)
-    keeps = [*map(keep_by, plans), *others]
-    config = model.config
-    return attend_prompts(
-        keeps, lengths, model.attention, config.sliding_window, model.chunk
-    )
+    return attend_prompts([*map(keep_by, plans), *others], lengths, model)
 
 
 def _alone(attend: Attend, q, k, v, rope, positions, layer, carry):

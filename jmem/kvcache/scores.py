@@ -90,3 +90,25 @@ def pool(
         "SAME",
     )
     return pooled / kernel if pooling == "average" else pooled
+
+
+def average_windows(
+    scores: Float[Array, "... T"], window: int, best: int = 0
+) -> Float[Array, "... N"]:
+    """Mean score of each `window` consecutive tokens, or of its `best` ones (0: all).
+
+    The last window may have fewer tokens. One whose score is -inf is not there and does
+    not count; a window with none that is there has -inf.
+    """
+    short = (0, -scores.shape[-1] % window)
+    scores = jnp.pad(
+        scores, (*[(0, 0)] * (scores.ndim - 1), short), constant_values=-jnp.inf
+    )
+    scores = scores.reshape(*scores.shape[:-1], -1, window)
+    if 0 < best < window:
+        scores = jax.lax.top_k(scores, best)[0]
+    there = scores > -jnp.inf
+    count = there.sum(axis=-1)
+    mean = jnp.where(there, scores, 0.0).sum(axis=-1)
+    mean /= jnp.maximum(count, 1).astype(jnp.float32)
+    return jnp.where(count > 0, mean, -jnp.inf)

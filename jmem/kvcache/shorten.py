@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.full import Full
 from jmem.kvcache.method import Read
-from jmem.kvcache.plan import Plan
+from jmem.kvcache.plan import Plan, Sizes
 from jmem.program import Program
 
 
@@ -100,25 +100,34 @@ class Shorten(abc.ABC):
         """The same that keeps at most `capacity` tokens."""
         return dataclasses.replace(self, **{"tokens": capacity})  # pyright: ignore
 
-    def plan(self, model, *, prompt: int, **sizes: Any) -> Plan:
+    def plan(self, model, **sizes: Unpack[Sizes]) -> Plan:
         """A full cache of what it leaves of a prompt; else as `CacheMethod.plan`."""
-        return Full().plan(model, prompt=min(prompt, self.tokens), **sizes)
+        sizes["prompt"] = min(sizes["prompt"], self.tokens)
+        return Full().plan(model, **sizes)
+
+    def init_params(self, model, key: jax.Array) -> dict:
+        """Random weights for `choose`; those that it does not read may be left out."""
+        return model.init(key)
 
     def program(self, model, *, prompt: int, batch_size: int = 1) -> Program:
-        """`choose` over prompts of that length, given all weights, to be measured."""
+        """`choose` over prompts of that length, to be measured.
+
+        It is given the weights of `init_params`.
+        """
 
         def make(key):
             shape = (batch_size, prompt)
             tokens = jax.random.randint(key, shape, 0, model.config.vocab_size)
-            return model.init(key), tokens, jnp.full((batch_size,), prompt, jnp.int32)
+            lengths = jnp.full((batch_size,), prompt, jnp.int32)
+            return self.init_params(model, key), tokens, lengths
 
-        def choose(params, tokens, lengths):
+        def filtered(params, tokens, lengths):
             return self.choose(model, params, tokens, lengths)
 
         self.check(model)
         labels = {"weights": (0, ""), "batch": [(1, ""), (2, "")]}
         args = jax.eval_shape(make, jax.random.key(0))
-        return Program(choose, args, labels=labels, make=make)
+        return Program(filtered, args, labels=labels, make=make)
 
     def begin(self, tokens: Int[Array, "B T"]) -> Int[Array, "B N"]:
         """What `follow` gets in the first layer."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jmem.kvcache.policy import Policy, Seen
 from jmem.kvcache.scores import Pooling, Reduce, column_mass, over_heads, pool
+from jmem.kvcache.settings import check_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,28 +42,13 @@ class SnapKV(Policy):
     all heads of a layer together."""
 
     def __post_init__(self):
-        name = type(self).__name__
+        check_settings(self, odd=["kernel"])
         if not 0 < self.window < self.capacity:
             raise ValueError(
-                f"{name}: capacity={self.capacity} must exceed window={self.window}, "
-                "which stays whole and leaves no slot for the rest. Raise capacity."
+                f"{type(self).__name__}: capacity={self.capacity} must exceed "
+                f"window={self.window}, which stays whole and leaves no slot for the "
+                "rest. Raise capacity."
             )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
-                f"{name}: kernel={self.kernel} must be odd, so that a token lies in "
-                "the middle of its neighbours."
-            )
-        choices = {
-            "pooling": ("average", "max"),
-            "reduce": ("mean", "max", "sum"),
-            "select": ("kv", "query", "shared"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"{name}: {field}={getattr(self, field)!r} is not one of "
-                    f"{', '.join(allowed)}."
-                )
 
     @property
     def recent(self) -> int:

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmem.kvcache.cache import Cache, offset, place, repeated
 from jmem.kvcache.plan import PolicyPlan
-from jmem.kvcache.seen import Seen
+from jmem.kvcache.seen import Seen, last_queries
 from jmem.nn.attention import Implementation, grouped_attention
 from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
@@ -99,18 +99,18 @@ def turn_attend(
     start: Int[Array, " B"],
     before: Int[Array, " B"],
     lengths: Int[Array, " B"],
-    implementation: Implementation,
-    window: int | None,
-    chunk: int | None = None,
+    model,
 ) -> Attend:
     """New tokens attend what is held and, causally, each other, and are selected from.
 
     The carry is (cache, what the policy hands from layer to layer). `start` is the
     cache's before the turn, `lengths` counts each row's new tokens; a row with none
     stays as it is. Rows are padded on the right; padding is never seen and never kept.
-    With a sliding `window` a token sees that many true positions, its own among them.
+    If the model has a sliding window, a token sees that many true positions, its own
+    among them.
     """
     inside = plan.policy.rope == "cache"
+    chunk, window = model.chunk, model.config.sliding_window
 
     def attend(q, k, v, rope, positions, layer, carry):
         cache, shared = carry
@@ -132,9 +132,10 @@ def turn_attend(
         recent = jnp.maximum(total - min(plan.policy.recent, k.shape[1]), 0)
         first = jnp.maximum(recent, jnp.minimum(plan.sinks, total))
         if max(plan.selected):
-            voters = _voters(plan, q, tokens.held, lengths)
+            queries, last = last_queries(q, lengths, plan.recent)
+            at = jnp.where(last < 0, -1, tokens.held[:, None] + last)
             seen = Seen(
-                *(*voters, k, first),
+                *(queries, at, k, first),
                 lambda: stored if inside else unrotate(rope, k, tokens.positions),
                 lambda: jnp.swapaxes(v, 1, 2),
             )
@@ -152,7 +153,7 @@ def turn_attend(
         if window is not None:
             oldest = (positions - window)[:, None, :, None]
             seen &= tokens.positions[:, :, None] > oldest
-        return attention(q, k, v, seen, implementation), (cache, shared)
+        return attention(q, k, v, seen, model.attention), (cache, shared)
 
     return attend
 
@@ -172,19 +173,6 @@ def unrotate(
     return jnp.swapaxes(back.reshape(batch, heads, number, dim), 1, 2).astype(
         keys.dtype
     )
-
-
-def _voters(
-    plan: PolicyPlan,
-    q: Float[Array, "B T H D"],
-    held: Int[Array, " B"],
-    lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B W H D"], Int[Array, "B W"]]:
-    """Queries of each row's last new tokens, and their places; negative where none."""
-    width = min(plan.recent, q.shape[1])
-    last = lengths[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
-    queries = jnp.take_along_axis(q, jnp.maximum(last, 0)[:, :, None, None], axis=1)
-    return queries, jnp.where(last < 0, -1, held[:, None] + last)
 
 
 def attention(

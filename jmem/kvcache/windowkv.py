@@ -29,8 +29,9 @@ from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy, Seen
-from jmem.kvcache.scores import column_mass, pool
+from jmem.kvcache.scores import average_windows, column_mass, pool
 from jmem.kvcache.select import select
+from jmem.kvcache.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,8 @@ class WindowKV(Policy):
     """Windows on each side that count as much as the one between them (ours)."""
 
     def __post_init__(self):
-        for field in ("capacity", "window", "observation", "group", "divisor"):
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"WindowKV: {field}={getattr(self, field)} must be at least 1."
-                )
+        sizes = ("capacity", "window", "observation", "group", "divisor")
+        check_settings(self, positive=sizes, not_negative=["neighbours"])
         if self.mean < self.window:
             raise ValueError(
                 f"WindowKV: capacity={self.capacity} leaves {self.mean} tokens for "
@@ -94,14 +92,6 @@ class WindowKV(Policy):
             raise ValueError(
                 f"WindowKV: best={self.best} must lie in [0, window={self.window}]; "
                 "0 takes all."
-            )
-        if self.neighbours < 0:
-            raise ValueError(
-                f"WindowKV: neighbours={self.neighbours} must be at least 0."
-            )
-        if self.pyramid not in ("code", "paper", "flat"):
-            raise ValueError(
-                f"WindowKV: pyramid={self.pyramid!r} is not one of code, paper, flat."
             )
 
     @classmethod
@@ -197,16 +187,7 @@ class WindowKV(Policy):
         """Mean over heads of each window's best tokens; -inf where there is none."""
         mass = column_mass(seen.queries, seen.at, seen.keys)
         mass = jnp.where(seen.candidates[:, None], mass, -jnp.inf)
-        batch, heads, length = mass.shape
-        short = -length % self.window
-        mass = jnp.pad(mass, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf)
-        windows = mass.reshape(batch, heads, -1, self.window)
-        if 0 < self.best < self.window:
-            windows = jax.lax.top_k(windows, self.best)[0]
-        there = windows > -jnp.inf
-        count = there.sum(axis=-1)
-        mean = jnp.where(there, windows, 0.0).sum(axis=-1) / jnp.maximum(count, 1)
-        scores = jnp.where(count > 0, mean, -jnp.inf).mean(axis=1)
+        scores = average_windows(mass, self.window, self.best).mean(axis=1)
         if self.neighbours:
             pooled = pool(scores[:, None], 2 * self.neighbours + 1, "max")[:, 0]
             scores = jnp.where(scores > -jnp.inf, pooled, -jnp.inf)

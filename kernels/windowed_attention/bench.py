@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmem.kernels import _bench, _tuned
+from jmem.kernels._bench import NoGPUError, Time, attached, copy_bandwidth
 from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kernels.windowed_attention.mosaic_gpu import TUNED, Tile, key, tile_for
 from jmem.kernels.windowed_attention.shapes import SHAPES, Shape
@@ -129,9 +130,7 @@ def verify(shape: Shape, args: tuple, tile: Tile) -> None:
         raise ArithmeticError(f"{shape}, {tile}: {apart:.2e} from XLA's output.")
 
 
-def measure(
-    shape: Shape, device: str, tune: bool
-) -> tuple[dict[str, _bench.Time], Tile]:
+def measure(shape: Shape, device: str, tune: bool) -> tuple[dict[str, Time], Tile]:
     """Milliseconds a layer of each implementation, and the kernel's best tile."""
     args, count = inputs(shape), regions(shape)
     kernel, best = {}, heuristic(shape, device)
@@ -184,11 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="also write records as JSON")
     given = parser.parse_args(arguments)
     try:
-        device = _bench.attached("9.0")
-    except _bench.NoGPUError as error:
+        device = attached("9.0")
+    except NoGPUError as error:
         print(f"{MODULE}: {error}", file=sys.stderr)
         return 2
-    bandwidth = _bench.copy_bandwidth()
+    bandwidth = copy_bandwidth()
     print(f"{device}, jax {jax.__version__}, copies at {bandwidth / 1e9:.0f} GB/s")
     print(f"{'shape':<28}{'':<12}{'ms':>9}  {'10 % - 90 %':<18}{'GB/s':>8}{'copy':>7}")
     records, tuned, slow = [], _tuned.read(TUNED), []

@@ -77,7 +77,7 @@ def test_records_are_written_point_by_point(monkeypatch, attached, capsys, tmp_p
             return {"bytes_limit": 2**40}
 
     monkeypatch.setattr(decode_rate, "gpu", Device)
-    monkeypatch.setattr(decode_rate._bench, "copy_bandwidth", lambda: 4.3e12)
+    monkeypatch.setattr(decode_rate, "copy_bandwidth", lambda: 4.3e12)
     monkeypatch.setattr(timed, "build_reader", lambda target: MODEL)
     monkeypatch.setattr(timed, "POLICIES", {"full": SMALL["full"]})
     monkeypatch.setattr(decode_rate, "measure", decode_rate.measure_here)

@@ -21,7 +21,6 @@ from jmem.evaluate import compare, needle
 from jmem.kvcache.gemfilter import (
     GemFilter,
     calibrate_filter_layer,
-    shorten,
     split,
 )
 from jmem.kvcache.snapkv import SnapKV
@@ -128,7 +127,7 @@ def test_a_run_of_ones_own_checkpoint(config, finished):
     asked = cases(config, config.lengths, config.seeds)
     tokens = jnp.asarray([case.tokens for case in asked], jnp.int32)
     gem = GemFilter(layer=layer, tokens=80)
-    kept = shorten(model, params, gem, tokens, jnp.array([160, 160])).positions
+    kept = gem.shorten(model, params, tokens, jnp.array([160, 160])).positions
     inside = [np.isin(np.arange(*c.span), row).mean() for c, row in zip(asked, kept)]
     plain = rows["as given 50 %"]
     assert plain["needle kept"] == pytest.approx(np.mean(inside))

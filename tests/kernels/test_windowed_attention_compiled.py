@@ -14,7 +14,6 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from jmem.kernels import _bench
 from jmem.kernels._resources import resources
 from jmem.kernels.windowed_attention import bench, check, windowed_attention
 from jmem.kernels.windowed_attention.mosaic_gpu import MIN_BLOCKS
@@ -151,11 +150,11 @@ def test_a_shape_below_its_share_of_the_bandwidth_fails(monkeypatch, capsys, tmp
     def measure(shape, device, tune):
         name = next(name for name, other in SHAPES.items() if other is shape)
         ms = 1e3 * shape.read_bytes / (shares[name] * 4e12)
-        return {"mosaic_gpu": _bench.Time(ms, ms, ms)}, tile
+        return {"mosaic_gpu": bench.Time(ms, ms, ms)}, tile
 
     monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setattr(_bench, "attached", lambda capability: "NVIDIA H200")
-    monkeypatch.setattr(_bench, "copy_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(bench, "attached", lambda capability: "NVIDIA H200")
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 4e12)
     out = tmp_path / "bench.json"
     assert bench.main(["--only", "llama3-8b-8k-b1", "--out", str(out)]) == 0
     assert bench.main(["--only", *shares, "--out", str(out)]) == 1

@@ -22,8 +22,6 @@ from jmem.kvcache.gemfilter import (
     best,
     calibrate_filter_layer,
     explain,
-    filter_program,
-    shorten,
     split,
     token_scores,
 )
@@ -56,9 +54,8 @@ choose = jax.jit(best, static_argnums=0)
 
 
 def shortened(params, gem=GEM, model=MODEL, rows=slice(None)):
-    return shorten(
-        model, params, gem, jnp.asarray(TOKENS[rows]), jnp.asarray(LENGTHS[rows])
-    )
+    tokens, lengths = jnp.asarray(TOKENS[rows]), jnp.asarray(LENGTHS[rows])
+    return gem.shorten(model, params, tokens, lengths)
 
 
 # The official code's arrays -----------------------------------------------------------
@@ -75,7 +72,7 @@ def test_the_official_arrays(name):
     )
     prompt = arrays["input_ids"]
     length = jnp.array([prompt.shape[1]], jnp.int32)
-    short = shorten(model, params, gem, jnp.asarray(prompt), length)
+    short = gem.shorten(model, params, jnp.asarray(prompt), length)
     scores = np.asarray(short.scores[0])
     np.testing.assert_allclose(scores, arrays["pooled_scores"], atol=1e-3)
     order = np.argsort(-scores, kind="stable")[: config["topk"]]
@@ -182,9 +179,8 @@ def test_the_algorithm_written_out_in_numpy(
     random = np.random.default_rng(length)
     prompt = random.integers(0, config.vocab_size, length).astype(np.int32)
     gem = GemFilter(layer=layer, tokens=tokens, kernel=kernel)
-    short = shorten(
-        Decoder(config), params, gem, jnp.asarray(prompt[None]), jnp.array([length])
-    )
+    given = jnp.asarray(prompt[None]), jnp.array([length])
+    short = gem.shorten(Decoder(config), params, *given)
     expected = pooled_scores(params, config, prompt, layer, kernel)
     spread = expected.std()
     np.testing.assert_allclose(short.scores[0], expected, atol=1e-4 * spread)
@@ -227,7 +223,7 @@ def test_early_weights_choose_as_all_weights_do(layer):
 
 def test_the_program_does_not_depend_on_the_models_depth():
     deep = Decoder(dataclasses.replace(CONFIG, layers=50))
-    programs = [filter_program(m, GEM, prompt=40) for m in (MODEL, deep)]
+    programs = [GEM.program(m, prompt=40) for m in (MODEL, deep)]
     texts = {program.lower().as_text() for program in programs}
     assert len(texts) == 1
     early = jax.eval_shape(lambda p: split(p, GEM.layer)[0], deep.abstract())
@@ -328,7 +324,7 @@ def test_rows_get_what_they_get_alone_in_chunks_or_whole(params):
     assert together.positions.shape == (3, GEM.tokens)
     tokens, lengths = jnp.asarray(TOKENS[:2, :33]), jnp.asarray(LENGTHS[:2])
     alone = [
-        shorten(MODEL, params, GEM, tokens[row : row + 1], lengths[row : row + 1])
+        GEM.shorten(MODEL, params, tokens[row : row + 1], lengths[row : row + 1])
         for row in range(2)
     ]
     for row, count in enumerate([12, 7]):
@@ -474,19 +470,19 @@ def test_the_late_weights_are_on_the_host_until_an_answer_needs_them(
     assert held() == early_bytes
     assert host_bytes(staged.late) == late_bytes == tree_bytes(staged.late)
     seen, moments = [], []
-    real, replace = GemFilter.shorten, StagedWeights._replace
+    real, wait = GemFilter.shorten, jax.block_until_ready
 
     def filtering(self, model, params, *rest):
         gc.collect()
         seen.append((tree_bytes(params), host_bytes(params), held()))
         return real(self, model, params, *rest)
 
-    def replacing(self, at, leaf):
-        moments.append(held())  # with the leaf that it replaces
-        replace(self, at, leaf)
+    def waiting(leaf):  # for a leaf, beside the one that it replaces
+        moments.append(held())
+        return wait(leaf)
 
     monkeypatch.setattr(GemFilter, "shorten", filtering)
-    monkeypatch.setattr(StagedWeights, "_replace", replacing)
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
     for _ in range(2):  # the second prompt finds what the first one found
         with staged.filtered(MODEL, PROMPTS) as (params, short):
             assert not host_bytes(params)
@@ -541,15 +537,15 @@ def test_weights_are_parted_again_after_an_error(monkeypatch):
         with pytest.raises(ValueError, match=message), staged.filtered(MODEL, prompts):
             pytest.fail("it was let in")
         intact()
-    joined, calls = module._joined, []
+    wait, calls = jax.block_until_ready, []
 
-    def failing(early, late):  # as a device that is full does
-        calls.append(early)
+    def failing(leaf):  # as a device that is full does
+        calls.append(leaf)
         if len(calls) == 4:
             raise MemoryError
-        return joined(early, late)
+        return wait(leaf)
 
-    monkeypatch.setattr(module, "_joined", failing)
+    monkeypatch.setattr(jax, "block_until_ready", failing)
     with pytest.raises(MemoryError), staged.filtered(MODEL, PROMPTS):
         pytest.fail("there was no room")
     intact()
@@ -562,7 +558,7 @@ def test_joining_a_leaf_takes_a_row_besides_and_never_the_whole_model_twice():
     """Compiled for the card: 0.12 GB instead of 2.23 for the largest leaf of an 8B."""
     rows, row = (13, 19), (4096, 14336)
     early, late = (jax.ShapeDtypeStruct((n, *row), jnp.bfloat16) for n in rows)
-    program = Program(lambda *parts: module._joined(*parts), (early, on_host(late)))
+    program = Program(lambda *parts: module.join_rows(*parts), (early, on_host(late)))
     report = jmem.measure(program, bounds=False)
     row_bytes = 2 * math.prod(row)
     assert report.output_bytes == sum(rows) * row_bytes
@@ -656,7 +652,7 @@ def test_refuses_layers_that_are_not_there(params):
         with pytest.raises(ValueError, match=f"layer={gem.layer} .* 5 layers"):
             shortened(params, gem)
         with pytest.raises(ValueError, match=f"layer={gem.layer} .* 5 layers"):
-            filter_program(MODEL, gem, prompt=8)
+            gem.program(MODEL, prompt=8)
     with pytest.raises(ValueError, match="layer=5 is not one of the 5"):
         split(params, 5)
     early, _ = split(params, 1)
@@ -668,7 +664,7 @@ def test_refuses_layers_that_are_not_there(params):
 def test_refuses_lengths(params, lengths):
     lengths = jnp.array(lengths, jnp.int32)
     with pytest.raises(ValueError, match=r"lengths=.* must lie in \[1, 40\]"):
-        shorten(MODEL, params, GEM, jnp.asarray(TOKENS), lengths)
+        GEM.shorten(MODEL, params, jnp.asarray(TOKENS), lengths)
 
 
 def test_names_the_layer_whose_scores_are_no_numbers(params):

@@ -15,7 +15,7 @@ Differs  The official code computes all of the filter layer and the head for not
          keeps all weights on the device, and takes one prompt at a time. The paper's
          neighbours, keeping the first pass's keys and values (FastKV) and filtering
          again for a later turn, are not here: a later turn starts from its whole text.
-See      `filter_pass` is the idea; `staged` has the weights of the two passes, `study`
+See      `GemFilter.choose` is the idea; `staged` has the weights of two passes, `study`
          which layer to choose and what was kept. tests/kvcache/test_gemfilter.py
 
     generate(model, params, prompts, max_new_tokens=64, shorten=GemFilter(layer=13))
@@ -38,14 +38,16 @@ from jmem.kvcache.gemfilter.staged import StagedWeights, split
 from jmem.kvcache.gemfilter.study import calibrate_filter_layer, explain, layer_recall
 from jmem.kvcache.method import Read
 from jmem.kvcache.prefill import read_prompts
-from jmem.kvcache.scores import column_mass, pool
+from jmem.kvcache.scores import average_windows, column_mass, pool
+from jmem.kvcache.seen import last_places, last_queries
 from jmem.kvcache.select import select
+from jmem.kvcache.settings import check_settings
 from jmem.kvcache.shorten import Shorten, Shortened
+from jmem.models.next_token import token_positions
 from jmem.nn.chunk import by_chunks
 from jmem.nn.norm import normalise
 from jmem.nn.stack import depth
 from jmem.offload import fetch, fetch_row
-from jmem.program import Program
 
 __all__ = [
     "GemFilter",
@@ -55,38 +57,11 @@ __all__ = [
     "best",
     "calibrate_filter_layer",
     "explain",
-    "filter_pass",
-    "filter_program",
     "layer_recall",
-    "shorten",
     "split",
     "token_scores",
     "votes",
 ]
-
-
-def filter_pass(
-    model,
-    params: dict,
-    gem: "GemFilter",
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-) -> tuple[Int[Array, "B N"], Float[Array, "B T"]]:
-    """Positions to keep, ascending, -1 behind the last, and every token's score.
-
-    N is the smaller of `gem.tokens` and T. Rows are padded on the right to T tokens;
-    each gets what it would get alone. Scores are float32, and -inf for padding.
-    `params` are the model's, or the early part of `split`. A model with a sliding
-    window has it below the filter layer, while the votes there reach all tokens.
-
-    Raises:
-      ValueError: the model has no such layer, or `params` are cut below it.
-    """
-    # The layers below, and of the filter layer no more than its queries and keys.
-    queries, at, keys = votes(model, params, gem, tokens, lengths)
-    # How well each key fits the last queries, in all heads and with its neighbours.
-    scores = token_scores(gem, queries, at, keys, lengths)
-    return best(gem, scores, lengths), scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,28 +91,12 @@ class GemFilter(Shorten):
     """Consecutive tokens kept or dropped together, by the mean of their scores."""
 
     def __post_init__(self):
-        for field in ("tokens", "kernel", "queries", "window"):
-            if getattr(self, field) < 1:
-                raise ValueError(
-                    f"GemFilter: {field}={getattr(self, field)} must be at least 1."
-                )
-        for field in ("layer", "keep_first", "keep_last"):
-            if getattr(self, field) < 0:
-                raise ValueError(
-                    f"GemFilter: {field}={getattr(self, field)} must not be negative."
-                )
-        if self.kernel % 2 == 0:
-            raise ValueError(
-                f"GemFilter: kernel={self.kernel} must be odd, so that a token lies in "
-                "the middle of its neighbours."
-            )
-        choices = {"edge": ("zeros", "renormalize"), "score": ("raw", "probability")}
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"GemFilter: {field}={getattr(self, field)!r} is not one of "
-                    f"{', '.join(allowed)}."
-                )
+        check_settings(
+            self,
+            positive=("tokens", "queries", "window"),
+            not_negative=("layer", "keep_first", "keep_last"),
+            odd=["kernel"],
+        )
         if self.tokens % self.window:
             raise ValueError(
                 f"GemFilter: tokens={self.tokens} must be a multiple of window="
@@ -157,13 +116,23 @@ class GemFilter(Shorten):
     def choose(
         self, model, params: dict, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
     ) -> tuple[Int[Array, "B N"], Float[Array, "B T"]]:
-        return filter_pass(model, params, self, tokens, lengths)
+        """Positions to keep, ascending, -1 behind the last, and every token's score.
+
+        `params` are the model's, or the early part of `split`. A model with a sliding
+        window has it below the filter layer, while the votes there reach all tokens.
+
+        Raises:
+          ValueError: the model has no such layer, or `params` are cut below it.
+        """
+        # The layers below, and of the filter layer no more than its queries and keys.
+        queries, at, keys = votes(model, params, self, tokens, lengths)
+        # How well each key fits the last queries, in all heads and with its neighbours.
+        scores = token_scores(self, queries, at, keys, lengths)
+        return best(self, scores, lengths), scores
 
     def choose_in(self, read: Read) -> Int[Array, "B N"]:
         """The positions that it would keep, were the layer that reads its own."""
-        at = _voters(self, read.keys.shape[1], read.lengths)
-        seats = jnp.maximum(at, 0)[:, :, None, None]
-        queries = jnp.take_along_axis(read.queries, seats, axis=1)
+        queries, at = last_queries(read.queries, read.lengths, self.queries)
         scores = token_scores(self, queries, at, read.keys, read.lengths)
         return best(self, scores, read.lengths)
 
@@ -175,9 +144,10 @@ class GemFilter(Shorten):
         """The same that keeps the whole windows of `capacity` tokens."""
         return dataclasses.replace(self, tokens=capacity // self.window * self.window)
 
-    def program(self, model, *, prompt: int, batch_size: int = 1) -> Program:
-        """`filter_program`: it is given only the weights that it reads."""
-        return filter_program(model, self, prompt=prompt, batch_size=batch_size)
+    def init_params(self, model, key: jax.Array) -> dict:
+        config = dataclasses.replace(model.config, layers=self.layer + 1)
+        shallow = dataclasses.replace(model, config=config)
+        return split(shallow.init(key), self.layer)[0]
 
     def check(self, model) -> None:
         if self.layer >= model.config.layers:
@@ -213,15 +183,14 @@ def votes(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"],
 ) -> Votes:
-    """The layers of `filter_pass`, which read `gem.layer` and `gem.queries` only.
+    """What `gem.layer`'s last `gem.queries` queries vote by; reads nothing else of gem.
 
     Filters that share both can choose by the same votes (`token_scores`, `best`).
-    Memory and refusals are those of `filter_pass`.
+    Arguments and refusals are those of `GemFilter.choose`.
     """
     gem.check(model)
     _check_split(params, gem)
-    row = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    positions = jnp.broadcast_to(row[None], tokens.shape)
+    positions = token_positions(tokens)
     ops = model.ops._replace(attend=read_prompts(model, (), lengths))
     blocks = params["blocks"]
 
@@ -239,7 +208,7 @@ def votes(
     )
     config = model.config
     x = normalise(config.norm, norm, x, config.rms_eps)
-    at = _voters(gem, tokens.shape[1], lengths)
+    at = last_places(lengths, min(gem.queries, tokens.shape[1]))
 
     def projected(name, x, heads, positions):
         y = ops.linear(f"attention/{name}", voting[name], x)
@@ -286,20 +255,13 @@ def token_scores(
 def best(
     gem: GemFilter, scores: Float[Array, "B T"], lengths: Int[Array, " B"]
 ) -> Int[Array, "B N"]:
-    """Positions of the tokens to keep, as `filter_pass` gives them."""
+    """Positions of the tokens to keep, as `GemFilter.choose` gives them."""
     batch, length = scores.shape
     tokens = jnp.arange(length, dtype=jnp.int32)[None]
     lengths = lengths[:, None]
     kept = (tokens < gem.keep_first) | (tokens >= lengths - gem.keep_last)
     scores = jnp.where(kept & (tokens < lengths), jnp.inf, scores)
-    short = ((0, 0), (0, -length % gem.window))
-    scores = jnp.pad(scores, short, constant_values=-jnp.inf)
-    scores = scores.reshape(batch, -1, gem.window)
-    there = scores > -jnp.inf
-    count = there.sum(axis=-1)
-    mean = jnp.where(there, scores, 0.0).sum(axis=-1)
-    mean /= jnp.maximum(count, 1).astype(jnp.float32)
-    mean = jnp.where(count > 0, mean, -jnp.inf)
+    mean = average_windows(scores, gem.window)
     size = min(gem.tokens // gem.window, mean.shape[1])
     windows = select(mean[:, None], jnp.int32(size), size)[:, 0, :, None]
     within = jnp.arange(gem.window, dtype=jnp.int32)[None, None]
@@ -307,12 +269,6 @@ def best(
     there = (windows >= 0) & (positions < lengths[..., None])
     positions = jnp.where(there, positions, -1).reshape(batch, -1)
     return positions[:, : min(gem.tokens, length)]
-
-
-def _voters(gem: GemFilter, length: int, lengths) -> Int[Array, "B W"]:
-    """Positions of each row's last tokens; negative where there is none."""
-    width = min(gem.queries, length)
-    return lengths[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
 
 
 def _check_split(params: dict, gem: GemFilter) -> None:
@@ -324,39 +280,3 @@ def _check_split(params: dict, gem: GemFilter) -> None:
             f"and k, but params hold {whole} and {voting} of those. They were split "
             "for another filter; split again, by this layer."
         )
-
-
-# In one program -----------------------------------------------------------------------
-
-
-def shorten(
-    model,
-    params: dict,
-    gem: GemFilter,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-) -> Shortened:
-    """`GemFilter.shorten`: the prompts, cut to what the filter keeps."""
-    return gem.shorten(model, params, tokens, lengths)
-
-
-def filter_program(
-    model, gem: GemFilter, *, prompt: int, batch_size: int = 1
-) -> Program:
-    """The filter pass over `prompt` tokens a row, given only the weights it reads."""
-    config = dataclasses.replace(model.config, layers=gem.layer + 1)
-    shallow = dataclasses.replace(model, config=config)
-
-    def make(key):
-        early, _ = split(shallow.init(key), gem.layer)
-        shape = (batch_size, prompt)
-        tokens = jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32)
-        return early, tokens, jnp.full((batch_size,), prompt, jnp.int32)
-
-    def filtered(params, tokens, lengths):
-        return filter_pass(model, params, gem, tokens, lengths)
-
-    args = jax.eval_shape(make, jax.random.key(0))
-    gem.check(model)
-    labels = {"weights": (0, ""), "batch": [(1, ""), (2, "")]}
-    return Program(filtered, args, labels=labels, make=make)

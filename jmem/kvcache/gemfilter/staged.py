@@ -6,7 +6,6 @@ with weights.filtered(model, prompts) as (params, short):
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -138,24 +137,18 @@ class StagedWeights:
         short = self.gem.shorten(model, self.early, *padded(prompts))
         rest = {}
         try:
-            self._join()
+            late = jax.tree.leaves(self.late["blocks"])
+            for at in self._by_size()[::-1]:
+                if len(late[at]):
+                    self._replace(at, join_rows(self._blocks[at], late[at]))
             rest = on_device(_rest(self.late))
             yield self.early | rest, short
         finally:
             for leaf in jax.tree.leaves(rest):
                 leaf.delete()
-            self._part()
-
-    def _join(self) -> None:
-        late = jax.tree.leaves(self.late["blocks"])
-        for at in self._by_size()[::-1]:
-            if len(late[at]):
-                self._replace(at, _joined(self._blocks[at], late[at]))
-
-    def _part(self) -> None:
-        for at in self._by_size():
-            if len(self._blocks[at]) > self._rows[at]:
-                self._replace(at, _first(self._blocks[at], self._rows[at]))
+            for at in self._by_size():
+                if len(self._blocks[at]) > self._rows[at]:
+                    self._replace(at, self._blocks[at][: self._rows[at]])
 
     def _by_size(self) -> list[int]:
         """Places of the leaves, that of the smallest row first."""
@@ -167,6 +160,7 @@ class StagedWeights:
         return sorted(range(len(self._blocks)), key=row_bytes)
 
     def _replace(self, at: int, leaf: jax.Array) -> None:
+        """Deletes the leaf at a place once the one that follows it is there."""
         jax.block_until_ready(leaf)
         self._blocks[at].delete()
         self._blocks[at] = leaf
@@ -178,7 +172,7 @@ def _plain(leaf: Any) -> Any:
 
 
 @jax.jit
-def _joined(early: Shaped[Array, "R ..."], late: Shaped[Array, "S ..."]) -> jax.Array:
+def join_rows(early: Shaped[Array, "R ..."], late: Shaped[Array, "S ..."]) -> jax.Array:
     """Rows on the device and rows on the host as one stack on the device.
 
     A row at a time into the result: joined at once, XLA would hold `late` as well.
@@ -188,12 +182,7 @@ def _joined(early: Shaped[Array, "R ..."], late: Shaped[Array, "S ..."]) -> jax.
     whole = jnp.zeros(shape, early.dtype)
     whole = jax.lax.dynamic_update_slice(whole, early, start)
 
-    def turn(row, whole):
+    def add(row, whole):
         return store_row(whole, len(early) + row, fetch_row(late, row))
 
-    return jax.lax.fori_loop(0, len(late), turn, whole)
-
-
-@functools.partial(jax.jit, static_argnames="rows")
-def _first(whole: Shaped[Array, "L ..."], rows: int) -> jax.Array:
-    return whole[:rows]
+    return jax.lax.fori_loop(0, len(late), add, whole)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.prefill import read_prompts
 from jmem.kvcache.shorten import padded
+from jmem.models.next_token import token_positions
 from jmem.nn.stack import run_stack
 
 if TYPE_CHECKING:
@@ -105,9 +106,7 @@ def _recall(
             shares.append(hits / (spans[:, 1] - spans[:, 0]))
         return recall.at[:, read.layer].set(jnp.stack(shares))
 
-    positions = jnp.broadcast_to(
-        jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
-    )
+    positions = token_positions(tokens)
     ops = model.ops._replace(attend=read_prompts(model, (), lengths, (keep,)))
     recall = jnp.zeros((len(gems), model.config.layers, len(tokens)), jnp.float32)
     x = model.embed(params, tokens, positions)
