@@ -103,16 +103,11 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
     ) -> str:
-        names = dict(
-            self.tokens,
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        )
+        names = {"messages": messages, "tools": None, "documents": None}
+        names["add_generation_prompt"] = add_generation_prompt
         pieces, length = [], 0
         try:
-            for piece in _compiled(self.source).generate(names):
+            for piece in _compiled(self.source).generate(self.tokens, **names):
                 pieces.append(piece)
                 length += len(piece)
                 if length > RENDERED_LIMIT:

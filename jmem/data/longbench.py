@@ -11,6 +11,7 @@ Differs The instructions say the same in words of our own, so scores lie near pu
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jmem.data import answers, rows
@@ -88,14 +89,9 @@ TASKS: Mapping[str, Task] = {
         f"Answer the question from the text above. {_BRIEFLY}\n\n"
         "Question: {input}\nAnswer:",
     ),
-    "hotpotqa": Task(
-        family="documents", metric=answers.f1, new_tokens=32, template=_PASSAGES
-    ),
-    "2wikimqa": Task(
-        family="documents", metric=answers.f1, new_tokens=32, template=_PASSAGES
-    ),
-    "musique": Task(
-        family="documents", metric=answers.f1, new_tokens=32, template=_PASSAGES
+    **dict.fromkeys(
+        ("hotpotqa", "2wikimqa", "musique"),
+        Task(family="documents", metric=answers.f1, new_tokens=32, template=_PASSAGES),
     ),
     "gov_report": Task(
         family="summary",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jmem.data.needle import Haystack, NeedleCase, Wording, hit, needle_prompt
+from jmem.data.needle import Haystack, NeedleCase, hit, needle_prompt
 from jmem.evaluate.decoding import Context
 from jmem.evaluate.interval import wilson
 from jmem.evaluate.task import Prompts, Summary, Task
@@ -48,7 +48,6 @@ def grid(
     lengths: Sequence[int],
     depths: Sequence[float],
     seeds: Sequence[int],
-    wording: Wording | None = None,
 ) -> list[NeedleCase]:
     """A case for each length, seed and depth, in that order, depth the fastest.
 
@@ -56,7 +55,7 @@ def grid(
       DataError: what `needle_prompt` refuses, before any model runs.
     """
     return [
-        needle_prompt(haystack, length=length, depth=depth, seed=seed, wording=wording)
+        needle_prompt(haystack, length=length, depth=depth, seed=seed)
         for length in lengths
         for seed in seeds
         for depth in depths

@@ -132,7 +132,6 @@ class Conversation:
             jnp.asarray(self.lengths, jnp.int32),
             *(self._cache, jax.random.fold_in(self.key, turn)),
             plan=self.plan,
-            max_new_tokens=self.plan.new_tokens,
             every=every,
             sampling=self.sampling,
             stop_tokens=self.stop_tokens,

@@ -182,21 +182,20 @@ def answer(
     key: jax.Array,
     *,
     plan: Plan,
-    max_new_tokens: int,
     every: int,
-    sampling: Sampling = GREEDY,
-    stop_tokens: tuple[int, ...] = (),
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...],
 ) -> Iterator[tuple[list[list[int]], Any]]:
     """`extend`, `every` tokens at a time: the rows' next tokens, and the cache.
 
     One compiled program for all calls. A row that has stopped gives no more tokens;
-    when all have, or have `max_new_tokens`, it ends. The cache holds the tokens given
-    so far, and is donated when the next ones are asked for.
+    when all have, or have the plan's `new_tokens`, it ends. The cache holds the tokens
+    given so far, and is donated when the next ones are asked for.
     """
-    state = _begun(logits, lengths, cache)
-    limit = None if max_new_tokens % every == 0 else jnp.int32(max_new_tokens)
+    state, most = _begun(logits, lengths, cache), plan.new_tokens
+    limit = None if most % every == 0 else jnp.int32(most)
     going = [True] * plan.batch_size
-    for first in range(0, max_new_tokens, every):
+    for first in range(0, most, every):
         tokens, state = _further(
             *(model, params, state, key),
             first=jnp.int32(first),
@@ -208,7 +207,7 @@ def answer(
         )
         given = []
         for row, made in enumerate(np.asarray(tokens).tolist()):
-            made = made[: max_new_tokens - first] if going[row] else []
+            made = made[: most - first] if going[row] else []
             ends = (at + 1 for at, token in enumerate(made) if token in stop_tokens)
             end = next(ends, None)
             going[row] &= end is None
@@ -322,7 +321,6 @@ def stream(
     pieces = answer(
         *(model, params, logits, padded(prompts)[1], cache, key),
         plan=plan,
-        max_new_tokens=max_new_tokens,
         every=every,
         sampling=sampling,
         stop_tokens=tuple(stop_tokens),

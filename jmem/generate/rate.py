@@ -31,14 +31,12 @@ def fill(plan: PolicyPlan, key: jax.Array) -> Cache:
     """
     arrays = plan.arrays()
     chosen = jnp.concatenate([jnp.arange(size) for size in plan.selected])
-    rows = [(array.shape, array.dtype) for array in arrays.values()]
-    (slots, dtype), _, (units, _), (start, _) = rows
     first, second = jax.random.split(key)
     return Cache(
-        jax.random.normal(first, slots, dtype),
-        jax.random.normal(second, slots, dtype),
-        jnp.broadcast_to(chosen.astype(jnp.int32), units),
-        jnp.full(start, plan.prompt - plan.recent, jnp.int32),
+        jax.random.normal(first, arrays["keys"].shape, plan.dtype),
+        jax.random.normal(second, arrays["values"].shape, plan.dtype),
+        jnp.broadcast_to(chosen.astype(jnp.int32), arrays["positions"].shape),
+        jnp.full(plan.batch_size, plan.prompt - plan.recent, jnp.int32),
     )
 
 

@@ -241,9 +241,8 @@ def decode_attend(
             for whole in (cache.keys, cache.values)
         )
         if inside:
-            order, positions = cache_order(
-                plan, cache.start, held_positions, seen, last
-            )
+            given = plan, cache.start, held_positions, seen, last
+            order, positions = cache_order(*given)
             keys = jnp.swapaxes(rope(jnp.swapaxes(keys, 1, 2), order), 1, 2)
         q = rope(q, positions)
         return grouped_attention(q, keys, values, seen[:, :, None]), cache
@@ -294,12 +293,8 @@ def cache_order(
     last: Int[Array, " B"],
 ) -> tuple[Int[Array, "B N"], Int[Array, "B 1"]]:
     """The rank of every held token among its row's, and that of the token `last`."""
-    positions, seen, start, last = (
-        positions[:, 0],
-        seen[:, 0],
-        start[:, None],
-        last[:, None],
-    )
+    positions, seen = positions[:, 0], seen[:, 0]
+    start, last = start[:, None], last[:, None]
     selected = seen & (positions < start)
     oldest = jnp.maximum(start, last - plan.tail + 1)
     before = jnp.sum(selected, axis=-1, keepdims=True)
