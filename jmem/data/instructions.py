@@ -33,152 +33,132 @@ _QUESTION = (
     "Given the above, {input} Reply with a short phrase.\nAnswer:",
     "Answer the following question using the information above.\n\n{input}\n\nAnswer:",
 )
-INSTRUCTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+_BEFORE: Mapping[str, tuple[str, ...]] = {
     "narrativeqa": (
-        (
-            "Below is a novel or a film script. A question follows it.\n\n",
-            "I will show you a tale and ask you something about it.\n\nTale:\n",
-            "You will read a book. Reply to the question with a short phrase.\n\n",
-            "",
-        ),
-        _QUESTION,
+        "Below is a novel or a film script. A question follows it.\n\n",
+        "I will show you a tale and ask you something about it.\n\nTale:\n",
+        "You will read a book. Reply to the question with a short phrase.\n\n",
+        "",
     ),
     "qasper": (
-        (
-            "Here is a research paper. Reply to a question about it, as briefly as "
-            "possible, or say that it cannot be answered.\n\nPaper: ",
-            "Consider this scientific text and respond to the query below it.\n\n",
-            "Paper:\n",
-            "",
-        ),
-        (
-            *_QUESTION,
-            "If the paper does not say, reply so.\nQuestion: {input}\nAnswer:",
-        ),
+        "Here is a research paper. Reply to a question about it, as briefly as "
+        "possible, or say that it cannot be answered.\n\nPaper: ",
+        "Consider this scientific text and respond to the query below it.\n\n",
+        "Paper:\n",
+        "",
     ),
     "multifieldqa_en": (
-        (
-            "Please read this and respond shortly.\n\n",
-            "Document:\n",
-            "Use the document to answer the question at the end.\n\n",
-            "",
-        ),
-        (*_QUESTION, "Only the answer, nothing else. Question: {input}\nAnswer:"),
+        "Please read this and respond shortly.\n\n",
+        "Document:\n",
+        "Use the document to answer the question at the end.\n\n",
+        "",
     ),
     "passages": (
-        (
-            "Several passages are given. Find what the question asks for.\n\n",
-            "These documents were retrieved for a question. Give the answer only.\n\n",
-            "Write a high-quality answer to the question with the search results.\n\n",
-            "",
-        ),
-        (*_QUESTION, "Combine the documents to answer: {input}\nAnswer:"),
+        "Several passages are given. Find what the question asks for.\n\n",
+        "These documents were retrieved for a question. Give the answer only.\n\n",
+        "Write a high-quality answer to the question with the search results.\n\n",
+        "",
     ),
     "gov_report": (
-        (
-            "You get a report of an agency. Sum it up.\n\nReport:\n",
-            "Write an executive summary of the following document.\n\n",
-            "Condense this text into a few paragraphs.\n\n",
-            "",
-        ),
-        (
-            "Write the summary now.\n\nSummary:",
-            "TL;DR:",
-            "Give an overview of the main points of the report above.",
-            "Summarize the text above in about 400 words.",
-        ),
+        "You get a report of an agency. Sum it up.\n\nReport:\n",
+        "Write an executive summary of the following document.\n\n",
+        "Condense this text into a few paragraphs.\n\n",
+        "",
     ),
     "qmsum": (
-        (
-            "Here are a meeting's minutes. You will be asked to sum up a part.\n\n",
-            "Meeting transcript:\n",
-            "The following people met and talked. Respond to the query about it.\n\n",
-            "",
-        ),
-        (
-            "Query: {input}\nSummary:",
-            "Given the meeting above, respond in some sentences: {input}",
-            "Sum up what was said. Query: {input}\nAnswer:",
-            "From the discussion: {input}",
-        ),
+        "Here are a meeting's minutes. You will be asked to sum up a part.\n\n",
+        "Meeting transcript:\n",
+        "The following people met and talked. Respond to the query about it.\n\n",
+        "",
     ),
     "multi_news": (
-        (
-            "Several articles report on one event. Sum them up together.\n\n",
-            "Read all the news below and write a digest.\n\n",
-            "Articles:\n",
-            "",
-        ),
-        (
-            "Write one summary of all articles.\n\nSummary:",
-            "Digest of the news above:",
-            "What is the gist of these articles? Write a page.",
-            "Summarize the articles above.",
-        ),
+        "Several articles report on one event. Sum them up together.\n\n",
+        "Read all the news below and write a digest.\n\n",
+        "Articles:\n",
+        "",
     ),
     "trec": (
-        (
-            "Classify the question at the end. Examples come first.\n\n",
-            "Label each question with its category.\n\n",
-            "What kind of question is it? Follow these demonstrations.\n\n",
-            "",
-        ),
-        ("{input}",),
+        "Classify the question at the end. Examples come first.\n\n",
+        "Label each question with its category.\n\n",
+        "What kind of question is it? Follow these demonstrations.\n\n",
+        "",
     ),
     "triviaqa": (
-        (
-            "Here are examples of passages with questions and answers. Complete the "
-            "last one.\n\n",
-            "Follow the pattern of the examples.\n\n",
-            "Continue the list of solved exercises.\n\n",
-            "",
-        ),
-        ("{input}",),
+        "Here are examples of passages with questions and answers. Complete the "
+        "last one.\n\n",
+        "Follow the pattern of the examples.\n\n",
+        "Continue the list of solved exercises.\n\n",
+        "",
     ),
     "samsum": (
-        (
-            "Examples of conversations with their summaries. Complete the last.\n\n",
-            "Sum up each chat in a sentence or two, like these examples.\n\n",
-            "Conversations and what was said in them:\n\n",
-            "",
-        ),
-        ("{input}",),
+        "Examples of conversations with their summaries. Complete the last.\n\n",
+        "Sum up each chat in a sentence or two, like these examples.\n\n",
+        "Conversations and what was said in them:\n\n",
+        "",
     ),
     "passage_count": (
-        (
-            "Some of these paragraphs are duplicates. Tell how many remain without "
-            "them.\n\n",
-            "How many unique paragraphs are in this list?\n\n",
-            "Count distinct passages.\n\n",
-        ),
-        (
-            "Count the unique paragraphs. Write only a number.\n\nCount: ",
-            "After removing repeated paragraphs, how many are left? The total is: ",
-            "Number of distinct paragraphs:",
-        ),
+        "Some of these paragraphs are duplicates. Tell how many remain without "
+        "them.\n\n",
+        "How many unique paragraphs are in this list?\n\n",
+        "Count distinct passages.\n\n",
     ),
     "passage_retrieval_en": (
-        (
-            "You see paragraphs and an abstract. Which one does it describe?\n\n",
-            "Match the abstract to its source among these paragraphs.\n\n",
-            "Paragraphs with numbers:\n\n",
-        ),
-        (
-            "Abstract: {input}\n\nGive the number of the paragraph it was made from: ",
-            "The abstract below comes from one of them.\n\n{input}\n\nWhich number? ",
-            "{input}\n\nThis abstract belongs to paragraph number ",
-        ),
+        "You see paragraphs and an abstract. Which one does it describe?\n\n",
+        "Match the abstract to its source among these paragraphs.\n\n",
+        "Paragraphs with numbers:\n\n",
     ),
     "code": (
-        (
-            "Complete this code.\n",
-            "Continue the program below.\n",
-            "You are a code completion engine. Predict what follows.\n\n",
-            "",
-        ),
-        ("{input}", "{input}Next line:\n", "{input}# continue here\n"),
+        "Complete this code.\n",
+        "Continue the program below.\n",
+        "You are a code completion engine. Predict what follows.\n\n",
+        "",
     ),
 }
+_AFTER: Mapping[str, tuple[str, ...]] = {
+    "narrativeqa": _QUESTION,
+    "qasper": (
+        *_QUESTION,
+        "If the paper does not say, reply so.\nQuestion: {input}\nAnswer:",
+    ),
+    "multifieldqa_en": (
+        *_QUESTION,
+        "Only the answer, nothing else. Question: {input}\nAnswer:",
+    ),
+    "passages": (*_QUESTION, "Combine the documents to answer: {input}\nAnswer:"),
+    "gov_report": (
+        "Write the summary now.\n\nSummary:",
+        "TL;DR:",
+        "Give an overview of the main points of the report above.",
+        "Summarize the text above in about 400 words.",
+    ),
+    "qmsum": (
+        "Query: {input}\nSummary:",
+        "Given the meeting above, respond in some sentences: {input}",
+        "Sum up what was said. Query: {input}\nAnswer:",
+        "From the discussion: {input}",
+    ),
+    "multi_news": (
+        "Write one summary of all articles.\n\nSummary:",
+        "Digest of the news above:",
+        "What is the gist of these articles? Write a page.",
+        "Summarize the articles above.",
+    ),
+    "trec": ("{input}",),
+    "triviaqa": ("{input}",),
+    "samsum": ("{input}",),
+    "passage_count": (
+        "Count the unique paragraphs. Write only a number.\n\nCount: ",
+        "After removing repeated paragraphs, how many are left? The total is: ",
+        "Number of distinct paragraphs:",
+    ),
+    "passage_retrieval_en": (
+        "Abstract: {input}\n\nGive the number of the paragraph it was made from: ",
+        "The abstract below comes from one of them.\n\n{input}\n\nWhich number? ",
+        "{input}\n\nThis abstract belongs to paragraph number ",
+    ),
+    "code": ("{input}", "{input}Next line:\n", "{input}# continue here\n"),
+}
+INSTRUCTIONS = {name: (before, _AFTER[name]) for name, before in _BEFORE.items()}
 """By data set: instructions before a text, and instructions behind it, in any pairs.
 
 No sentence is of `jmem.data.longbench`'s templates, which are there to judge by; the
