@@ -187,13 +187,7 @@ def read_chats(
     """
 
     def documents(path: Path) -> Iterator[Document]:
-        is_lines = path.suffix.lower() == ".jsonl"
-        table = (
-            rows.json_lines(path)
-            if is_lines
-            else rows.parquet_rows(path, (column,), strings=False)
-        )
-        for place, row in table:
+        for place, row in rows.of_file(path, (column,), strings=False) or ():
             if not isinstance(row, Mapping) or column not in row:
                 found = row if isinstance(row, Mapping) else ()
                 raise missing_column(place, column, found)

@@ -132,15 +132,20 @@ def _check_column(path: Path, column: str, schema, strings: bool) -> None:
         )
 
 
-def of_file(path: Path, columns: tuple[str, ...]) -> Iterator[Row] | None:
-    """Rows of a table by the suffix of its file; None if it is no table."""
+def of_file(
+    path: Path, columns: tuple[str, ...], *, strings: bool = True
+) -> Iterator[Row] | None:
+    """Rows of a table by the suffix of its file; None if it is no table.
+
+    A Parquet file's `columns` must hold strings, unless `strings` is false.
+    """
     match path.suffix.lower():
         case ".jsonl":
             return json_lines(path)
         case ".csv":
             return csv_rows(path)
         case ".parquet":
-            return parquet_rows(path, columns)
+            return parquet_rows(path, columns, strings=strings)
     return None
 
 

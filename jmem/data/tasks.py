@@ -21,10 +21,11 @@ Stable  The same for everybody on one release of Python, as `jmem.data.builtin` 
 
 import ast
 import copy
+import functools
 import re
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from jmem.data.builtin import (
@@ -116,37 +117,29 @@ def python_tasks() -> dict[str, Corpus]:
     drawn = [m for m in training if _is_drawn(m) and m.module in modules]
     prose = python_reference(also_held_out=ALSO_HELD_OUT)
     return {
-        "summary": _corpus(_summary, training, held_out),
-        "signature": _corpus(_signature, training, held_out),
-        "module": _corpus(_module, shown, drawn),
+        "summary": _corpus("summary", training, held_out),
+        "signature": _corpus("signature", training, held_out),
+        "module": _corpus("module", shown, drawn),
         "prose": Corpus(tuple(_passages(prose[0])), tuple(_passages(prose[1]))),
     }
 
 
 def _corpus(
-    document: Callable[[_Member], Document],
-    training: Iterable[_Member],
-    held_out: Iterable[_Member],
+    task: str, training: Iterable[_Member], held_out: Iterable[_Member]
 ) -> Corpus:
+    document = functools.partial(_document, task)
     return Corpus(tuple(map(document, training)), tuple(map(document, held_out)))
 
 
-def _summary(member: _Member) -> Document:
-    return _document("summary", member.definition, member.summary, member.source)
-
-
-def _signature(member: _Member) -> Document:
-    return _document("signature", member.summary, member.definition, member.source)
-
-
-def _module(member: _Member) -> Document:
-    given = f"{member.definition}\n{member.summary}"
-    return _document("module", given, member.module, member.source)
-
-
-def _document(task: str, given: str, completion: str, source: str) -> Document:
+def _document(task: str, member: _Member) -> Document:
     """A document whose completion has lines of its own: no token crosses its start."""
-    return answered(f"{INSTRUCTIONS[task]}\n{given}\n", completion, source)
+    definition, summary = member.definition, member.summary
+    given, completion = {
+        "summary": (definition, summary),
+        "signature": (summary, definition),
+        "module": (f"{definition}\n{summary}", member.module),
+    }[task]
+    return answered(f"{INSTRUCTIONS[task]}\n{given}\n", completion, member.source)
 
 
 def _is_drawn(member: _Member) -> bool:

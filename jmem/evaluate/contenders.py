@@ -12,7 +12,7 @@ those bytes holds.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from jmem.kvcache.budget import Sized, fitted
 from jmem.kvcache.full import Full
@@ -48,26 +48,24 @@ def at_equal_bytes(
     methods: Mapping[str, Sized],
     shares: Sequence[float] | Mapping[float, int],
     *,
-    prompt: int,
-    new_tokens: int,
-    batch_size: int,
     answer_besides: bool = False,
+    **sizes: Unpack[Sizes],
 ) -> dict[str, Contender]:
     """The full cache, and each method at each share of its bytes, by name.
 
     With `answer_besides` a share is of the prompt's bytes alone, and room for the new
     tokens comes on top of it, for all alike. A mapping says itself how many bytes each
-    of its shares is. Sizes are those of `Policy.plan`.
+    of its shares is. Sizes are those of `CacheMethod.plan`: prompt, new_tokens,
+    batch_size=1, target=None.
 
     Raises:
       ValueError: a share outside (0, 1), or one that is too small for a method, which
         is named with what it needs.
     """
-    size = Sizes(prompt=prompt, new_tokens=new_tokens, batch_size=batch_size)
-    whole = Full().plan(model, **size)
+    whole = Full().plan(model, **sizes)
     besides = 0
     if answer_besides:
-        alone = Full().plan(model, prompt=prompt, new_tokens=0, batch_size=batch_size)
+        alone = Full().plan(model, **(sizes | {"new_tokens": 0}))
         besides = whole.device_bytes() - alone.device_bytes()
     shared = whole.device_bytes() - besides
     found = {"full": Contender("full", "full", 1.0, whole, None, besides)}
@@ -84,14 +82,14 @@ def at_equal_bytes(
             if isinstance(shares, Mapping):
                 nbytes = shares[share]
             try:
-                cut = fitted(given, model, nbytes, **size)
-                plan = cut.plan(model, **size)
+                cut = fitted(given, model, nbytes, **sizes)
+                plan = cut.plan(model, **sizes)
             except ValueError as error:
                 raise ValueError(
                     f"at_equal_bytes: shares={share:g} of the full cache for "
-                    f"{prompt:,} + {new_tokens:,} tokens is too little for {method}; "
-                    "raise it, leave that method out, or lower what it keeps in any "
-                    f"case.\n{error}"
+                    f"{whole.prompt:,} + {whole.new_tokens:,} tokens is too little for "
+                    f"{method}; raise it, leave that method out, or lower what it "
+                    f"keeps in any case.\n{error}"
                 ) from error
             name = name_contender(method, share)
             found[name] = Contender(name, method, share, plan, cut.filter, besides)

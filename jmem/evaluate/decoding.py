@@ -10,7 +10,7 @@ a step costs what reading the weights does, so rows are nearly free.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,13 @@ from jmem.kvcache.plan import Plan
 from jmem.kvcache.shorten import Shorten, keep_tokens
 
 
+class More(TypedDict, total=False):
+    """What `answers` and `losses` may be told besides; see `answers`."""
+
+    filters: Mapping[str, Shorten] | None
+    rows: int | None
+
+
 def answers(
     model,
     params: dict,
@@ -32,8 +39,7 @@ def answers(
     lengths: Int[Array | np.ndarray, " B"],
     *,
     steps: int,
-    filters: Mapping[str, Shorten] | None = None,
-    rows: int | None = None,
+    **more: Unpack[More],
 ) -> dict[str, Int[np.ndarray, "B steps"]]:
     """Greedy answers of `steps` tokens a row from the cache of each plan, by name.
 
@@ -48,13 +54,8 @@ def answers(
       ValueError: nothing to answer from, a plan for other rows, shorter prompts or
         fewer steps, more positions than the model has, or `rows` that do not divide B.
     """
-    read = read_all(
-        *(model, params, plans, tokens, lengths),
-        steps=steps,
-        filters=filters,
-        rows=rows,
-        where="answers",
-    )
+    given = model, params, plans, tokens, lengths
+    read = read_all(*given, steps=steps, where="answers", **more)
     return {name: continue_text(model, params, own, steps) for name, own in read}
 
 
@@ -65,9 +66,7 @@ def losses(
     tokens: Int[Array | np.ndarray, "B T"],
     lengths: Int[Array | np.ndarray, " B"],
     continuation: Int[Array | np.ndarray, "B N"],
-    *,
-    filters: Mapping[str, Shorten] | None = None,
-    rows: int | None = None,
+    **more: Unpack[More],
 ) -> dict[str, Float[np.ndarray, "B N"]]:
     """Loss of each token of a given continuation, in nats, from each plan's cache.
 
@@ -76,14 +75,9 @@ def losses(
     The first token's is the same for all plans, as a prompt attends all of itself, but
     not for `filters`, which cut it before. Else as `answers`, with N steps.
     """
-    continuation = jnp.asarray(continuation)
-    read = read_all(
-        *(model, params, plans, tokens, lengths),
-        steps=continuation.shape[1],
-        filters=filters,
-        rows=rows,
-        where="losses",
-    )
+    given = model, params, plans, tokens, lengths
+    steps = continuation.shape[1]
+    read = read_all(*given, steps=steps, where="losses", **more)
     return {name: follow_text(model, params, own, continuation) for name, own in read}
 
 

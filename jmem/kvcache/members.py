@@ -29,8 +29,8 @@ POLICIES: Mapping[str, Policy] = {
     "windowkv": WindowKV(
         capacity=14, window=4, observation=6, group=2, best=2, divisor=4
     ),
-    "windowkv aggregation": WindowKV.aggregation(
-        capacity=14, window=3, observation=5, group=1, divisor=3
+    "windowkv aggregation": WindowKV.for_task(
+        "aggregation", capacity=14, window=3, observation=5, group=1, divisor=3
     ),
 }
 """Those that choose which tokens stay."""

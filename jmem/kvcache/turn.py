@@ -25,12 +25,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.cache import Cache, offset, place, repeated
 from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.seen import Seen, last_queries
-from jmem.nn.attention import Implementation, grouped_attention
+from jmem.nn.attention import grouped_attention
 from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
 
@@ -153,7 +153,14 @@ def turn_attend(
         if window is not None:
             oldest = (positions - window)[:, None, :, None]
             seen &= tokens.positions[:, :, None] > oldest
-        return attention(q, k, v, seen, model.attention), (cache, shared)
+        if model.attention == "cudnn" and seen.shape[1] == 1:  # all heads see the same
+            given = q, k, jnp.swapaxes(v, 1, 2)
+            out = jax.nn.dot_product_attention(
+                *given, mask=seen, implementation="cudnn"
+            )
+        else:
+            out = grouped_attention(q, jnp.swapaxes(k, 1, 2), v, seen)
+        return out, (cache, shared)
 
     return attend
 
@@ -173,20 +180,6 @@ def unrotate(
     return jnp.swapaxes(back.reshape(batch, heads, number, dim), 1, 2).astype(
         keys.dtype
     )
-
-
-def attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B N K D"],
-    v: Float[Array, "B K N D"],
-    seen: Bool[Array, "B U T N"],
-    implementation: Implementation,
-) -> Float[Array, "B T H D"]:
-    """Of new tokens over a list; cuDNN's where all heads see the same of it."""
-    if implementation == "cudnn" and seen.shape[1] == 1:
-        v = jnp.swapaxes(v, 1, 2)
-        return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation="cudnn")
-    return grouped_attention(q, jnp.swapaxes(k, 1, 2), v, seen)
 
 
 def check_turn(

@@ -95,16 +95,6 @@ class WindowKV(Policy):
             )
 
     @classmethod
-    def localization(cls, **settings: Any) -> "WindowKV":
-        """For questions about one place: in the code, a window's best half counts."""
-        return cls.for_task("localization", **settings)
-
-    @classmethod
-    def aggregation(cls, **settings: Any) -> "WindowKV":
-        """For summaries and counting: in the code, all tokens of a window count."""
-        return cls.for_task("aggregation", **settings)
-
-    @classmethod
     def for_task(
         cls,
         task: str | Callable[[str], str],
@@ -114,6 +104,9 @@ class WindowKV(Policy):
         **settings: Any,
     ) -> "WindowKV":
         """The setting for "localization" or "aggregation", by code or paper (`TASKS`).
+
+        The one is for questions about one place: in the code, a window's best half
+        counts. The other is for summaries and counting: all tokens of a window count.
 
         `task` may be a function that names it from the prompt's `text`, such as
         `jmem.kvcache.task.classifier()`. `settings` are fields, and come first.

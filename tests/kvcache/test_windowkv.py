@@ -251,11 +251,14 @@ def test_every_layer_keeps_what_the_official_algorithm_keeps(case):
 
 
 def test_settings_for_the_two_tasks():
-    one, many = WindowKV.localization(window=16), WindowKV.aggregation(window=16)
+    one, many = (
+        WindowKV.for_task("localization", window=16),
+        WindowKV.for_task("aggregation", window=16),
+    )
     assert (one.best, one.observation) == (8, 32)
     assert (many.best, many.observation) == (0, 16)
-    assert WindowKV.aggregation(best=2).best == 2
-    assert WindowKV.localization(window=1).best == 1
+    assert WindowKV.for_task("aggregation", best=2).best == 2
+    assert WindowKV.for_task("localization", window=1).best == 1
 
 
 def test_the_paper_scores_the_tasks_the_other_way_round():
