@@ -209,8 +209,12 @@ class _Material:
         words = re.findall(r"[A-Za-z_]{4,}", self.slice(self.texts, 300, 400))
         return self.one(words) if words else "it"
 
+    def fill(self, forms: Sequence[str]) -> str:
+        """One of some sentences, random words in its gaps."""
+        return self.one(forms).format(self.word(), self.word())
+
     def question(self) -> str:
-        form = self.one(
+        return self.fill(
             (
                 "What is {}?",
                 "Who wrote about {} and {}?",
@@ -226,10 +230,9 @@ class _Material:
                 "In the text, {} is said to be",
             )
         )
-        return form.format(self.word(), self.word())
 
     def query(self) -> str:
-        form = self.one(
+        return self.fill(
             (
                 "Summarize the discussion of {}.",
                 "What did the group decide about {} and {}?",
@@ -239,7 +242,6 @@ class _Material:
                 "Summarize the whole meeting.",
             )
         )
-        return form.format(self.word(), self.word())
 
     def listed(self, form: str) -> str:
         """Passages, each after a numbered heading."""

@@ -294,15 +294,12 @@ def _example(row: Any, place: str) -> Example:
             f"{place}: length={length!r:.80} is not a whole number from 0 on. It tells "
             "the words of the row."
         )
+    identifier = texts.pop("_id")
     example = Example(
-        input=texts["input"],
-        context=texts["context"],
+        **(texts | {"dataset": dataset, "id": identifier}),
         answers=_strings(row, "answers", place),
         length=length,
-        dataset=dataset,
-        language=texts["language"],
         all_classes=_strings(row, "all_classes", place, null=True),
-        id=texts["_id"],
         source=place,
     )
     if not example.answers:

@@ -30,7 +30,7 @@ from jmem.generate.checks import (
     check_tokens,
     checked_key,
 )
-from jmem.generate.decode import answer, joined, planned
+from jmem.generate.decode import Decoding, answer, joined, planned
 from jmem.generate.reading import read
 from jmem.generate.sampling import Sampling
 from jmem.kvcache.full import Full
@@ -131,10 +131,7 @@ class Conversation:
             *(self.model, self.params, logits),
             jnp.asarray(self.lengths, jnp.int32),
             *(self._cache, jax.random.fold_in(self.key, turn)),
-            plan=self.plan,
-            every=every,
-            sampling=self.sampling,
-            stop_tokens=self.stop_tokens,
+            Decoding(self.plan, every, self.sampling, self.stop_tokens),
         )
         while self.turns == turn:
             rows, self._cache = next(given, (None, self._cache))

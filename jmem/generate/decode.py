@@ -70,6 +70,17 @@ class Answering(NamedTuple):
     cache: Any
 
 
+class Decoding(NamedTuple):
+    """How tokens are decoded by one program; hashable, so it is compiled in."""
+
+    plan: Plan
+    steps: int
+    """Tokens a row."""
+    sampling: Sampling = GREEDY
+    stop_tokens: tuple[int, ...] = ()
+    """Those that end a row's answer."""
+
+
 def _begun(logits, lengths, cache) -> Answering:
     """After reading rows that are now `lengths` tokens long."""
     nothing = jnp.zeros(lengths.shape, jnp.int32)
@@ -84,16 +95,14 @@ def _decode(
     *,
     first: Int[Array, ""] | int,
     limit: Int[Array, ""] | None,
-    plan: Plan,
-    steps: int,
-    sampling: Sampling,
-    stop_tokens: tuple[int, ...],
+    how: Decoding,
 ) -> tuple[Int[Array, "B steps"], Answering]:
     """The next `steps` tokens; the first of them is number `first` of the answer.
 
     A row is done after a stop token, or `limit` tokens of its answer. The loop ends
     when all are, of which it asks only where there can be any: a GPU waits for that.
     """
+    plan, steps, sampling, stop_tokens = how
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def going(carry):
@@ -153,21 +162,15 @@ def extend(
             f"extend: lengths has {len(lengths)} rows, but the plan is for batch_size="
             f"{plan.batch_size}; plan for these."
         )
-    tokens, state = _decode(
-        *(model, params, _begun(logits, lengths, cache), key),
-        first=0,
-        limit=None,
-        plan=plan,
-        steps=steps,
-        sampling=sampling,
-        stop_tokens=stop_tokens,
-    )
+    given = model, params, _begun(logits, lengths, cache), key
+    how = Decoding(plan, steps, sampling, stop_tokens)
+    tokens, state = _decode(*given, first=0, limit=None, how=how)
     return tokens, state.cache
 
 
 _further = jax.jit(
     _decode,
-    static_argnames=("model", "plan", "steps", "sampling", "stop_tokens"),
+    static_argnames=("model", "how"),
     donate_argnames="state",
     compiler_options=dict(IN_PLACE),
 )
@@ -180,36 +183,27 @@ def answer(
     lengths: Int[Array, " B"],
     cache: Any,
     key: jax.Array,
-    *,
-    plan: Plan,
-    every: int,
-    sampling: Sampling,
-    stop_tokens: tuple[int, ...],
+    how: Decoding,
 ) -> Iterator[tuple[list[list[int]], Any]]:
-    """`extend`, `every` tokens at a time: the rows' next tokens, and the cache.
+    """`extend`, `how.steps` tokens at a time: the rows' next tokens, and the cache.
 
     One compiled program for all calls. A row that has stopped gives no more tokens;
     when all have, or have the plan's `new_tokens`, it ends. The cache holds the tokens
     given so far, and is donated when the next ones are asked for.
     """
-    state, most = _begun(logits, lengths, cache), plan.new_tokens
-    limit = None if most % every == 0 else jnp.int32(most)
-    going = [True] * plan.batch_size
-    for first in range(0, most, every):
+    state, most = _begun(logits, lengths, cache), how.plan.new_tokens
+    limit = None if most % how.steps == 0 else jnp.int32(most)
+    going = [True] * how.plan.batch_size
+    for first in range(0, most, how.steps):
+        at = jnp.int32(first)
         tokens, state = _further(
-            *(model, params, state, key),
-            first=jnp.int32(first),
-            limit=limit,
-            plan=plan,
-            steps=every,
-            sampling=sampling,
-            stop_tokens=stop_tokens,
+            *(model, params, state, key), first=at, limit=limit, how=how
         )
         given = []
         for row, made in enumerate(np.asarray(tokens).tolist()):
             made = made[: most - first] if going[row] else []
-            ends = (at + 1 for at, token in enumerate(made) if token in stop_tokens)
-            end = next(ends, None)
+            stops = (n for n, token in enumerate(made, 1) if token in how.stop_tokens)
+            end = next(stops, None)
             going[row] &= end is None
             given.append(made[:end])
         yield given, state.cache
@@ -318,14 +312,9 @@ def stream(
         chunk=prompt_chunk,
         width=kept,
     )
-    pieces = answer(
-        *(model, params, logits, padded(prompts)[1], cache, key),
-        plan=plan,
-        every=every,
-        sampling=sampling,
-        stop_tokens=tuple(stop_tokens),
-    )
-    return (rows for rows, _ in pieces)
+    how = Decoding(plan, every, sampling, tuple(stop_tokens))
+    given = model, params, logits, padded(prompts)[1], cache, key
+    return (rows for rows, _ in answer(*given, how))
 
 
 def planned(

@@ -55,16 +55,16 @@ def tail_start(plan: PolicyPlan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
     return jnp.maximum(lengths - plan.recent, jnp.minimum(plan.sinks, lengths))
 
 
-def last_places(lengths: Int[Array, " B"], width: int) -> Int[Array, "B W"]:
+def find_last_places(lengths: Int[Array, " B"], width: int) -> Int[Array, "B W"]:
     """Places of each row's last `width` tokens; negative where there are fewer."""
     return lengths[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
 
 
-def last_queries(
+def take_last_queries(
     queries: Float[Array, "B T H D"], lengths: Int[Array, " B"], width: int
 ) -> tuple[Float[Array, "B W H D"], Int[Array, "B W"]]:
-    """The queries of each row's last `width` tokens, or T, and their `last_places`."""
-    at = last_places(lengths, min(width, queries.shape[1]))
+    """The queries of each row's last `width` tokens, or T, and their `find_last_places`."""
+    at = find_last_places(lengths, min(width, queries.shape[1]))
     rows = jnp.maximum(at, 0)[:, :, None, None]
     return jnp.take_along_axis(queries, rows, axis=1), at
 
@@ -72,7 +72,7 @@ def last_queries(
 def observe(plan: PolicyPlan, read: Read) -> Seen:
     """What a policy selects by: all keys, and the queries of the recent tokens."""
     return Seen(
-        *last_queries(read.queries, read.lengths, plan.recent),
+        *take_last_queries(read.queries, read.lengths, plan.recent),
         read.keys,
         tail_start(plan, read.lengths),
         lambda: read.unrotated,

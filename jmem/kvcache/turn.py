@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.cache import Cache, offset, place, repeated
 from jmem.kvcache.plan import PolicyPlan
-from jmem.kvcache.seen import Seen, last_queries
+from jmem.kvcache.seen import Seen, take_last_queries
 from jmem.nn.attention import grouped_attention
 from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
@@ -132,7 +132,7 @@ def turn_attend(
         recent = jnp.maximum(total - min(plan.policy.recent, k.shape[1]), 0)
         first = jnp.maximum(recent, jnp.minimum(plan.sinks, total))
         if max(plan.selected):
-            queries, last = last_queries(q, lengths, plan.recent)
+            queries, last = take_last_queries(q, lengths, plan.recent)
             at = jnp.where(last < 0, -1, tokens.held[:, None] + last)
             seen = Seen(
                 *(queries, at, k, first),

@@ -39,7 +39,7 @@ from jmem.kvcache.gemfilter.study import calibrate_filter_layer, explain, layer_
 from jmem.kvcache.method import Read
 from jmem.kvcache.prefill import read_prompts
 from jmem.kvcache.scores import average_windows, column_mass, pool
-from jmem.kvcache.seen import last_places, last_queries
+from jmem.kvcache.seen import find_last_places, take_last_queries
 from jmem.kvcache.select import select
 from jmem.kvcache.settings import check_settings
 from jmem.kvcache.shorten import Shorten, Shortened
@@ -132,7 +132,7 @@ class GemFilter(Shorten):
 
     def choose_in(self, read: Read) -> Int[Array, "B N"]:
         """The positions that it would keep, were the layer that reads its own."""
-        queries, at = last_queries(read.queries, read.lengths, self.queries)
+        queries, at = take_last_queries(read.queries, read.lengths, self.queries)
         scores = token_scores(self, queries, at, read.keys, read.lengths)
         return best(self, scores, read.lengths)
 
@@ -208,7 +208,7 @@ def votes(
     )
     config = model.config
     x = normalise(config.norm, norm, x, config.rms_eps)
-    at = last_places(lengths, min(gem.queries, tokens.shape[1]))
+    at = find_last_places(lengths, min(gem.queries, tokens.shape[1]))
 
     def projected(name, x, heads, positions):
         y = ops.linear(f"attention/{name}", voting[name], x)
