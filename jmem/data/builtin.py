@@ -186,6 +186,7 @@ def paragraphs_of(text: str) -> list[str]:
 
 
 def words_of(text: str) -> list[str]:
+    """The words of a text, in lower case and without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 

@@ -158,7 +158,9 @@ _AFTER: Mapping[str, tuple[str, ...]] = {
     ),
     "code": ("{input}", "{input}Next line:\n", "{input}# continue here\n"),
 }
-INSTRUCTIONS = {name: (before, _AFTER[name]) for name, before in _BEFORE.items()}
+INSTRUCTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    name: (before, _AFTER[name]) for name, before in _BEFORE.items()
+}
 """By data set: instructions before a text, and instructions behind it, in any pairs.
 
 No sentence is of `jmem.data.longbench`'s templates, which are there to judge by; the

@@ -71,12 +71,16 @@ class Loader:
         """Steps after which every row has been seen: N / batch_size, rounded up."""
         return -(-self.rows // self.batch_size)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits that other tokens, weights or shapes would change.
 
         Independent of batch size, seed and machine. A resumed run compares it.
         """
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         sha = hashlib.sha256()
         for leaf, dtype in zip(self.data, ("<i4", "<i4", "<f4")):
             sha.update(repr(np.shape(leaf)).encode())

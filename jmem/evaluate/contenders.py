@@ -31,7 +31,7 @@ class Contender(NamedTuple):
     filter: Shorten | None = None
     """What shortens a prompt before it is read into the plan's cache."""
     answer_bytes: int = 0
-    """Of the plan's, room for an answer that came on top of the share."""
+    """Those of the plan's bytes that hold an answer and come on top of the share."""
 
 
 def name_contender(method: str, share: float) -> str:
@@ -65,8 +65,8 @@ def at_equal_bytes(
     whole = Full().plan(model, **sizes)
     besides = 0
     if answer_besides:
-        alone = Full().plan(model, **(sizes | {"new_tokens": 0}))
-        besides = whole.device_bytes() - alone.device_bytes()
+        alone: Sizes = {**sizes, "new_tokens": 0}
+        besides = whole.device_bytes() - Full().plan(model, **alone).device_bytes()
     shared = whole.device_bytes() - besides
     found = {"full": Contender("full", "full", 1.0, whole, None, besides)}
     for method, given in methods.items():

@@ -177,10 +177,10 @@ def read_all(
     rows: int | None = None,
     where: str = "read_all",
 ) -> Iterator[tuple[str, Context]]:
-    """One plan after the other, then one filter; each cache is made when its turn is.
+    """Yields the name and the context of each plan, then of each filter.
 
-    Whoever takes a cache may donate it. Arguments and refusals are those of `answers`,
-    which speak for `where`.
+    A filter's prompt is read when its turn comes. Whoever takes a cache may donate it.
+    Arguments and refusals are those of `answers`; messages begin with `where`.
     """
     filters = filters or {}
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)

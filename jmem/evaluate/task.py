@@ -101,7 +101,7 @@ class Task(abc.ABC):
     def score(
         self, produced: Shaped[np.ndarray, "N ..."], places: Sequence[int]
     ) -> Shaped[np.ndarray, "N ..."]:
-        """How good it is for each of these cases."""
+        """How good what was produced is, for each of the cases at these places."""
 
     @abc.abstractmethod
     def summary(

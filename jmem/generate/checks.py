@@ -78,7 +78,7 @@ def checked_lengths(
     *,
     least: int,
 ) -> np.ndarray | None:
-    """The lengths, if they are known; refuses what is not made by and for the plans."""
+    """The lengths, None while they are traced; refuses other plans' rows or caches."""
     batch, width = tokens.shape[:2]
     for plan, cache in zip(plans, caches, strict=True):
         if plan.batch_size != batch or lengths.shape != (batch,):

@@ -56,7 +56,7 @@ def decode_step(
 
 
 class Answering(NamedTuple):
-    """Where every row of an answer stands."""
+    """The state of a loop that decodes an answer, between two tokens."""
 
     logits: Float[Array, "B V"]
     """Of the next token."""
@@ -82,7 +82,7 @@ class Decoding(NamedTuple):
 
 
 def _begun(logits, lengths, cache) -> Answering:
-    """After reading rows that are now `lengths` tokens long."""
+    """The state before the first new token, once rows of `lengths` tokens are read."""
     nothing = jnp.zeros(lengths.shape, jnp.int32)
     return Answering(logits, nothing, lengths - 1, nothing > 0, cache)
 

@@ -60,7 +60,10 @@ def time_tokens(model, params: dict, plan: PolicyPlan, repeats: int = REPEATS) -
 
 
 def weight_bytes(params: Any) -> int:
-    """Of the weights that a step reads whole: not a table of which it reads rows."""
+    """Bytes of the weights that a decoding step reads whole.
+
+    An embedding, of which it reads some rows, counts only where it is the head too.
+    """
     tied = "head" not in params
     leaves = jax.tree.leaves(params if tied else {**params, "embed": {}})
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -60,7 +60,7 @@ def offset(sizes: tuple[int, ...], layer: jax.Array) -> Int[Array, ""]:
 
 
 def region(sizes: tuple[int, ...], layer: jax.Array) -> Region:
-    """That of a traced `layer`, as long as the largest layer's."""
+    """The region of a traced `layer`: a slice as long as the largest layer's."""
     longest, first = max(sizes), offset(sizes, layer)
     begin = jnp.minimum(first, sum(sizes) - longest)
     return Region(begin, jnp.arange(longest, dtype=jnp.int32) + begin - first)
@@ -89,7 +89,7 @@ def write(
     lengths: Int[Array, " B"],
     layer: jax.Array,
 ) -> Cache:
-    """The prompt's chosen and recent tokens in the layer's region, in place.
+    """Writes the prompt's chosen and recent tokens into the layer's region, in place.
 
     `chosen` are positions, as `place` takes them.
     """
@@ -121,7 +121,7 @@ def place(
     tokens: Int[Array, "B U T"] | None = None,
     rows: Bool[Array, " B"] | None = None,
 ) -> Cache:
-    """Of a list of `lengths` tokens those chosen, and those from `start` on.
+    """Writes of a list of `lengths` tokens those chosen, and those from `start` on.
 
     They go into the layer's region, in place. `chosen` are places in the list,
     ascending, -1 behind the last; S is the largest layer's number of selected slots,
@@ -169,7 +169,10 @@ def place(
 
 
 def repeated(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
-    """Repeated for a cache that stores every query head (only to compare with)."""
+    """Keys or values of `heads` stored heads.
+
+    Repeated where all query heads are stored, as the official code of SnapKV does.
+    """
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
@@ -203,7 +206,7 @@ def append(
     last: Int[Array, " B"],
     layer: jax.Array,
 ) -> Cache:
-    """A new token of position `last` in every row's tail, in place."""
+    """Writes a new token, of position `last`, into every row's tail, in place."""
     begin, slots = region(plan.sizes, layer)
     first = begin - slots[0] + jnp.asarray(plan.selected, jnp.int32)[layer]
     slot = first + (last - cache.start) % plan.tail
@@ -218,7 +221,7 @@ def append(
 def decode_attend(
     plan: PolicyPlan, window: int | None, places: Int[Array, " B"] | None = None
 ) -> Attend:
-    """One new token a row enters its row's tail and attends all that is kept.
+    """An `Attend`: a new token enters its row's tail and attends all that is kept.
 
     The carry is the cache. With a sliding `window` it sees that many positions, its own
     among them. `places` count the tokens that came before it, where these are not its

@@ -15,15 +15,16 @@ functions of `CacheMethod`, and a `Plan` of its own.
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jmem.kvcache.plan import Plan, Sizes
+from jmem.kvcache.plan import Plan
 from jmem.nn.ops import Attend
+from jmem.targets import Target
 
 
 class Read(NamedTuple):
@@ -54,12 +55,20 @@ class CacheMethod(abc.ABC):
     """
 
     @abc.abstractmethod
-    def plan(self, model, **sizes: Unpack[Sizes]) -> Plan:
+    def plan(
+        self,
+        model,
+        *,
+        prompt: int,
+        new_tokens: int,
+        batch_size: int = 1,
+        target: Target | None = None,
+    ) -> Plan:
         """The sizes of a cache for prompts of up to `prompt` tokens, and as many new.
 
         Of a model with `config` and `dtype` (`jmem.models.decoder.Decoder`), decoding
-        on `target` (None: the CPU). `sizes` are prompt, new_tokens, batch_size=1 and
-        target=None; a method's own `plan` may name them as its arguments.
+        on `target` (None: the CPU). Who only hands the sizes on takes them as
+        `**sizes: Unpack[jmem.kvcache.plan.Sizes]`.
         """
 
     @property

@@ -51,7 +51,7 @@ class Plan(abc.ABC):
     @property
     @abc.abstractmethod
     def method(self) -> "CacheMethod":
-        """Whose cache it is."""
+        """The method that made the plan."""
 
     @abc.abstractmethod
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -124,7 +124,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, place: str) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyPlan(Plan):
-    """A policy's: a layer has a region of slots, those it chooses and the latest.
+    """The plan of a policy's cache: each layer has a region of slots.
 
     First come those for the tokens that the policy selects, then a tail for the latest
     ones. The regions of all layers follow each other on one axis, so layers of unequal

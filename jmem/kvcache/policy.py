@@ -32,7 +32,7 @@ class Policy(CacheMethod):
     """Which tokens of a prompt a layer keeps; hashable, so it is compiled in."""
 
     rope: ClassVar[Literal["absolute", "cache"]] = "absolute"
-    """Keys turn by their true position, or by their place inside the cache."""
+    """Keys are rotated by their true position, or by their place inside the cache."""
     rolls: ClassVar[bool] = False
     """Whether a new token may take the slot of the oldest recent one."""
 
@@ -186,7 +186,7 @@ class Policy(CacheMethod):
         check_turn(plan, before, lengths, new_tokens)
 
     def is_endless(self, model) -> bool:
-        """Where keys turn by their place in a ring."""
+        """Whether keys are rotated by their place in a ring, which has an end."""
         rotary = model.config.positions == "rotary"
         return rotary and self.rolls and self.rope == "cache"
 

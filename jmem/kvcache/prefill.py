@@ -18,7 +18,7 @@ from jmem.nn.chunk import by_chunks
 from jmem.nn.ops import Attend
 
 Keep = Callable[[Read, Any], Any]
-"""What is kept by now: of what a layer makes of the prompts, and what was before."""
+"""From what a layer makes of prompts, and what was kept before: what is kept now."""
 
 QUERIES = 256
 """Of a prompt, that XLA's attention scores at a time."""
@@ -33,14 +33,14 @@ def attend_prompts(keeps: Sequence[Keep], lengths: Int[Array, " B"], model) -> A
     window, chunk = model.config.sliding_window, model.chunk
 
     def attend(q, k, v, rope, positions, layer, carry):
-        turned = by_chunks(rope, k, positions, size=chunk)
+        rotated = by_chunks(rope, k, positions, size=chunk)
         q = by_chunks(rope, q, positions, size=chunk)
-        read = Read(q, turned, k, v, lengths, layer)
+        read = Read(q, rotated, k, v, lengths, layer)
         kept = [keep(read, own) for keep, own in zip(keeps, carry, strict=True)]
         # Caches first: what writing them needs is gone when attention begins.
-        q, turned, v, kept = jax.lax.optimization_barrier((q, turned, v, tuple(kept)))
+        q, rotated, v, kept = jax.lax.optimization_barrier((q, rotated, v, tuple(kept)))
         out = causal_attention(
-            q, turned, v, model.attention, window=window, block=QUERIES
+            q, rotated, v, model.attention, window=window, block=QUERIES
         )
         return out, kept
 
@@ -48,7 +48,7 @@ def attend_prompts(keeps: Sequence[Keep], lengths: Int[Array, " B"], model) -> A
 
 
 def keep_by(plan: Plan) -> Keep:
-    """What a plan's method keeps; the carry is (cache, shared)."""
+    """The `Keep` of a plan's method; what is kept is (cache, shared)."""
 
     def keep(read, carry):
         return plan.method.keep(plan, read, *carry)

@@ -67,7 +67,7 @@ def column_mass(
 def over_heads(
     mass: Float[Array, "B H T"], units: int, reduce: Reduce
 ) -> Float[Array, "B U T"]:
-    """Of H heads to `units`: neighbours share a unit, as query heads share keys."""
+    """Scores of H heads reduced to `units`; neighbours share one, as they do keys."""
     batch, heads, length = mass.shape
     groups = mass.reshape(batch, units, heads // units, length)
     return getattr(jnp, reduce)(groups, axis=2)

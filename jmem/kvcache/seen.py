@@ -39,7 +39,7 @@ class Seen(NamedTuple):
 
     @property
     def unrotated(self) -> Float[Array, "B T K D"]:
-        """The keys before rotation; in a later turn the held ones are turned back."""
+        """The keys before rotation; in a later turn that of held ones is undone."""
         assert self.give_unrotated is not None
         return self.give_unrotated()
 
@@ -63,7 +63,7 @@ def find_last_places(lengths: Int[Array, " B"], width: int) -> Int[Array, "B W"]
 def take_last_queries(
     queries: Float[Array, "B T H D"], lengths: Int[Array, " B"], width: int
 ) -> tuple[Float[Array, "B W H D"], Int[Array, "B W"]]:
-    """The queries of each row's last `width` tokens, or T, and their `find_last_places`."""
+    """The queries of each row's last `width` tokens (at most T), and their places."""
     at = find_last_places(lengths, min(width, queries.shape[1]))
     rows = jnp.maximum(at, 0)[:, :, None, None]
     return jnp.take_along_axis(queries, rows, axis=1), at

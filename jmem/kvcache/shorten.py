@@ -81,7 +81,7 @@ class Shorten(abc.ABC):
 
     @property
     def basis(self) -> str:
-        """Whose scores they are, as a refusal names them."""
+        """What made the scores, as an error message names it."""
         return type(self).__name__
 
     # As a method among others that are compared (`jmem.kvcache.budget`).

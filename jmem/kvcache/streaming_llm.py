@@ -32,7 +32,7 @@ class StreamingLLM(Policy):
     """Leading tokens that are never dropped (table 2 of the paper finds 4 enough)."""
     rolls: ClassVar[bool] = True
     positions: Literal["cache", "absolute"] = "cache"
-    """By what a key turns: its place in the cache (the paper), which never exceeds
+    """By what a key is rotated: its place in the cache (the paper), which never exceeds
     `capacity`, or its true position, as most ports have it."""
 
     def __post_init__(self):

@@ -59,7 +59,7 @@ class Classifier:
         return LABELS[self.predict([text])[0]]
 
     def predict(self, texts: Sequence[str]) -> Int[np.ndarray, " B"]:
-        """Places in `LABELS`."""
+        """For each text the index of its label in `LABELS`."""
         logits = _logits(dict(self.params), jnp.asarray(features(texts)))
         return np.asarray(logits.argmax(axis=-1))
 
@@ -75,7 +75,7 @@ class Accuracy(NamedTuple):
 
 
 def label(dataset: str) -> Task:
-    """Of a data set in `jmem.data.longbench.TASKS`: questions on documents localize."""
+    """The task of a data set in `TASKS`: questions on documents are localization."""
     asks = TASKS[dataset].family in ("document", "documents")
     return "localization" if asks else "aggregation"
 

@@ -5,12 +5,11 @@ Idea     What a layer holds and the new tokens behind it are one list. The polic
          tokens, and the choice goes into the same slots. Full keeps it all: its turns
          equal one prefill of the whole conversation. The others stay within their plan
          for any number of turns, and forget for good what they drop.
-Places   Keys turn by their true position, which goes on from turn to turn. A policy
-         that turns them inside the cache (`rope="cache"`) has them turn by their place
-         in the list. To `choose` a position is a place in the list: neighbours there
-         need not be neighbours in the text, and WindowKV's windows are consecutive
-         tokens of the list. Layers that share a choice hold the same tokens, so their
-         lists are the same.
+Places   Keys are rotated by their true position, which goes on from turn to turn; for a
+         policy with `rope="cache"` by their place in the list. To `choose` a position
+         is a place in the list: neighbours there need not be neighbours in the text,
+         and WindowKV's windows are consecutive tokens of the list. Layers that share a
+         choice hold the same tokens, so their lists are the same.
 Memory   The list of one layer, twice, besides the cache; and the scores of the new
          tokens with all of it, B * H * T * (slots + T) * 4 bytes, where attention is
          XLA's. cuDNN's takes a mask of B * T * (slots + T) in the model's dtype.

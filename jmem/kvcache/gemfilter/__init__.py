@@ -216,9 +216,9 @@ def votes(
         return by_chunks(config.rope, y, positions, size=model.chunk)
 
     keys = projected("k", x, config.kv_heads, positions)
-    seats = jnp.maximum(at, 0)
-    last = jnp.take_along_axis(x, seats[:, :, None], axis=1)
-    return Votes(projected("q", last, config.heads, seats), at, keys)
+    rows = jnp.maximum(at, 0)
+    last = jnp.take_along_axis(x, rows[:, :, None], axis=1)
+    return Votes(projected("q", last, config.heads, rows), at, keys)
 
 
 def token_scores(
