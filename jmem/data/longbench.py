@@ -9,6 +9,7 @@ Differs The instructions say the same in words of our own, so scores lie near pu
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -64,26 +65,28 @@ _ARTICLE = (
 )
 _NEXT_LINE = "Write the line of code that comes next.\n{context}%sThe next line:\n"
 
+_document = functools.partial(Task, family="document", metric=answers.f1)
+_summary = functools.partial(
+    Task, family="summary", metric=answers.rouge_l, new_tokens=512
+)
+_code = functools.partial(
+    Task, family="code", metric=answers.edit_similarity, new_tokens=64
+)
+
 TASKS: Mapping[str, Task] = {
-    "narrativeqa": Task(
-        family="document",
-        metric=answers.f1,
+    "narrativeqa": _document(
         new_tokens=128,
         template=f"Read the story, then answer the question on it. {_BRIEFLY}\n\n"
         f"Story: {{context}}\n\nAnswer this question on the story. {_BRIEFLY}\n\n"
         "Question: {input}\n\nAnswer:",
     ),
-    "qasper": Task(
-        family="document",
-        metric=answers.f1,
+    "qasper": _document(
         new_tokens=128,
         template=f"Read the article, then answer the question on it. {_ARTICLE}\n\n"
         f"Article: {{context}}\n\nAnswer this question on the article. {_ARTICLE}\n\n"
         "Question: {input}\n\nAnswer:",
     ),
-    "multifieldqa_en": Task(
-        family="document",
-        metric=answers.f1,
+    "multifieldqa_en": _document(
         new_tokens=64,
         template="Here is a text, and after it a question.\n\n{context}\n\n"
         f"Answer the question from the text above. {_BRIEFLY}\n\n"
@@ -93,26 +96,17 @@ TASKS: Mapping[str, Task] = {
         ("hotpotqa", "2wikimqa", "musique"),
         Task(family="documents", metric=answers.f1, new_tokens=32, template=_PASSAGES),
     ),
-    "gov_report": Task(
-        family="summary",
-        metric=answers.rouge_l,
-        new_tokens=512,
+    "gov_report": _summary(
         template="Summarise this government report on one page.\n\nReport:\n{context}"
         "\n\nNow summarise the report on one page.\n\nSummary:",
     ),
-    "qmsum": Task(
-        family="summary",
-        metric=answers.rouge_l,
-        new_tokens=512,
+    "qmsum": _summary(
         template="Read the transcript of a meeting, then answer the request about it "
         "in a sentence or a few.\n\nTranscript:\n{context}\n\n"
         "Answer this request about the meeting in a sentence or a few.\n\n"
         "Request: {input}\nAnswer:",
     ),
-    "multi_news": Task(
-        family="summary",
-        metric=answers.rouge_l,
-        new_tokens=512,
+    "multi_news": _summary(
         template="Summarise these news articles together on one page.\n\n"
         "News:\n{context}\n\nNow summarise all of the news on one page.\n\nSummary:",
     ),
@@ -153,18 +147,8 @@ TASKS: Mapping[str, Task] = {
         "Find which.\n\n{context}\n\nSummary:\n\n{input}\n\nOf which paragraph is that "
         "the summary? Answer in the form 'Paragraph 1'.\n\nThe answer is: ",
     ),
-    "lcc": Task(
-        family="code",
-        metric=answers.edit_similarity,
-        new_tokens=64,
-        template=_NEXT_LINE % "",
-    ),
-    "repobench-p": Task(
-        family="code",
-        metric=answers.edit_similarity,
-        new_tokens=64,
-        template=_NEXT_LINE % "{input}",
-    ),
+    "lcc": _code(template=_NEXT_LINE % ""),
+    "repobench-p": _code(template=_NEXT_LINE % "{input}"),
 }
 """The 16 data sets by the name in a row's `dataset`."""
 
