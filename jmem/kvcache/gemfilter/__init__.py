@@ -42,7 +42,7 @@ from jmem.kvcache.scores import average_windows, column_mass, pool
 from jmem.kvcache.seen import find_last_places, take_last_queries
 from jmem.kvcache.select import select
 from jmem.kvcache.settings import check_settings
-from jmem.kvcache.shorten import Shorten, Shortened
+from jmem.kvcache.shorten import Shorten
 from jmem.models.next_token import token_positions
 from jmem.nn.chunk import by_chunks
 from jmem.nn.norm import normalise
@@ -51,7 +51,6 @@ from jmem.offload import fetch, fetch_row
 
 __all__ = [
     "GemFilter",
-    "Shortened",
     "StagedWeights",
     "Votes",
     "best",
