@@ -4,7 +4,7 @@ import ast
 import pathlib
 
 
-def experiments() -> dict[str, str]:
+def list_experiments() -> dict[str, str]:
     """Names of the experiments and the first line of what each says of itself.
 
     Files are parsed, not imported: listing takes no time and starts no JAX.
@@ -18,7 +18,7 @@ def experiments() -> dict[str, str]:
 
 
 def main() -> None:
-    found = experiments()
+    found = list_experiments()
     width = max(map(len, found), default=0)
     for name, line in found.items():
         print(f"python -m experiments.{name:{width}}  {line}")

@@ -28,7 +28,7 @@ from collections import Counter
 from experiments.harness import cli, record, tables
 from experiments.harness.claim import ClaimsError
 from experiments.harness.record import ROOT
-from experiments.harness.tables import Everything, current
+from experiments.harness.tables import Everything, find_current
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ def main(command: Command, root: pathlib.Path = ROOT) -> int:
     return 0
 
 
-def generated(everything: Everything, root: pathlib.Path) -> dict[pathlib.Path, str]:
+def generate(everything: Everything, root: pathlib.Path) -> dict[pathlib.Path, str]:
     """Every generated file; the methods' cards are read without importing `jmem`."""
-    methods = runpy.run_path(str(ROOT / "jmem" / "methods.py"))["table"]()
-    return tables.files(everything, root, methods)
+    methods = runpy.run_path(str(ROOT / "jmem" / "methods.py"))["render_table"]()
+    return tables.render_files(everything, root, methods)
 
 
 def write(root: pathlib.Path) -> None:
@@ -76,20 +76,20 @@ def write(root: pathlib.Path) -> None:
     for claims, records in everything:
         if records:
             record.save(claims, records)  # without those whose claim is gone
-        print(f"\n{claims.slug}\n{tables.table(claims, records)}")
+        print(f"\n{claims.slug}\n{tables.format_table(claims, records)}")
     write_files(root)
 
 
 def write_files(root: pathlib.Path) -> None:
     """Write every generated file from what is recorded."""
-    for path, text in generated(tables.load(root), root).items():
+    for path, text in generate(tables.load(root), root).items():
         path.write_text(text)
 
 
 def check(everything: Everything, root: pathlib.Path) -> int:
     """Compare the generated files with claims and records; 1 if one differs."""
     status = 0
-    for path, text in generated(everything, root).items():
+    for path, text in generate(everything, root).items():
         if not path.exists() or path.read_text() != text:
             print(f"{path.relative_to(root)} differs from claims and records")
             status = 1
@@ -112,7 +112,7 @@ def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> 
             fnmatch.fnmatch(f"{claims.slug}/{claim.name}", pattern)
             for pattern in only or ("*",)
         )
-        and not (missing and current(claim, records))
+        and not (missing and find_current(claim, records))
     ]
     if only and not wanted:
         raise ClaimsError(
@@ -124,7 +124,7 @@ def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> 
         records[claim.name] = record.measure(claims.slug, claim)
         record.save(claims, records)
         ours = tables.describe_value(claim, records[claim.name])
-        words = tables.verdict(claim, claims, records)
+        words = tables.judge(claim, claims, records)
         print(f"    {ours}: {words} ({time.monotonic() - start:.0f} s)")
 
 
@@ -168,7 +168,7 @@ def compare(everything: Everything, root: pathlib.Path) -> int:
     status, unknown = 0, Counter[str]()
     today = datetime.date.today().isoformat()
     for claims, records, claim in tables.list_claims(everything):
-        if (mine := current(claim, records)) is None:
+        if (mine := find_current(claim, records)) is None:
             continue
         outcome, words = record.compare(claims.slug, claim, mine)
         if outcome == "unknown" and claim.kind != "compile":

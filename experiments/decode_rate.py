@@ -30,10 +30,10 @@ import jax
 
 from experiments.harness import check, cli, timed
 from experiments.harness.timed import POINTS, Point
-from jmem.generate.rate import time_tokens, weight_bytes
+from jmem.generate.rate import count_weight_bytes, time_tokens
 from jmem.kernels._bench import copy_bandwidth
 from jmem.memory import protocol
-from jmem.memory.card import described, gpu
+from jmem.memory.card import find_described, find_gpu
 from jmem.models.decoder import Decoder
 from jmem.program import Program
 from jmem.targets import GiB, Target
@@ -74,16 +74,16 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
     return timed.build_decoding(POINTS[row], config["steps"], target)
 
 
-def rates(
+def time_rates(
     model: Decoder, params: dict, name: str, point: Point, *, limit: int, steps: int
 ) -> Iterator[Rate]:
     """Every policy at one point; the full cache first, which the others are set by.
 
     `limit` are the bytes that the allocator can give.
     """
-    weights, full = weight_bytes(params), None
+    weights, full = count_weight_bytes(params), None
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    target = described(jax.devices()[0].device_kind)
+    target = find_described(jax.devices()[0].device_kind)
     for policy, plan in timed.plan_caches(model, point, steps, target).items():
         found = None
         if held + plan.bytes() + GiB <= limit:
@@ -101,11 +101,11 @@ def rates(
 
 def measure_here(name: str) -> dict[str, Any]:
     """A point's rates by policy, and the bandwidth of a copy, in this process."""
-    device = gpu()
+    device = find_gpu()
     bandwidth, limit = copy_bandwidth(), device.memory_stats()["bytes_limit"]
-    model = timed.build_reader(described(device.device_kind))
+    model = timed.build_reader(find_described(device.device_kind))
     params = jax.jit(model.init)(jax.random.key(0))
-    found = rates(model, params, name, POINTS[name], limit=limit, steps=STEPS)
+    found = time_rates(model, params, name, POINTS[name], limit=limit, steps=STEPS)
     by_policy = {one.policy: dataclasses.asdict(one) for one in found}
     return by_policy | {"copy_bytes_per_second": bandwidth}
 
@@ -113,7 +113,7 @@ def measure_here(name: str) -> dict[str, Any]:
 def measure(name: str) -> dict[str, Any]:
     """`measure_here`, in a process of its own that takes most of the GPU's memory."""
     with tempfile.TemporaryDirectory(prefix="jmem-decode-") as cache:
-        environment = protocol.environment("run", cache)
+        environment = protocol.make_environment("run", cache)
         return protocol.call(measure_here, name, environment=environment)
 
 
@@ -125,7 +125,7 @@ def read(row: Mapping[str, Any]) -> list[Rate]:
     return [check.restore(Rate, row[name]) for name in timed.POLICIES if name in row]
 
 
-def line(found: Rate, point: Point, bandwidth: float) -> str:
+def format_row(found: Rate, point: Point, bandwidth: float) -> str:
     """A row of the table: GiB, tokens a second, milliseconds a step, and the share of
     the roofline that was reached.
     """
@@ -138,7 +138,7 @@ def line(found: Rate, point: Point, bandwidth: float) -> str:
     return row + ("" if found.ratio is None else f"{found.ratio:>7.2f}")
 
 
-def below(found: list[Rate]) -> list[str]:
+def find_slow(found: list[Rate]) -> list[str]:
     """A sentence for each cut cache that is slower than expected."""
     return [
         f"{one.point}: {one.policy} is {one.ratio:.2f} times as fast as the full "
@@ -163,11 +163,11 @@ def main(command: Command) -> int:
 
     def show(name: str, row: dict[str, Any]) -> str:
         bandwidth = row["copy_bytes_per_second"]
-        lines = (line(one, POINTS[name], bandwidth) for one in read(row))
+        lines = (format_row(one, POINTS[name], bandwidth) for one in read(row))
         return "\n".join([*lines, f"copies at {bandwidth / 1e9:,.0f} GB/s"])
 
     rows = measuring.measure("rates", measure, show)
-    slow = below([one for row in rows.values() for one in read(row)])
+    slow = find_slow([one for row in rows.values() for one in read(row)])
     print(*slow, sep="\n")
     return int(bool(slow or measuring.broken))
 

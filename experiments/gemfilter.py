@@ -47,13 +47,13 @@ from jmem.kvcache.gemfilter import (
     GemFilter,
     StagedWeights,
     explain,
-    layer_recall,
+    measure_layer_recall,
     split,
 )
 from jmem.kvcache.snapkv import SnapKV
-from jmem.memory.report import sized
+from jmem.memory.report import format_size
 from jmem.models.decoder import Decoder
-from jmem.offload import host_bytes, on_device
+from jmem.offload import count_host_bytes, on_device
 from jmem.program import Program
 from jmem.targets import Target
 
@@ -161,7 +161,7 @@ def report_memory(config: Config, run: Run) -> None:
     model = config.build(run.target, config.dimensions())
     chunks = f"{config.chunk:,} tokens" if config.chunk else "all tokens"
     phases = make_columns(
-        sized, "filter pass", "prefill", "decode", "peak", "on the host"
+        format_size, "filter pass", "prefill", "decode", "peak", "on the host"
     )
     memory.report(
         *(run, programs(config, run.target)),
@@ -213,7 +213,7 @@ def open_bench(config: Config) -> Bench:
     return bench
 
 
-def variants(config: Config, *, layer: int, tokens: int) -> dict[str, GemFilter]:
+def make_variants(config: Config, *, layer: int, tokens: int) -> dict[str, GemFilter]:
     """The filters that are compared, by name.
 
     Raises:
@@ -245,7 +245,10 @@ def contend(
         kept = config.count_kept(task.prompt, part)
         budgets[part] = Full().plan(bench.model, prompt=kept, **size).bytes()
     whole = config.count_kept(task.prompt, 1)
-    methods = {"snapkv": config.snapkv, **variants(config, layer=layer, tokens=whole)}
+    methods = {
+        "snapkv": config.snapkv,
+        **make_variants(config, layer=layer, tokens=whole),
+    }
     return prepare(task, bench.model, methods, budgets, batch_size=rows)
 
 
@@ -292,7 +295,9 @@ def calibrate(config: Config, run: Run, bench: Bench, params: dict) -> int:
         spans = [task.cases[place].span for place in places]
         kept = [config.count_kept(task.prompt, part) for part in config.shares]
         gems = [dataclasses.replace(config.gemfilter, tokens=count) for count in kept]
-        return {"recall": layer_recall(bench.model, params, gems, prompts, spans)}
+        return {
+            "recall": measure_layer_recall(bench.model, params, gems, prompts, spans)
+        }
 
     parts = [
         Part(
@@ -321,7 +326,7 @@ def calibrate(config: Config, run: Run, bench: Bench, params: dict) -> int:
     curves = dict(zip(names, recall.tolist()))
     run.plot(
         "recall",
-        lambda: plots.by_index(
+        lambda: plots.draw_by_index(
             *(curves, layer),
             mark=f"layer {layer} is used",
             index_label="layer whose attention chooses",
@@ -405,17 +410,17 @@ def report_kept(
     cases = [case for task in bench.tasks for case in task.cases]
     middle = min(cases, key=lambda case: (abs(case.depth - 0.5), case.length))
     tokens = config.count_kept(middle.length, config.shares[0])
-    gem = variants(config, layer=layer, tokens=tokens)["ends"]
+    gem = make_variants(config, layer=layer, tokens=tokens)["ends"]
     model, tokenizer = bench.model, bench.checkpoint.tokenizer
     assert tokenizer is not None  # open_bench has asked for it
     ask = functools.partial(generate, model, max_new_tokens=bench.tasks[0].steps)
     expected = ask(params, [middle.tokens], shorten=gem)
     staged = StagedWeights(params, gem)
-    rows = [place("filter pass", staged.early, staged.late)]
-    with staged.filtered(model, [middle.tokens]) as (whole, short):
-        rows.append(place("answer", whole, staged.late))
+    rows = [weigh_phase("filter pass", staged.early, staged.late)]
+    with staged.filter_prompts(model, [middle.tokens]) as (whole, short):
+        rows.append(weigh_phase("answer", whole, staged.late))
         found = ask(whole, short.prompts())
-    rows.append(place("next filter pass", staged.early, staged.late))
+    rows.append(weigh_phase("next filter pass", staged.early, staged.late))
     text = explain(middle.tokens, short.positions[0], short.scores[0], tokenizer)
     run.note(
         f"What layer {layer} keeps of a prompt of {middle.length:,} tokens (ends), and "
@@ -424,15 +429,17 @@ def report_kept(
     )
     title = "Weights of that answer, of which the late part waits on the host"
     run.table(
-        title, ["phase", *make_columns(sized, "on the device", "on the host")], rows
+        title,
+        ["phase", *make_columns(format_size, "on the device", "on the host")],
+        rows,
     )
     same = "the same as" if found == expected else "OTHER THAN"
     run.note(f"Its tokens are {same} those with all weights on the device throughout.")
 
 
-def place(phase: str, *trees: Any) -> tuple[str, int, int]:
+def weigh_phase(phase: str, *trees: Any) -> tuple[str, int, int]:
     """A row of a table: a phase, and the bytes of its arrays on device and host."""
-    host = host_bytes(trees)
+    host = count_host_bytes(trees)
     return phase, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) - host, host
 
 

@@ -88,7 +88,7 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
 # Memory -------------------------------------------------------------------------------
 
 
-def faults(report: LiveReport) -> list[str]:
+def find_faults(report: LiveReport) -> list[str]:
     """In words, each bound that the program's peak is outside of."""
     plan, peak = report.planned_bytes, report.peak_bytes
     found = []
@@ -96,12 +96,12 @@ def faults(report: LiveReport) -> list[str]:
         found.append("peak not the run's own")
     elif not plan - report.fragmentation <= peak <= plan * (1 + PLAN_TOLERANCE):
         found.append(f"peak {peak / plan - 1:+.1%} of the plan")
-    if abs(report.off(named=True)) > TOLERANCE:
-        found.append(f"peak {report.off(named=True):+.1%} of the prediction")
+    if abs(report.compute_error(named=True)) > TOLERANCE:
+        found.append(f"peak {report.compute_error(named=True):+.1%} of the prediction")
     return found
 
 
-def table(reports: dict[str, LiveReport]) -> str:
+def format_table(reports: dict[str, LiveReport]) -> str:
     """A line a program, in GiB; the peak's distance from the prediction in percent."""
     head = f"{'GiB':<12}{'ahead of time':>19}{'planned':>10}{'peak':>10}"
     lines = [f"{head}{'off':>8}{'named':>8}  verdict", "─" * 88]
@@ -109,23 +109,25 @@ def table(reports: dict[str, LiveReport]) -> str:
         low, high = (end / GiB for end in report.interval)
         plan, peak = report.planned_bytes / GiB, report.peak_bytes / GiB
         sizes = f"{f'{low:.3f} - {high:.3f}':>19}{plan:>10.3f}{peak:>10.3f}"
-        off = f"{report.off():>+8.1%}{report.off(named=True):>+8.1%}"
-        verdict = ", ".join(faults(report)) or "holds"
+        off = (
+            f"{report.compute_error():>+8.1%}{report.compute_error(named=True):>+8.1%}"
+        )
+        verdict = ", ".join(find_faults(report)) or "holds"
         lines.append(f"{case:<12}{sizes}{off}  {verdict}")
-    plain, named = within(reports), within(reports, named=True)
+    plain, named = count_within(reports), count_within(reports, named=True)
     words = f"{plain} of {len(reports)} as they are, {named} less the named terms"
     return "\n".join([*lines, "", f"within {TOLERANCE:.0%} of the prediction: {words}"])
 
 
-def within(reports: dict[str, LiveReport], *, named: bool = False) -> int:
+def count_within(reports: dict[str, LiveReport], *, named: bool = False) -> int:
     """How many peaks are within the tolerance of their prediction."""
-    return sum(abs(r.off(named=named)) <= TOLERANCE for r in reports.values())
+    return sum(abs(r.compute_error(named=named)) <= TOLERANCE for r in reports.values())
 
 
 def holds(reports: dict[str, LiveReport]) -> bool:
     """Whether no program has a fault, and enough of them needed no further term."""
-    enough = within(reports) >= NEEDED * len(reports)
-    return enough and not any(map(faults, reports.values()))
+    enough = count_within(reports) >= NEEDED * len(reports)
+    return enough and not any(map(find_faults, reports.values()))
 
 
 def check_memory(command: Command) -> int:
@@ -143,7 +145,7 @@ def check_memory(command: Command) -> int:
 
     rows = measuring.measure("cases", measure, show, command.lanes)
     reports = {case: check.restore(LiveReport, row) for case, row in rows.items()}
-    print(f"\n{table(reports)}\n\nrecords: {command.out}")
+    print(f"\n{format_table(reports)}\n\nrecords: {command.out}")
     return int(bool(measuring.broken) or not holds(reports))
 
 
@@ -185,7 +187,7 @@ def list_todo(everything: tables.Everything) -> list[str]:
         if claim.kind != "live":
             continue
         age = (0, "", "not measured")
-        if mine := tables.current(claim, records):
+        if mine := tables.find_current(claim, records):
             outcome, words = record.compare(claims.slug, claim, mine)
             when = f"of {mine.date}" + (f"; {words}" if words else "")
             age = (1 if outcome == "changed" else 2, mine.date, when)

@@ -53,7 +53,7 @@ from experiments.harness.settings import Compiled, Here, Weights, need
 from jmem.checkpoints import Checkpoint
 from jmem.data.longbench import read_longbench
 from jmem.data.needle import Haystack
-from jmem.evaluate.contenders import share_of_full
+from jmem.evaluate.contenders import find_share_of_full
 from jmem.evaluate.continuation import Continuations, find_error, take_passages
 from jmem.evaluate.longbench import LongBench
 from jmem.evaluate.needle import Needles, hide_needles
@@ -246,7 +246,9 @@ def main(config: Config, run: Run) -> None:
     ask(bench.longbench, functools.partial(report_longbench, config, run))
     if panels:
         title = f"{config.model}: quality at equal bytes"
-        run.plot("quality", lambda: plots.quality(panels, config.shares, title=title))
+        run.plot(
+            "quality", lambda: plots.draw_quality(panels, config.shares, title=title)
+        )
 
 
 # The other two measures ---------------------------------------------------------------
@@ -260,7 +262,7 @@ def report_passages(
     rows, count = [], len(outcome.places)
     for name, losses in outcome.scores.items():
         more = (losses - outcome.scores["full"]).mean(axis=1)
-        mean, share = float(losses.mean()), share_of_full(outcome.contenders, name)
+        mean, share = float(losses.mean()), find_share_of_full(outcome.contenders, name)
         above = float(more.mean()), find_error(more)
         rows.append((name, share, mean, *above, math.exp(mean)))
     losses = make_columns(loss, "loss", "above full", "standard error")

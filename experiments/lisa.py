@@ -122,10 +122,10 @@ def build_here(config: Config) -> Decoder:
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
     """One training step a method, for `target`."""
-    return steps(config, build(config, target))
+    return build_steps(config, build(config, target))
 
 
-def steps(config: Config, model: Decoder) -> dict[str, Program]:
+def build_steps(config: Config, model: Decoder) -> dict[str, Program]:
     """One training step a method; what a method cannot train is refused here."""
     shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
     return {
@@ -142,8 +142,8 @@ def main(config: Config, run: Run) -> None:
     model = build_here(config)
     mesh = None if model.layout is None else model.layout.mesh()
     checkpoint, _ = config.open(model)
-    steps(config, model)
-    data, held_out = batches(config, checkpoint)
+    build_steps(config, model)
+    data, held_out = make_batches(config, checkpoint)
     pretrained = load_params(model, checkpoint, mesh)
     if config.factors:
         compare(config, run, model, data, held_out, pretrained)
@@ -170,10 +170,12 @@ def main(config: Config, run: Run) -> None:
         f"{config.dtype}, remat {config.remat}, for {config.gpu}."
     )
     report_memory(config, run)
-    run.plot("loss", lambda: plots.losses(rows, title=f"{config.model}: held-out loss"))
+    run.plot(
+        "loss", lambda: plots.draw_losses(rows, title=f"{config.model}: held-out loss")
+    )
 
 
-def batches(config: Config, checkpoint: Any) -> tuple[Loader, tuple[Batch, ...]]:
+def make_batches(config: Config, checkpoint: Any) -> tuple[Loader, tuple[Batch, ...]]:
     """Batches that every method is trained on, and those that are held out."""
     return config.batches(
         checkpoint,
@@ -274,7 +276,9 @@ def compare(
     title = f"{config.model}: {config.steps} steps, each at its best rate"
     run.plot(
         "compare",
-        lambda: plots.against_bytes(points, label="held-out loss, nats", title=title),
+        lambda: plots.draw_against_bytes(
+            points, label="held-out loss, nats", title=title
+        ),
     )
 
 

@@ -36,7 +36,7 @@ from jmem.kvcache.full import Full as FullCache
 from jmem.memory.report import MemoryReport
 from jmem.models.decoder import Precision
 from jmem.nn.stack import Remat
-from jmem.program import Program, key
+from jmem.program import Program, format_path
 from jmem.targets import Target
 
 
@@ -114,7 +114,7 @@ def blocks_on_host(program: Program) -> Program:
     blocks = re.compile("(params/)?blocks/")
 
     def place(path, leaf):
-        return offload.on_host(leaf) if blocks.match(key(path)) else leaf
+        return offload.on_host(leaf) if blocks.match(format_path(path)) else leaf
 
     first, *others = program.args
     first = jax.tree.map_with_path(place, first)

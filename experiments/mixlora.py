@@ -57,7 +57,7 @@ class Config(Training):
         rank=8, alpha=16.0, adamw=AdamW(learning_rate=1e-3, max_grad_norm=0.0)
     )
     lora: Lora = Lora(adamw=AdamW(learning_rate=1e-3, max_grad_norm=0.0))
-    """Its rank and alpha are set to `equal_rank`'s, unless `equal` is off."""
+    """Its rank and alpha are set to `find_equal_rank`'s, unless `equal` is off."""
     equal: bool = True
     """LoRA gets the rank that trains as many parameters as the mixture, alpha twice
     that."""
@@ -94,7 +94,7 @@ class Config(Training):
 # Programs -----------------------------------------------------------------------------
 
 
-def equal_rank(mixture: Mixture, dims: DecoderConfig) -> int:
+def find_equal_rank(mixture: Mixture, dims: DecoderConfig) -> int:
     """The rank of LoRA, on the same maps, with about as many trained parameters."""
     each = count_trained(Lora(rank=1, maps=mixture.maps), dims)
     return max(round(count_trained(MixLora(mixtures=(mixture,)), dims) / each), 1)
@@ -109,7 +109,7 @@ def count_trained(own: Lora | MixLora, dims: DecoderConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(held))
 
 
-def finetuner(
+def make_finetuner(
     config: Config, method: Method, dims: DecoderConfig, factor: float = 1.0
 ) -> Lora | MixLora:
     """The method as the config has it, its learning rate times `factor`."""
@@ -118,7 +118,7 @@ def finetuner(
         lora = sweep.scale_rate(config.lora, factor)
         if not config.equal:
             return lora
-        rank = equal_rank(config.mixture, dims)
+        rank = find_equal_rank(config.mixture, dims)
         maps = config.mixture.maps
         return dataclasses.replace(lora, rank=rank, alpha=2.0 * rank, maps=maps)
     options = {"router": config.router, "dropout": config.dropout}
@@ -130,7 +130,7 @@ def finetuner(
     return MixLora(mixtures=(mixture,) * count, update=config.update, **options)
 
 
-def rows(config: Config, method: Method) -> int:
+def count_rows(config: Config, method: Method) -> int:
     """Rows of a method's batch: those of all its mixtures."""
     return config.batch_size * (config.together if method == "joint" else 1)
 
@@ -141,8 +141,10 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
     model = config.build(target, dims, remat=config.remat)
     found = {}
     for method in config.methods:
-        size = {"batch_size": rows(config, method), "seq_len": config.seq_len}
-        found[method] = step_program(finetuner(config, method, dims), model, **size)
+        size = {"batch_size": count_rows(config, method), "seq_len": config.seq_len}
+        found[method] = step_program(
+            make_finetuner(config, method, dims), model, **size
+        )
     return found
 
 
@@ -159,7 +161,7 @@ def main(config: Config, run: Run) -> None:
 
     def pad(documents: Iterable[Document]) -> Batch:
         sequences = jmem.data.tokenise(documents, tokenizer)
-        able = jmem.data.trainable(sequences, config.seq_len)
+        able = jmem.data.keep_trainable(sequences, config.seq_len)
         return jmem.data.pad(able, config.seq_len)
 
     corpora = jmem.data.python_tasks()
@@ -168,7 +170,7 @@ def main(config: Config, run: Run) -> None:
     pretrained = checkpoint.params()
 
     def one(trial: sweep.Trial[Method], folder: pathlib.Path) -> dict[str, Any]:
-        own = finetuner(config, trial.method, dims, trial.factor)
+        own = make_finetuner(config, trial.method, dims, trial.factor)
         state = learn(
             *(run, own, model, pretrained),
             jmem.data.balance(training, config.batch_size, trial.seed),
@@ -176,9 +178,9 @@ def main(config: Config, run: Run) -> None:
             steps=config.steps,
             seed=trial.seed,
         )
-        found = judge(config, loss_of(own, model), state, tested)
+        found = judge(config, choose_loss(own, model), state, tested)
         if isinstance(own, MixLora):
-            found |= {"load": load_by_task(config, own, model, state, tested)}
+            found |= {"load": count_load_by_task(config, own, model, state, tested)}
         return found
 
     plain = functools.partial(next_token_loss, model)
@@ -192,20 +194,20 @@ def main(config: Config, run: Run) -> None:
             for method, own in outcomes.items()
         }
         title = f"{config.model}: training loss, four tasks"
-        run.plot("loss", lambda: plots.losses(curves, title=title))
+        run.plot("loss", lambda: plots.draw_losses(curves, title=title))
     if "mixlora" in outcomes:
         report_load(config, run, outcomes["mixlora"].more[0]["load"])
     report_memory(config, run)
 
 
-def held_out(config: Config, rows: Batch) -> tuple[Batch, Batch]:
+def split_held_out(config: Config, rows: Batch) -> tuple[Batch, Batch]:
     """Two batches of every other row: to choose a rate by, and to judge by."""
     most = config.held_out_rows
     halves = (Batch(*(leaf[i::2][:most] for leaf in rows)) for i in (0, 1))
     return next(halves), next(halves)
 
 
-def loss_of(own: Lora | MixLora, model: Decoder) -> Callable:
+def choose_loss(own: Lora | MixLora, model: Decoder) -> Callable:
     """(state, batch) -> the method's loss."""
     if isinstance(own, MixLora):
         return functools.partial(own.loss, model)
@@ -217,18 +219,20 @@ def judge(config: Config, loss, state, tested: Mapping[str, Batch]) -> dict[str,
     loss = jax.jit(loss)
     choosing, judging = {}, {}
     for task, rows in tested.items():
-        first, second = held_out(config, rows)
+        first, second = split_held_out(config, rows)
         choosing[task] = float(loss(state, first))
         judging[task] = float(loss(state, second))
     choose, mean = (sum(own.values()) / len(own) for own in (choosing, judging))
     return {"choose": choose, "loss": mean, "parts": judging}
 
 
-def load_by_task(config: Config, own: MixLora, model, state, tested) -> dict[str, list]:
+def count_load_by_task(
+    config: Config, own: MixLora, model, state, tested
+) -> dict[str, list]:
     """By task: slots that its tokens spend on each expert, [L][E]."""
     load = jax.jit(lambda state, batch: own.load(model, state, batch)[:, 0])
     return {
-        task: np.asarray(load(state, held_out(config, rows)[1])).tolist()
+        task: np.asarray(load(state, split_held_out(config, rows)[1])).tolist()
         for task, rows in tested.items()
     }
 
@@ -254,7 +258,7 @@ def report_training(
     run.table("Held-out loss by task", columns, rows)
 
     def cells(method: Method, own: sweep.Outcome) -> tuple[int, int, float]:
-        made = finetuner(config, method, dims, own.factor)
+        made = make_finetuner(config, method, dims, own.factor)
         first = made.mixtures[0] if isinstance(made, MixLora) else made
         return count_trained(made, dims), first.rank, first.adamw.learning_rate
 
@@ -300,7 +304,7 @@ def report_memory(config: Config, run: Run) -> None:
         columns=(method, device, Column("a model", gib), *rest),
         rows=lambda found: (
             (name, size, size / models.get(name, 1), *more)
-            for name, size, *more in memory.fit(found)
+            for name, size, *more in memory.list_fits(found)
         ),
         picture=f"{config.model}, {config.size} a model, {config.dtype}",
         kinds=True,

@@ -28,7 +28,7 @@ from experiments.harness.timed import FINETUNERS, make_finetuners
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.program import step_program
 from jmem.memory import protocol, worker
-from jmem.memory.live import made
+from jmem.memory.live import make_arguments
 from jmem.memory.protocol import StageError
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder, Precision
@@ -84,7 +84,7 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
     return {row: build(row, Sizes(**config), "float32", target)}
 
 
-def losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
+def compute_losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
     """The loss of every step, in nats a token, on this process's default device.
 
     Of several copies at once, those of the first.
@@ -93,7 +93,7 @@ def losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
     def one(number: int) -> list[float]:
         program = build(method, sizes, dtype, attached())
         compiled, found = program.compile(), []
-        state, batch = made(program, number)
+        state, batch = make_arguments(program, number)
         for _ in range(sizes.steps):
             state, metrics = compiled(state, batch)
             found.append(metrics["loss"])
@@ -105,17 +105,18 @@ def losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
 
 
 def run_here(method: str, config: dict, dtype: Precision) -> list[float]:
-    """`losses` of a config as JSON holds it, for another process to call."""
-    return losses(method, Sizes(**config), dtype)
+    """`compute_losses` of a config as JSON holds it, for another process to call."""
+    return compute_losses(method, Sizes(**config), dtype)
 
 
 def run(method: str, sizes: Sizes, dtype: Precision, where: str) -> list[float]:
-    """`losses` in a process of its own, on the "gpu" or, of one copy, on the "cpu".
+    """`compute_losses` in a process of its own, on the "gpu" or, of one copy, on the
+    "cpu".
 
     Raises:
       StageError: it failed; the end of what it wrote.
     """
-    environment = worker.environment() | {
+    environment = worker.make_environment() | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
@@ -126,7 +127,7 @@ def run(method: str, sizes: Sizes, dtype: Precision, where: str) -> list[float]:
     return protocol.call(run_here, method, config, dtype, environment=environment)
 
 
-def fault(own: list[float], reference: list[float] | None) -> str:
+def find_fault(own: list[float], reference: list[float] | None) -> str:
     """What is wrong with the losses of a method, in words; "" if nothing is."""
     if not all(abs(loss) < float("inf") for loss in own):
         return f"losses {own} are not finite"
@@ -150,7 +151,9 @@ def measure(method: str, sizes: Sizes) -> dict[str, Any]:
             found: list[float] = []
             try:
                 found = run(method, sizes, dtype, "gpu")
-                wrong = fault(found, reference.result() if dtype == "float32" else None)
+                wrong = find_fault(
+                    found, reference.result() if dtype == "float32" else None
+                )
             except StageError as error:
                 wrong = str(error)
             row[dtype] = {"losses": found, "fault": wrong}

@@ -58,27 +58,29 @@ def programs(row: str, target: Target, config: Mapping) -> dict[str, Program]:
     return {row: build_step(row, StepSizes(**config), target)}
 
 
-def line(method: str, step: LiveReport, sizes: StepSizes) -> str:
+def format_row(method: str, step: LiveReport, sizes: StepSizes) -> str:
     """A row of the table, in GiB, milliseconds and tokens a second."""
     low, high = (end / GiB for end in step.interval)
     seconds = statistics.median(step.seconds)
     return (
         f"{method:<15}{f'{low:.2f} - {high:.2f}':>16}"
         f"{step.planned_bytes / GiB:>9.2f}{step.peak_bytes / GiB:>8.2f}"
-        f"{step.off():>+7.1%}{seconds * 1e3:>9.1f}"
+        f"{step.compute_error():>+7.1%}{seconds * 1e3:>9.1f}"
         f"{min(step.seconds) * 1e3:>8.1f}{max(step.seconds) * 1e3:>8.1f}"
         f"{sizes.batch_size * sizes.seq_len / seconds:>9,.0f}"
     )
 
 
-def unmet(found: Mapping[str, LiveReport]) -> list[str]:
+def find_unmet(found: Mapping[str, LiveReport]) -> list[str]:
     """A sentence for each expectation that is not met."""
     words = []
     for method, step in found.items():
         if not step.own:
             words.append(f"{method}: the peak is not the run's own")
-        elif abs(step.off()) > TOLERANCE:
-            words.append(f"{method}: peak {step.off():+.1%} of the prediction")
+        elif abs(step.compute_error()) > TOLERANCE:
+            words.append(
+                f"{method}: peak {step.compute_error():+.1%} of the prediction"
+            )
     median = {name: statistics.median(step.seconds) for name, step in found.items()}
     for other, most in EXPECT.items():
         if "lisa" in found and other in found:
@@ -109,10 +111,12 @@ def main(command: Command) -> int:
         return row | {"ms": statistics.median(row["seconds"]) * 1e3}
 
     def show(method: str, row: dict[str, Any]) -> str:
-        return line(method, check.restore(LiveReport, row), sizes)
+        return format_row(method, check.restore(LiveReport, row), sizes)
 
     rows = measuring.measure("steps", measure, show)
-    words = unmet({name: check.restore(LiveReport, row) for name, row in rows.items()})
+    words = find_unmet(
+        {name: check.restore(LiveReport, row) for name, row in rows.items()}
+    )
     print(*words, sep="\n")
     return int(bool(words or measuring.broken))
 

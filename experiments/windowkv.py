@@ -197,7 +197,7 @@ def learn(config: Config, run: Run, model: Decoder) -> dict:
     return learning.merged(state)[0]
 
 
-def policies(config: Config, kind: Kind) -> dict[str, Policy]:
+def make_policies(config: Config, kind: Kind) -> dict[str, Policy]:
     """What is compared on questions of a kind; WindowKV as code and paper score it."""
 
     def score_by(by: Tasks, policy: WindowKV) -> WindowKV:
@@ -225,7 +225,7 @@ def contend(config: Config, model: Decoder, kind: Kind) -> Trial[Questions]:
     asked = draw_questions(
         config.recall, kind, count=config.tested, batch_size=size, seed=config.seed
     )
-    methods = policies(config, kind), config.shares
+    methods = make_policies(config, kind), config.shares
     return prepare(asked, model, *methods, batch_size=size, answer_besides=True)
 
 
@@ -241,7 +241,7 @@ def report_recall(
     run.table("How WindowKV scores a window", columns, rows)
     run.note(recommend(config, hits))
     title = "Recall at equal bytes, beside room for the answer"
-    run.plot("recall", lambda: plots.quality(panels, config.shares, title=title))
+    run.plot("recall", lambda: plots.draw_quality(panels, config.shares, title=title))
     return panels
 
 
@@ -289,7 +289,7 @@ Hits = Mapping[str, Bool[np.ndarray, " N"]]
 
 def count_tokens(config: Config, kind: Kind, by: Tasks) -> str:
     """In words, how many tokens of a window count."""
-    policy = policies(config, kind)[f"windowkv {by}"]
+    policy = make_policies(config, kind)[f"windowkv {by}"]
     assert isinstance(policy, WindowKV)
     return f"{policy.best or policy.window} of {policy.window}"
 
@@ -358,7 +358,7 @@ def report_classifier(config: Config, run: Run) -> None:
     for _ in range(20):
         classify(prompt)
     asked = (time.perf_counter() - warm) / 20
-    found = task.accuracy(classify, seed=config.seed + 1)
+    found = task.measure_accuracy(classify, seed=config.seed + 1)
     shares = make_columns(percent, "held-out contexts", "held-out templates")
     times = Column("to train", seconds), Column("a prompt", milliseconds)
     row = "byte n-grams", *found, trained - began, asked

@@ -21,7 +21,7 @@ class ProgramError(RuntimeError):
 
 
 @contextlib.contextmanager
-def _configured(**values: Any) -> Iterator[None]:
+def _configure(**values: Any) -> Iterator[None]:
     """Sets JAX's settings inside a `with` block, and puts them back after it."""
     before = {name: getattr(jax.config, name) for name in values}
     try:
@@ -38,7 +38,7 @@ _NEVER_CACHED = {"jax_persistent_cache_min_compile_time_secs": math.inf}
 
 def never_cached() -> contextlib.AbstractContextManager[None]:
     """Keeps what is compiled inside out of JAX's persistent compilation cache."""
-    return _configured(**_NEVER_CACHED)
+    return _configure(**_NEVER_CACHED)
 
 
 def ahead_of_time() -> contextlib.AbstractContextManager[None]:
@@ -48,7 +48,7 @@ def ahead_of_time() -> contextlib.AbstractContextManager[None]:
     And with the cache on, JAX also gives XLA a folder of autotuning results, found on
     an attached GPU.
     """
-    return _configured(**_NEVER_CACHED, jax_persistent_cache_enable_xla_caches="")
+    return _configure(**_NEVER_CACHED, jax_persistent_cache_enable_xla_caches="")
 
 
 def use_device(

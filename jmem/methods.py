@@ -136,7 +136,7 @@ def _find_page(method: Method) -> str:
     return f"{page}.py" if is_file else f"{page}/__init__.py"
 
 
-def table(configs: pathlib.Path = CONFIGS) -> str:
+def render_table(configs: pathlib.Path = CONFIGS) -> str:
     """The README's table of methods, as Markdown lines joined by newlines."""
     rows = [
         "| method | idea | memory: the paper | ours | status |",

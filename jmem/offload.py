@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jmem.memory import hlo
-from jmem.memory.measure import dumped
+from jmem.memory.measure import compile_and_dump
 from jmem.memory.schedule import Copy
-from jmem.memory.schedule import copies as of_module
+from jmem.memory.schedule import list_copies as of_module
 from jmem.program import HOST, Program
 from jmem.targets import Target, resolve
 
@@ -41,7 +41,7 @@ class HostMemoryError(RuntimeError):
     """The host has less free memory than a program would pin."""
 
 
-def available_host_bytes() -> int:
+def count_available_host_bytes() -> int:
     """Host memory a process can still take: what Linux says, within its control group.
 
     Raises:
@@ -65,7 +65,7 @@ def check_host(needed_bytes: int, what: str) -> None:
     Raises:
       HostMemoryError: names the bytes needed and available.
     """
-    available = available_host_bytes()
+    available = count_available_host_bytes()
     if needed_bytes > available:
         raise HostMemoryError(
             f"{what} needs {needed_bytes:,} bytes of host memory, of which "
@@ -74,7 +74,7 @@ def check_host(needed_bytes: int, what: str) -> None:
         )
 
 
-def host_bytes(tree: Any) -> int:
+def count_host_bytes(tree: Any) -> int:
     """Bytes of a tree's leaves that are in host memory, arrays or descriptions."""
     return sum(
         leaf.size * leaf.dtype.itemsize
@@ -95,16 +95,16 @@ def on_host(tree: Any) -> Any:
       HostMemoryError: the arrays do not fit; nothing has been copied.
     """
     arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    check_host(sum(x.nbytes for x in arrays) - host_bytes(arrays), "on_host")
-    return jax.tree.map(lambda leaf: _placed(leaf, HOST), tree)
+    check_host(sum(x.nbytes for x in arrays) - count_host_bytes(arrays), "on_host")
+    return jax.tree.map(lambda leaf: _place(leaf, HOST), tree)
 
 
 def on_device(tree: Any) -> Any:
     """`tree` in device memory: arrays are copied, descriptions say so."""
-    return jax.tree.map(lambda leaf: _placed(leaf, "device"), tree)
+    return jax.tree.map(lambda leaf: _place(leaf, "device"), tree)
 
 
-def _placed(leaf: Any, kind: str) -> Any:
+def _place(leaf: Any, kind: str) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         sharding = leaf.sharding
         if sharding is None:
@@ -118,7 +118,7 @@ def _placed(leaf: Any, kind: str) -> Any:
     return jax.device_put(leaf, leaf.sharding.with_memory_kind(kind))
 
 
-def described(fn: Callable, *args: Any) -> Any:
+def describe_results(fn: Callable, *args: Any) -> Any:
     """`jax.eval_shape` whose descriptions say which results are in host memory."""
     traced, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
     leaves, structure = jax.tree.flatten(shapes)
@@ -253,5 +253,5 @@ def copies(
     Each says how many kernels run between its start and the point that waits for it: 0
     is a copy that nothing hides. `options` are XLA's compile options.
     """
-    content, _ = dumped(program.lower(resolve(target)), dict(options or {}))
+    content, _ = compile_and_dump(program.lower(resolve(target)), dict(options or {}))
     return of_module(hlo.read(content))

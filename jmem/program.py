@@ -39,7 +39,7 @@ from jmem.lowering import (
     use_device,
     use_mesh,
 )
-from jmem.targets import Target, nearest
+from jmem.targets import Target, suggest
 
 Place = tuple[int, str]
 """Position of an argument, and the key path inside it ("params/blocks"; "" = all)."""
@@ -70,13 +70,13 @@ class Label:
 
     where: Place | Sequence[Place]
     kind: Kind | None = None
-    """None: guessed from the word (`jmem.memory.kinds.of_label`)."""
+    """None: guessed from the word (`jmem.memory.kinds.classify_label`)."""
 
     def __post_init__(self):
         if self.kind is not None and self.kind not in get_args(Kind):
             raise ValueError(
                 f"Label: kind={self.kind!r} is none of an argument's kinds, "
-                f"{', '.join(get_args(Kind))}{nearest(str(self.kind), get_args(Kind))}"
+                f"{', '.join(get_args(Kind))}{suggest(str(self.kind), get_args(Kind))}"
             )
 
     @property
@@ -131,7 +131,9 @@ class Program:
                 "entry an argument, as (state, batch)."
             )
         for field in ("donate", "static"):
-            positions = tuple(self._position(field, p) for p in getattr(self, field))
+            positions = tuple(
+                self._check_position(field, p) for p in getattr(self, field)
+            )
             object.__setattr__(self, field, positions)
         both = sorted(set(self.donate) & set(self.static))
         if both:
@@ -144,9 +146,9 @@ class Program:
                 self._check_static(position, value)
             else:
                 self._check_arrays(position, value)
-        self.leaf_labels()  # refuses a label that matches nothing
+        self.label_leaves()  # refuses a label that matches nothing
 
-    def _position(self, field: str, position: int) -> int:
+    def _check_position(self, field: str, position: int) -> int:
         index = operator.index(position)
         if not 0 <= index < len(self.args):
             raise ValueError(
@@ -168,7 +170,9 @@ class Program:
     def _check_arrays(self, position: int, value: Any) -> None:
         for path, leaf in jax.tree.leaves_with_path(value):
             if not is_described(leaf):
-                where = f"argument {position}" + (f", {key(path)!r}" if path else "")
+                where = f"argument {position}" + (
+                    f", {format_path(path)!r}" if path else ""
+                )
                 raise TypeError(
                     f"Program: {where} is a {type(leaf).__name__}, which has no shape "
                     "and dtype. Pass an array or a jax.ShapeDtypeStruct, or name the "
@@ -182,19 +186,19 @@ class Program:
 
     # Labels ---------------------------------------------------------------------------
 
-    def leaves(self) -> list[tuple[int, str, Any]]:
+    def list_leaves(self) -> list[tuple[int, str, Any]]:
         """Position, key path and description of every array argument, flattened.
 
         The order is that of the compiled program's parameters.
         """
         return [
-            (position, key(path), leaf)
+            (position, format_path(path), leaf)
             for position, value in enumerate(self.args)
             if position not in self.static
             for path, leaf in jax.tree.leaves_with_path(value)
         ]
 
-    def argument_names(self) -> list[str]:
+    def name_arguments(self) -> list[str]:
         """The function's own names of its arguments; "argument 0" where it has none."""
         named = (
             inspect.Parameter.POSITIONAL_ONLY,
@@ -208,31 +212,33 @@ class Program:
         names = [parameter.name for parameter in parameters if parameter.kind in named]
         return names + [f"argument {n}" for n in range(len(names), number)]
 
-    def leaf_labels(self) -> list[str | None]:
+    def label_leaves(self) -> list[str | None]:
         """The label of every flattened argument; None where no label reaches.
 
         Where two labels reach one leaf, the longer key path holds.
         """
-        leaves = self.leaves()
+        leaves = self.list_leaves()
         found: list[tuple[int, str | None]] = [(-1, None)] * len(leaves)
         for label, given in self.labels.items():
             for position, prefix in Label.read(given).places:
                 words = tuple(prefix.split("/")) if prefix else ()
-                for index in self._find(label, position, prefix, leaves):
+                for index in self._find_leaves(label, position, prefix, leaves):
                     if len(words) > found[index][0]:
                         found[index] = (len(words), label)
         return [label for _, label in found]
 
-    def leaf_kinds(self) -> list[Kind | None]:
+    def classify_leaves(self) -> list[Kind | None]:
         """The kind that its label states for every flattened argument, or None."""
         stated: dict[str | None, Kind | None] = {None: None}
         for name, given in self.labels.items():
             stated[name] = Label.read(given).kind
-        return [stated[name] for name in self.leaf_labels()]
+        return [stated[name] for name in self.label_leaves()]
 
-    def _find(self, label: str, position: int, prefix: str, leaves: list) -> list[int]:
+    def _find_leaves(
+        self, label: str, position: int, prefix: str, leaves: list
+    ) -> list[int]:
         """Numbers of the flattened arguments at one place of a label."""
-        position = self._position(f"labels[{label!r}]", position)
+        position = self._check_position(f"labels[{label!r}]", position)
         if position in self.static:
             raise ValueError(
                 f"Program: labels[{label!r}] names argument {position}, which is "
@@ -248,7 +254,7 @@ class Program:
             paths = [path for owner, path, _ in leaves if owner == position]
             parts = [path.split("/") for path in paths]
             known = {"/".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
-            near = nearest(prefix, known)
+            near = suggest(prefix, known)
             raise ValueError(
                 f"Program: labels[{label!r}]={(position, prefix)!r} matches no "
                 f"array of argument {position}{near}"
@@ -267,7 +273,7 @@ class Program:
           ProgramError: the function cannot be lowered ahead of time as it is written
             (an eager operation, a host callback, meshes that do not agree).
         """
-        args, out_shardings, mesh, named = self.placed(target)
+        args, out_shardings, mesh, named = self.place_arguments(target)
         devices = target.compile_only_devices() if target else None
         platforms = ("cuda",) if target else None
         jitted = jax.jit(
@@ -297,16 +303,16 @@ class Program:
         """
         return self.lower(target).compile(options)
 
-    def _shardings(self) -> list[Any]:
+    def _list_shardings(self) -> list[Any]:
         """Where each argument and result is placed; None where that is not said."""
-        own = [getattr(leaf, "sharding", None) for *_, leaf in self.leaves()]
+        own = [getattr(leaf, "sharding", None) for *_, leaf in self.list_leaves()]
         return own + jax.tree.leaves(self.out_shardings, is_leaf=_is_sharding)
 
     def asks_for_host(self) -> bool:
         """Whether an argument or a result is placed in host memory by its sharding."""
-        return any(_is_host(sharding) for sharding in self._shardings())
+        return any(_is_host(sharding) for sharding in self._list_shardings())
 
-    def placed(self, target: Target | None) -> tuple[tuple, Any, Any, bool]:
+    def place_arguments(self, target: Target | None) -> tuple[tuple, Any, Any, bool]:
         """Descriptions of the arguments, and out_shardings, placed on one mesh.
 
         Also the mesh, if one is needed at all, and whether it is the user's own, whose
@@ -314,7 +320,7 @@ class Program:
         axes: concrete meshes of compile-only devices silently drop host memory (seen in
         JAX 0.11.2 and 0.12).
         """
-        named = [s.mesh for s in self._shardings() if isinstance(s, NamedSharding)]
+        named = [s.mesh for s in self._list_shardings() if isinstance(s, NamedSharding)]
         shapes = {tuple(mesh.shape.items()) for mesh in named}
         if len(shapes) > 1:
             raise ProgramError(
@@ -335,7 +341,7 @@ class Program:
         elif (devices or 1) > 1 or self.asks_for_host():
             shape = {"devices": devices or 1}
         else:
-            return self.described(), self.out_shardings, None, False
+            return self.describe_arguments(), self.out_shardings, None, False
         axes, sizes = tuple(shape), tuple(shape.values())
         auto = (AxisType.Auto,) * len(axes)
         if target and shapes:  # JAX 0.11.2 wants that of the mesh in scope
@@ -347,11 +353,11 @@ class Program:
             attached = jax.devices()[: math.prod(sizes)]
             mesh = jax.make_mesh(sizes, axes, devices=attached, axis_types=auto)
         out_shardings = jax.tree.map(  # where None, XLA chooses
-            lambda s: _onto(mesh, s), self.out_shardings, is_leaf=_is_sharding
+            lambda s: _place(mesh, s), self.out_shardings, is_leaf=_is_sharding
         )
-        return self.described(mesh), out_shardings, mesh, bool(shapes)
+        return self.describe_arguments(mesh), out_shardings, mesh, bool(shapes)
 
-    def described(self, mesh: Any = None) -> tuple:
+    def describe_arguments(self, mesh: Any = None) -> tuple:
         """The arguments with every array replaced by its description.
 
         With a mesh, placements are put onto it; without one, only those that name a
@@ -362,7 +368,7 @@ class Program:
             kind = leaf if hasattr(leaf, "weak_type") else jax.typeof(leaf)
             sharding = getattr(leaf, "sharding", None)
             if mesh is not None:
-                sharding = _onto(mesh, sharding)
+                sharding = _place(mesh, sharding)
             elif not isinstance(sharding, NamedSharding):
                 sharding = None
             return jax.ShapeDtypeStruct(
@@ -418,7 +424,7 @@ def check_host_bytes(program: Program, analysis: Any) -> None:
     """
     asked = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for *_, leaf in program.leaves()
+        for *_, leaf in program.list_leaves()
         if _is_host(getattr(leaf, "sharding", None))
     )
     found = analysis.host_argument_size_in_bytes
@@ -430,7 +436,7 @@ def check_host_bytes(program: Program, analysis: Any) -> None:
         )
 
 
-def key(path: tuple) -> str:
+def format_path(path: tuple) -> str:
     """A tree path in words: `blocks/attention/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -441,7 +447,7 @@ def by_key(tree: Any) -> dict[str, Any]:
     >>> by_key({"blocks": {"q": 1, "k": 2}})
     {'blocks/k': 2, 'blocks/q': 1}
     """
-    return {key(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {format_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def is_described(leaf: Any) -> bool:
@@ -460,7 +466,7 @@ def _is_host(sharding: Any) -> bool:
     return getattr(sharding, "memory_kind", None) == HOST
 
 
-def _onto(mesh: Any, sharding: Any) -> NamedSharding:
+def _place(mesh: Any, sharding: Any) -> NamedSharding:
     """The same placement over `mesh`; no placement means a copy on every device."""
     spec = PartitionSpec()
     if isinstance(sharding, NamedSharding):

@@ -29,7 +29,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jmem.program import HOST, key
+from jmem.program import HOST, format_path
 
 FSDP, TENSOR = "fsdp", "tensor"
 """Names of the mesh's axes."""
@@ -134,7 +134,7 @@ class Layout:
         mesh = self.described if mesh is None else mesh
 
         def leaf(path, value):
-            spec = self._spec(key(path), value)
+            spec = self._choose_spec(format_path(path), value)
             kind = getattr(getattr(value, "sharding", None), "memory_kind", None)
             return NamedSharding(mesh, spec, memory_kind=HOST if kind == HOST else None)
 
@@ -174,8 +174,8 @@ class Layout:
                     "Choose a divisor of both heads and kv_heads, and more fsdp."
                 )
 
-    def _spec(self, path: str, leaf: Any) -> PartitionSpec:
-        rule = rule_of(path)
+    def _choose_spec(self, path: str, leaf: Any) -> PartitionSpec:
+        rule = find_rule(path)
         if rule is None:
             return PartitionSpec()
         shape = leaf.shape
@@ -184,12 +184,12 @@ class Layout:
                 f"{self}: {path} is of 8-bit moments, whose scales a mesh would cut. "
                 "Choose moment_dtype='bfloat16'."
             )
-        spec = _at_rest(rule, len(shape))
+        spec = _build_rest_spec(rule, len(shape))
         for axis, names in enumerate(spec):
-            parts = math.prod(self.described.shape[n] for n in _names(names))
+            parts = math.prod(self.described.shape[n] for n in _list_names(names))
             if shape[axis] % parts:
                 words = " * ".join(
-                    f"{n}={self.described.shape[n]}" for n in _names(names)
+                    f"{n}={self.described.shape[n]}" for n in _list_names(names)
                 )
                 raise LayoutError(
                     f"{self}: {words} does not divide axis {axis} of {path} "
@@ -202,127 +202,135 @@ class Layout:
 
         Its columns can then be cut with no traffic; its rows cannot.
         """
-        rule = rule_of(path)
+        rule = find_rule(path)
         return rule is None or rule.tensor == -2 or self.tensor == 1
 
     # Inside a program -----------------------------------------------------------------
 
-    def batch(self, x: jax.Array) -> jax.Array:
+    def divide_batch(self, x: jax.Array) -> jax.Array:
         """`x` [B, ...] with its sequences divided over devices."""
         self.check_batch(x.shape[0])
-        return self._onto(x, PartitionSpec(FSDP))
+        return self._place(x, PartitionSpec(FSDP))
 
-    def rows(self, x: jax.Array) -> jax.Array:
+    def divide_rows(self, x: jax.Array) -> jax.Array:
         """`x` [B, T, M], looked up in a table divided along M, divided by sequences."""
-        x = self.divided(x, -1)
+        x = self.divide(x, -1)
         if self.tensor > 1:  # one axis at a time, or XLA 0.12 gathers all of it
-            x = self._onto(x, PartitionSpec(FSDP, None, TENSOR))
-        return self.batch(x)
+            x = self._place(x, PartitionSpec(FSDP, None, TENSOR))
+        return self.divide_batch(x)
 
-    def heads(self, x: jax.Array) -> jax.Array:
+    def divide_heads(self, x: jax.Array) -> jax.Array:
         """`x` [B, T, H, D] with its sequences and heads divided over devices."""
-        return self._onto(x, PartitionSpec(FSDP, None, TENSOR))
+        return self._place(x, PartitionSpec(FSDP, None, TENSOR))
 
-    def token_parts(self, tokens: int) -> int:
+    def count_token_parts(self, tokens: int) -> int:
         """How many devices divide so many tokens: all, or those of `fsdp`."""
         return self.fsdp if tokens % self.devices else self.devices
 
-    def tokens(self, x: jax.Array) -> jax.Array:
+    def divide_tokens(self, x: jax.Array) -> jax.Array:
         """`x` [N, ...], the tokens of B sequences end to end, divided over devices."""
-        all_divide = self.token_parts(x.shape[0]) == self.devices
-        return self._onto(x, PartitionSpec((FSDP, TENSOR) if all_divide else FSDP))
+        all_divide = self.count_token_parts(x.shape[0]) == self.devices
+        return self._place(x, PartitionSpec((FSDP, TENSOR) if all_divide else FSDP))
 
-    def whole(self, x: jax.Array) -> jax.Array:
+    def replicate(self, x: jax.Array) -> jax.Array:
         """`x` on every device."""
-        return self._onto(x, PartitionSpec())
+        return self._place(x, PartitionSpec())
 
-    def divided(self, x: jax.Array, axis: int) -> jax.Array:
+    def divide(self, x: jax.Array, axis: int) -> jax.Array:
         """`x` divided along `axis` over all devices."""
-        return self._onto(x, _spec(x.ndim, {axis: ALL}))
+        return self._place(x, _build_spec(x.ndim, {axis: ALL}))
 
-    def at_rest(self, path: str, x: jax.Array) -> jax.Array:
+    def place_at_rest(self, path: str, x: jax.Array) -> jax.Array:
         """`x`, a part or gradient of the array at `path`, divided as that is stored."""
-        rule = rule_of(path)
-        return self.whole(x) if rule is None else self._onto(x, _at_rest(rule, x.ndim))
+        rule = find_rule(path)
+        return (
+            self.replicate(x)
+            if rule is None
+            else self._place(x, _build_rest_spec(rule, x.ndim))
+        )
 
-    def gathered(self, layer_params: Any) -> Any:
+    def gather(self, layer_params: Any) -> Any:
         """One layer's parameters as products read them; gradients go back divided."""
 
         def leaf(path, x):
-            rule = rule_of(key(path))
+            rule = find_rule(format_path(path))
             if rule is None:
                 return x
             in_use = {rule.tensor: TENSOR} if rule.kept else {}
-            x = self._moved(x, _spec(x.ndim, in_use), _at_rest(rule, x.ndim))
+            x = self._move(
+                x, _build_spec(x.ndim, in_use), _build_rest_spec(rule, x.ndim)
+            )
             return checkpoint_name(x, GATHERED)
 
         return jax.tree.map_with_path(leaf, layer_params)
 
-    def by_vocabulary(self, head_params: Any) -> Any:
+    def divide_by_vocabulary(self, head_params: Any) -> Any:
         """The head, or a tied table, divided along V instead of M."""
 
         def leaf(path, x):
-            rule = rule_of(key(path))
+            rule = find_rule(format_path(path))
             if rule is None:
                 return x
             other = -1 if rule.fsdp == -2 else -2
-            return self._moved(x, _spec(x.ndim, {other: ALL}), _at_rest(rule, x.ndim))
+            return self._move(
+                x, _build_spec(x.ndim, {other: ALL}), _build_rest_spec(rule, x.ndim)
+            )
 
         return jax.tree.map_with_path(leaf, head_params)
 
-    def _moved(
+    def _move(
         self, x: jax.Array, there: PartitionSpec, back: PartitionSpec
     ) -> jax.Array:
         """`x` placed `there`; its gradient is placed `back`."""
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            return self._onto(x, there)
+            return self._place(x, there)
         mesh = self.described
-        return _moved(x, NamedSharding(mesh, there), NamedSharding(mesh, back))
+        return _move(x, NamedSharding(mesh, there), NamedSharding(mesh, back))
 
-    def _onto(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def _place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.described, spec))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
+def _move(x: jax.Array, there: NamedSharding, back: NamedSharding) -> jax.Array:
     del back
     return jax.lax.with_sharding_constraint(x, there)
 
 
-def _moved_forward(x, there, back):
-    return _moved(x, there, back), None
+def _move_forward(x, there, back):
+    return _move(x, there, back), None
 
 
-def _moved_backward(there, back, residuals, gradient):
+def _move_backward(there, back, residuals, gradient):
     del there, residuals
     return (jax.lax.with_sharding_constraint(gradient, back),)
 
 
-_moved.defvjp(_moved_forward, _moved_backward)
+_move.defvjp(_move_forward, _move_backward)
 
 
 @functools.cache
-def rule_of(path: str) -> Rule | None:
+def find_rule(path: str) -> Rule | None:
     """The rule for the array at a key path; None: it is copied to all devices."""
     words = (rule for rule in RULES if re.search(f"(^|/){rule.path}(/|$)", path))
     return next(words, None)
 
 
-def _at_rest(rule: Rule, ndim: int) -> PartitionSpec:
+def _build_rest_spec(rule: Rule, ndim: int) -> PartitionSpec:
     if rule.fsdp == rule.tensor:
-        return _spec(ndim, {rule.fsdp: ALL})
-    return _spec(ndim, {rule.fsdp: FSDP, rule.tensor: TENSOR})
+        return _build_spec(ndim, {rule.fsdp: ALL})
+    return _build_spec(ndim, {rule.fsdp: FSDP, rule.tensor: TENSOR})
 
 
-def _spec(ndim: int, names: Mapping[int, str | tuple[str, ...]]) -> PartitionSpec:
+def _build_spec(ndim: int, names: Mapping[int, str | tuple[str, ...]]) -> PartitionSpec:
     """A PartitionSpec from mesh axes by array axis, counted from the last (-1)."""
     return PartitionSpec(*(names.get(axis - ndim) for axis in range(ndim)))
 
 
-def _names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _list_names(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names or ()
 
 
-def layout_of(model: Any) -> Layout | None:
+def find_layout(model: Any) -> Layout | None:
     """How a mesh divides `model`; None where there is one device."""
     return getattr(model, "layout", None)

@@ -178,7 +178,7 @@ def _plugin_installed() -> bool:
     )
 
 
-def _between(low: float, high: float, unit: str = ""):
+def _require_between(low: float, high: float, unit: str = ""):
     rule = f"{low:,} to {high:,}{unit}"
     return rule, lambda target, value: low <= value <= high
 
@@ -197,17 +197,17 @@ _RULES: dict[str, tuple[str, Callable]] = {
             and (7, 5) <= tuple(map(int, value.split("."))) <= (12, 9)
         ),
     ),
-    "cores": _between(1, 1024),
-    "fpus_per_core": _between(16, 1024),
-    "compiler_bytes": _between(GiB, 4096 * GiB, " bytes"),
+    "cores": _require_between(1, 1024),
+    "fpus_per_core": _require_between(16, 1024),
+    "compiler_bytes": _require_between(GiB, 4096 * GiB, " bytes"),
     "usable_bytes": (
         "more than 0 and at most compiler_bytes",
         lambda target, value: 0 < value <= target.compiler_bytes,
     ),
-    "bandwidth": _between(10**9, 10**14, " bytes a second"),
-    "l2_bytes": _between(2**16, 4 * GiB, " bytes"),
-    "clock_ghz": _between(0.1, 10, " GHz"),
-    "shared_bytes_per_core": _between(2**15, 2**24, " bytes"),
+    "bandwidth": _require_between(10**9, 10**14, " bytes a second"),
+    "l2_bytes": _require_between(2**16, 4 * GiB, " bytes"),
+    "clock_ghz": _require_between(0.1, 10, " GHz"),
+    "shared_bytes_per_core": _require_between(2**15, 2**24, " bytes"),
     "shared_bytes_per_block": (
         "48 KiB to shared_bytes_per_core",
         lambda target, value: 49152 <= value <= target.shared_bytes_per_core,
@@ -346,18 +346,18 @@ def resolve(target: str | Target) -> Target:
             TARGETS[mesh["card"]], name=name, devices=int(mesh["devices"])
         )
     raise ValueError(
-        f"target={target!r} is no known GPU{nearest(name, TARGETS)} Known: "
+        f"target={target!r} is no known GPU{suggest(name, TARGETS)} Known: "
         f"{', '.join(TARGETS)}; a mesh is written like 'h200x8', your own card like "
         "'./mycard.toml'."
     )
 
 
-def nearest(word: str, words) -> str:
+def suggest(word: str, words) -> str:
     """The tail of an unknown-name message: a suggestion when one is near enough.
 
-    >>> nearest("h20", ["h200", "l4"])
+    >>> suggest("h20", ["h200", "l4"])
     "; did you mean 'h200'?"
-    >>> nearest("zebra", ["h200", "l4"])
+    >>> suggest("zebra", ["h200", "l4"])
     '.'
     """
     near = difflib.get_close_matches(word, list(words), n=1)
@@ -374,9 +374,9 @@ def _load(path: pathlib.Path) -> Target:
 
     fields = {field.name: field for field in dataclasses.fields(Target)}
     for key, value in values.items():
-        where = f"{path}:{_line(text, key)}"
+        where = f"{path}:{_find_line(text, key)}"
         if key not in fields:
-            raise ValueError(f"{where}: unknown field {key!r}{nearest(key, fields)}")
+            raise ValueError(f"{where}: unknown field {key!r}{suggest(key, fields)}")
         wanted = fields[key].type
         words = {str: "a string", int: "a whole number", float: "a number"}
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -398,11 +398,11 @@ def _load(path: pathlib.Path) -> Target:
     try:
         return Target(**values)
     except BadFieldError as error:
-        line = _line(text, error.field)
+        line = _find_line(text, error.field)
         raise ValueError(f"{path}:{line}: {error}") from error
 
 
-def _line(text: str, key: str) -> int:
+def _find_line(text: str, key: str) -> int:
     """The line of `text` that assigns `key`, from 1; 1 when it is not written there."""
     assigns = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[.=\]]")
     for number, line in enumerate(text.splitlines(), start=1):

@@ -11,7 +11,7 @@ from jmem.data.needle import Haystack
 from jmem.data.recall import Recall
 from jmem.evaluate.continuation import Continuations
 from jmem.evaluate.longbench import LongBench
-from jmem.evaluate.needle import Needles, grid
+from jmem.evaluate.needle import Needles, make_grid
 from jmem.evaluate.recall import Questions
 from jmem.evaluate.task import Task
 
@@ -40,7 +40,7 @@ def _encode(texts: list[str], steps: int) -> np.ndarray:
 def needles() -> Asked:
     haystack = Haystack(TOKENIZER, "One is here. Two is there, and so on. " * 8)
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
-    cases = grid(haystack, lengths=(160,), depths=depths, seeds=(3,))
+    cases = make_grid(haystack, lengths=(160,), depths=depths, seeds=(3,))
     task = Needles(TOKENIZER, cases)
     right = _encode([f" {case.answer}." for case in cases], task.steps)
     return Asked(task, right, _encode([" 12."] * 5, task.steps), 1.0)

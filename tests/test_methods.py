@@ -9,7 +9,7 @@ import re
 import pytest
 
 from experiments.harness import claim
-from jmem.methods import METHODS, UNITS, read_number, table
+from jmem.methods import METHODS, UNITS, read_number, render_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUILT = [method for method in METHODS if method.status == "built"]
@@ -119,4 +119,6 @@ def test_the_readme_shows_the_cards():
         r"<!-- methods:begin -->\n(.*?)\n<!-- methods:end -->", text, re.S
     )
     assert shown is not None, "README.md has lost the markers of its methods table"
-    assert shown[1] == table(), "write it again: python -m experiments.claims --table"
+    assert shown[1] == render_table(), (
+        "write it again: python -m experiments.claims --table"
+    )

@@ -51,7 +51,7 @@ class TestPlacing:
         assert leaf.sharding.memory_kind == HOST
 
     def test_described_tells_the_host_from_the_device(self):
-        there, here = offload.described(
+        there, here = offload.describe_results(
             lambda x: (offload.store(x), x + 1), jax.ShapeDtypeStruct((3,), jnp.float32)
         )
         assert there.sharding.memory_kind == HOST
@@ -63,12 +63,12 @@ class TestPlacing:
         assert offload.is_on_host(row)
 
     def test_a_host_too_small_is_told_before_anything_moves(self, monkeypatch):
-        monkeypatch.setattr(offload, "available_host_bytes", lambda: 100)
+        monkeypatch.setattr(offload, "count_available_host_bytes", lambda: 100)
         with pytest.raises(offload.HostMemoryError, match=r"1,152 bytes .* 100 are"):
             offload.on_host(_stack())
 
     def test_this_machine_says_what_it_has(self):
-        assert 2**20 < offload.available_host_bytes() < 2**50
+        assert 2**20 < offload.count_available_host_bytes() < 2**50
 
 
 class TestStream:

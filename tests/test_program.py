@@ -71,7 +71,7 @@ class TestLabels:
         }
         program = Program(apply, (state, x), labels=labels)
         assert dict(
-            zip((path for _, path, _ in program.leaves()), program.leaf_labels())
+            zip((path for _, path, _ in program.list_leaves()), program.label_leaves())
         ) == {
             "opt/0": "moments",
             "opt/1": "moments",
@@ -84,12 +84,12 @@ class TestLabels:
 
     def test_a_path_matches_whole_words_only(self):
         tree = {"w": x, "w2": x}
-        labels = Program(lambda t: t, (tree,), labels={"w": (0, "w")}).leaf_labels()
+        labels = Program(lambda t: t, (tree,), labels={"w": (0, "w")}).label_leaves()
         assert labels == ["w", None]
 
     def test_static_arguments_have_no_leaves(self):
         program = Program(apply, (state, x, 2.0), static=(2,))
-        assert {position for position, *_ in program.leaves()} == {0, 1}
+        assert {position for position, *_ in program.list_leaves()} == {0, 1}
 
 
 def test_it_compiles_for_the_backend_that_is_attached():
@@ -100,21 +100,21 @@ def test_it_compiles_for_the_backend_that_is_attached():
 def test_nothing_is_put_on_a_device():
     huge = jax.ShapeDtypeStruct((2**40,), jnp.bfloat16)
     program = Program(lambda a: a[::2], (huge,))
-    assert program.described()[0].shape == (2**40,)
+    assert program.describe_arguments()[0].shape == (2**40,)
 
 
 def test_weak_types_are_kept():
     """`bf16 * 2.0` stays bf16 in the described program as it does in the real one."""
     half = jax.ShapeDtypeStruct((4,), jnp.bfloat16)
     program = Program(lambda a, s: a * s, (half, 2.0))
-    result = jax.eval_shape(program.fn, *program.described())
+    result = jax.eval_shape(program.fn, *program.describe_arguments())
     assert result.dtype == jnp.bfloat16
 
 
 def test_argument_names_are_the_function_s():
-    assert Program(apply, (state, x)).argument_names() == ["state", "batch"]
+    assert Program(apply, (state, x)).name_arguments() == ["state", "batch"]
     varargs = Program(lambda *leaves: leaves[0], (x, x))
-    assert varargs.argument_names() == ["argument 0", "argument 1"]
+    assert varargs.name_arguments() == ["argument 0", "argument 1"]
 
 
 # Ahead of time ------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from jmem.finetune.program import loss_program, step_program
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
 from jmem.program import by_key
-from jmem.sharding import Layout, LayoutError, rule_of
+from jmem.sharding import Layout, LayoutError, find_rule
 
 FUSED = Lisa(active_layers=2, adamw=AdamW(max_grad_norm=0))
 FINETUNERS = {"full": Full(), "lora": Lora(rank=8), "lisa": FUSED, "separate": Lisa()}
@@ -53,7 +53,7 @@ class TestPlacement:
     @pytest.mark.parametrize("finetuner", FINETUNERS.values(), ids=list(FINETUNERS))
     def test_moments_lie_as_their_weights_do(self, finetuner):
         specs = self.specs(finetuner)
-        matrices = [path for path in specs if rule_of(path)]
+        matrices = [path for path in specs if find_rule(path)]
         assert len(matrices) > 9
         for path in matrices:
             words = path.split("/")
@@ -65,7 +65,7 @@ class TestPlacement:
         for name in ("llama2-7b", "gpt2", "opt-125m", "phi-2", "qwen2-1.5b"):
             for path, leaf in by_key(Decoder(zoo.get(name)).abstract()).items():
                 matrix = leaf.ndim - path.startswith("blocks/") > 1
-                assert bool(rule_of(path)) == matrix, path
+                assert bool(find_rule(path)) == matrix, path
 
 
 class TestRefusals:

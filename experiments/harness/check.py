@@ -28,13 +28,13 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from typing import Any
 
-from experiments.harness.config import from_plain, slug_of
+from experiments.harness.config import find_slug, from_plain
 from experiments.harness.record import write_atomically
 from jmem.memory import protocol
-from jmem.memory.card import NoGPUError, described
-from jmem.memory.measure import stablehlo_hash
+from jmem.memory.card import NoGPUError, find_described
+from jmem.memory.measure import hash_stablehlo
 from jmem.program import Program
-from jmem.targets import nearest, resolve
+from jmem.targets import resolve, suggest
 
 type Row = dict[str, Any]
 """What was measured of a row, as JSON holds it."""
@@ -79,13 +79,13 @@ class Check:
         self.every = tuple(self.every)
         for row in self.flags.only:
             if row not in self.every:
-                tail = nearest(row, self.every)
+                tail = suggest(row, self.every)
                 raise ValueError(
                     f"{self.name}: --only {row}: there is no such row{tail}"
                 )
         self.rows = self.flags.only or self.every
         self.probed = protocol.probe()
-        known = described(self.probed["device"])
+        known = find_described(self.probed["device"])
         if known is None and not self.gpu:
             raise ValueError(
                 f"{self.name}: {self.probed['device']!r} is not a described GPU, so"
@@ -146,7 +146,9 @@ class Check:
         """
         given = (self.name, row, self.config, self.gpu)
         report = protocol.confirm(build, *given, target=self.gpu, **how)
-        return dataclasses.asdict(report) | {"off_percent": 100 * abs(report.off())}
+        return dataclasses.asdict(report) | {
+            "off_percent": 100 * abs(report.compute_error())
+        }
 
     def _time(self, measure: Callable[[str], Row], row: str) -> Row | None:
         """A row's numbers; None where no time is left for one as long as the last."""
@@ -161,7 +163,7 @@ class Check:
     def _hash_programs(self) -> dict[str, dict[str, str]]:
         """`hash_programs` of the rows, in a process of its own without the GPU."""
         arguments = (self.name, self.rows, self.config, self.gpu)
-        without_gpu = protocol.environment("predict", "")
+        without_gpu = protocol.make_environment("predict", "")
         return protocol.call(hash_programs, *arguments, environment=without_gpu)
 
     def _keep(self, part: str, hashes: futures.Future) -> dict[str, Row]:
@@ -229,7 +231,7 @@ def hash_programs(
     module, target = importlib.import_module(f"experiments.{name}"), resolve(gpu)
     return {
         row: {
-            name: stablehlo_hash(program.lower(target).as_text())
+            name: hash_stablehlo(program.lower(target).as_text())
             for name, program in module.programs(row, target, config).items()
         }
         for row in rows
@@ -244,7 +246,7 @@ def needs_gpu[Command](main: Callable[[Command], int]) -> Callable[[Command], in
         try:
             return main(command)
         except NoGPUError as error:
-            print(f"{slug_of(main)}: {error}\nNothing was measured.")
+            print(f"{find_slug(main)}: {error}\nNothing was measured.")
             return 0
 
     return wrapped

@@ -188,33 +188,33 @@ def read(path: pathlib.Path) -> Claims:
     parts: dict[str, Any] = {"setting": "", "defaults": {}, "claim": []}
     for key, value in document.items():
         if key not in parts:
-            fail(_unknown("key", key, parts), key)
+            fail(_describe_unknown("key", key, parts), key)
         if type(value) is not type(parts[key]):
             fail("write setting = '...', [defaults] and [[claim]]", key)
     parts |= document
     by_name: dict[str, Claim] = {}
     for block, values in enumerate(parts["claim"]):
         values = parts["defaults"] | values
-        for key, message in _mistakes(values):
+        for key, message in _find_mistakes(values):
             fail(message, key, block)
         claim = from_plain(Claim, values)
         if claim.name in by_name:
             fail(f"the name {claim.name!r} is used twice", "name", block)
         by_name[claim.name] = claim
     for block, claim in enumerate(by_name.values()):
-        for message in _broken_relations(claim, by_name):
+        for message in _find_broken_relations(claim, by_name):
             fail(message, "relations", block)
     return Claims(path, parts["setting"], by_name)
 
 
-def _mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _find_mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """Key and message of everything wrong with one claim's values."""
     fields = {field.name: field for field in dataclasses.fields(Claim)}
     for key, value in values.items():
         if key not in fields:
-            yield key, _unknown("key", key, fields)
+            yield key, _describe_unknown("key", key, fields)
         elif key == "kind" and value not in KEYS:
-            yield key, _unknown("kind", value, KEYS)
+            yield key, _describe_unknown("kind", value, KEYS)
         elif not _fits(value, hint := fields[key].type):
             yield key, f"{key}={value!r} should be {getattr(hint, '__name__', hint)}"
     for key in ("name", "what", "kind", "source"):
@@ -228,7 +228,7 @@ def _mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
         if key not in needed and values.get(key, defaults[key]) != defaults[key]:
             yield key, f"{key!r} says nothing about a claim of kind {values['kind']!r}"
     if values["kind"] == "compile" and values.get("unit", "GiB") not in BYTES:
-        yield "unit", _unknown("unit of memory", values["unit"], BYTES)
+        yield "unit", _describe_unknown("unit of memory", values["unit"], BYTES)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -240,7 +240,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) in (typing.get_args(hint) or (hint,))
 
 
-def _broken_relations(claim: Claim, others: dict[str, Claim]) -> Iterable[str]:
+def _find_broken_relations(claim: Claim, others: dict[str, Claim]) -> Iterable[str]:
     """A message for each relation that cannot be read, or whose terms are not there."""
     for text in claim.relations:
         try:
@@ -257,10 +257,10 @@ def _broken_relations(claim: Claim, others: dict[str, Claim]) -> Iterable[str]:
                     yield f"{text!r} compares {claim.unit} with {others[name].unit}"
             elif name not in ("ours", "margin"):
                 words = ("ours", "paper", "expect", "margin", *others)
-                yield _unknown("name in a relation", name, words)
+                yield _describe_unknown("name in a relation", name, words)
 
 
-def _unknown(what: str, name: Any, names: Iterable[str]) -> str:
+def _describe_unknown(what: str, name: Any, names: Iterable[str]) -> str:
     """The message of a name that is none, with the nearest one that is."""
     near = difflib.get_close_matches(str(name), list(names), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"

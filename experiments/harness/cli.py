@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from experiments.harness import config as configs
-from experiments.harness.config import ConfigError, slug_of
+from experiments.harness.config import ConfigError, find_slug
 from experiments.harness.flags import read as read_flags
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def run[Config](main: Callable[[Config, "Run"], None], config: type[Config]) -> 
     Exit status 2 is a refusal in words, 130 an interruption; anything else that goes
     wrong is a bug and keeps its traceback.
     """
-    with _refusals():
-        slug = slug_of(main)
+    with _print_refusals():
+        slug = find_slug(main)
         flags, chosen = parse(config, slug, sys.argv[1:], _describe(main))
         from experiments.harness.run import Run  # with JAX, which a script may not need
         from jmem.targets import resolve
@@ -108,12 +108,12 @@ def script[Command](
     Raises:
       TypeError: `command` cannot be one (`experiments.harness.config.check`).
     """
-    with _refusals():
+    with _print_refusals():
         configs.check(command)
         chosen = read_flags(
             command,
             sys.argv[1:] if arguments is None else arguments,
-            prog=f"python -m experiments.{slug_of(main)}",
+            prog=f"python -m experiments.{find_slug(main)}",
             description=_describe(main),
         )
         status = main(chosen)
@@ -121,7 +121,7 @@ def script[Command](
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
+def _print_refusals() -> Iterator[None]:
     """Ends the process in words where the user can mend what went wrong."""
     try:
         yield
@@ -130,7 +130,7 @@ def _refusals() -> Iterator[None]:
     except Exception as error:
         if os.environ.get("JMEM_DEBUG") or not is_refusal(error):
             raise
-        print(message(error), file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         sys.exit(2)
 
 
@@ -152,17 +152,20 @@ def parse[Config](
     import tyro
 
     configs.check(config)
-    if hidden := configs.hints(config).keys() & configs.hints(Flags).keys():
+    if (
+        hidden := configs.resolve_hints(config).keys()
+        & configs.resolve_hints(Flags).keys()
+    ):
         name = f"{config.__name__}.{min(hidden)}"
         raise TypeError(f"{name} is a flag of every experiment.")
     base = config()
     saved = None
-    if folder := _given("--resume", arguments):
-        base = saved = _saved(pathlib.Path(folder), base)
-    if name := _given("--preset", arguments):
-        base = configs.read(preset(slug, name), base)
+    if folder := _find_value("--resume", arguments):
+        base = saved = _read_saved(pathlib.Path(folder), base)
+    if name := _find_value("--preset", arguments):
+        base = configs.read(find_preset(slug, name), base)
 
-    known = ", ".join(presets(slug)) or "none"
+    known = ", ".join(list_presets(slug)) or "none"
     bare = tyro.conf.arg(name="")  # no prefix before the names of fields
     parts = (
         Annotated[Flags, bare, tyro.conf.FlagCreatePairsOff],
@@ -181,7 +184,7 @@ def parse[Config](
     return flags, chosen
 
 
-def _given(flag: str, arguments: Sequence[str]) -> str:
+def _find_value(flag: str, arguments: Sequence[str]) -> str:
     """The value of a flag that decides what the other flags' defaults are."""
     value = ""
     for index, argument in enumerate(arguments):
@@ -191,7 +194,7 @@ def _given(flag: str, arguments: Sequence[str]) -> str:
     return value
 
 
-def preset(slug: str, name: str) -> pathlib.Path:
+def find_preset(slug: str, name: str) -> pathlib.Path:
     """The file of a preset.
 
     Raises:
@@ -202,7 +205,7 @@ def preset(slug: str, name: str) -> pathlib.Path:
         if not path.is_file():
             raise ConfigError(f"--preset {name}: no such file.")
         return path
-    names = presets(slug)
+    names = list_presets(slug)
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         tail = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}."
@@ -210,13 +213,13 @@ def preset(slug: str, name: str) -> pathlib.Path:
     return ROOT / "configs" / slug / f"{name}.toml"
 
 
-def presets(slug: str) -> list[str]:
+def list_presets(slug: str) -> list[str]:
     """Names of an experiment's presets."""
     paths = (ROOT / "configs" / slug).glob("*.toml")
     return sorted(path.stem for path in paths if path.name != "claims.toml")
 
 
-def _saved[Config](folder: pathlib.Path, base: Config) -> Config:
+def _read_saved[Config](folder: pathlib.Path, base: Config) -> Config:
     """The config of the run in a folder; ConfigError if there is none."""
     path = folder / "config.toml"
     if not path.is_file():
@@ -231,7 +234,7 @@ def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
     """Refuse to continue a run with another config, `PLACES` aside."""
     if flags.measure_only:
         raise ConfigError("--resume and --measure-only: there is nothing to resume.")
-    for name, before, now in configs.differences(saved, given):
+    for name, before, now in configs.find_differences(saved, given):
         if name.partition(".")[0] in PLACES:
             continue
         raise ConfigError(
@@ -255,18 +258,18 @@ def is_refusal(error: Exception) -> bool:
     It is when its class is our own, or when a line of ours raised it as a ValueError or
     TypeError: what JAX or Orbax raise by themselves is a bug, not a user's mistake.
     """
-    if _ours(type(error).__module__):
+    if _is_ours(type(error).__module__):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     name = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, ValueError | TypeError) and _ours(name)
+    return isinstance(error, ValueError | TypeError) and _is_ours(name)
 
 
-def _ours(module: str) -> bool:
+def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in ("jmem", "experiments", "__main__")
 
 
-def message(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """An error in the house style: its class, its words, further lines indented."""
     first, *rest = str(error).splitlines() or [""]
     lines = [f"{type(error).__name__}: {first}"]

@@ -18,7 +18,7 @@ from experiments.harness.journal import keep
 from experiments.harness.plots import Panel
 from experiments.harness.run import Run
 from jmem.evaluate.compare import compare, join
-from jmem.evaluate.contenders import Contender, at_equal_bytes, share_of_full
+from jmem.evaluate.contenders import Contender, at_equal_bytes, find_share_of_full
 from jmem.evaluate.task import Summary, Task
 from jmem.kvcache.budget import Sized
 from jmem.models.decoder import Decoder
@@ -111,7 +111,9 @@ def summarise(outcomes: Sequence[Outcome], name: str) -> Summary:
 
 def mean_share(outcomes: Sequence[Outcome], name: str) -> float:
     """The bytes of a contender's cache, of the full one's: the mean over outcomes."""
-    return float(np.mean([share_of_full(own.contenders, name) for own in outcomes]))
+    return float(
+        np.mean([find_share_of_full(own.contenders, name) for own in outcomes])
+    )
 
 
 def draw_curves(outcomes: Sequence[Outcome], **words: Any) -> list[Panel]:

@@ -46,7 +46,7 @@ class ConfigError(ValueError):
     """A preset, a flag or a saved run that does not fit the experiment's config."""
 
 
-def slug_of(what: Callable | type) -> str:
+def find_slug(what: Callable | type) -> str:
     """The experiment's name: that of the module that holds its `main` or `Config`."""
     spec = sys.modules[what.__module__].__spec__
     # Of a module run by `python -m`, the only true name.
@@ -57,24 +57,24 @@ def slug_of(what: Callable | type) -> str:
 # Types --------------------------------------------------------------------------------
 
 
-def hints(config: type) -> dict[str, Any]:
+def resolve_hints(config: type) -> dict[str, Any]:
     """Types of a dataclass's fields, with `type` aliases resolved."""
     found = typing.get_type_hints(config)
-    return {f.name: _resolved(found[f.name]) for f in dataclasses.fields(config)}
+    return {f.name: _resolve(found[f.name]) for f in dataclasses.fields(config)}
 
 
-def _resolved(hint: Any) -> Any:
+def _resolve(hint: Any) -> Any:
     while isinstance(hint, typing.TypeAliasType):
         hint = hint.__value__
     return hint
 
 
-def _optional(hint: Any) -> Any | None:
+def _unwrap_optional(hint: Any) -> Any | None:
     """`T` of a hint `T | None`; None of any other."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return None
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-    return _resolved(kinds[0]) if len(kinds) == 1 else None
+    return _resolve(kinds[0]) if len(kinds) == 1 else None
 
 
 def _is_table(hint: Any) -> TypeGuard[type]:
@@ -90,7 +90,7 @@ def check(config: type) -> None:
     """
     if not getattr(getattr(config, "__dataclass_params__", None), "frozen", False):
         raise TypeError(f"{config.__name__} must be a frozen dataclass to be a config.")
-    for name, hint in hints(config).items():
+    for name, hint in resolve_hints(config).items():
         where = f"{config.__name__}.{name}"
         if _is_table(hint):
             check(hint)
@@ -100,11 +100,11 @@ def check(config: type) -> None:
 
 def _check_value(where: str, hint: Any) -> None:
     """Refuse a type that neither TOML nor a command line can state."""
-    hint = _optional(hint) or hint
+    hint = _unwrap_optional(hint) or hint
     if typing.get_origin(hint) is tuple:
         for item in typing.get_args(hint):
             if item is not Ellipsis:
-                _check_value(where, _resolved(item))
+                _check_value(where, _resolve(item))
     elif hint not in SCALARS and typing.get_origin(hint) is not Literal:
         raise TypeError(
             f"{where}: {hint} is no type of a config's field; use bool, int, float, "
@@ -146,15 +146,15 @@ def _apply(
     base: Any, values: Mapping[str, Any], where: Callable[[Keys], str], above: Keys
 ) -> Any:
     """`base` with `values`, recursively; errors name the line of a key (`where`)."""
-    types, given = hints(type(base)), {}
+    types, given = resolve_hints(type(base)), {}
     for name, value in values.items():
         keys = (*above, name)
         if name not in types:
             raise ConfigError(
-                f"{where(keys)}: unknown key {name!r}{_hint(name, type(base))}"
+                f"{where(keys)}: unknown key {name!r}{_suggest(name, type(base))}"
             )
         if not _is_table(types[name]):
-            given[name] = _value(types[name], value, f"{where(keys)}: {name}")
+            given[name] = _convert(types[name], value, f"{where(keys)}: {name}")
         elif isinstance(value, dict):
             given[name] = _apply(getattr(base, name), value, where, keys)
         else:
@@ -170,10 +170,12 @@ def _apply(
         raise ConfigError(f"{where(keys)}: {error}") from error
 
 
-def _hint(name: str, config: type) -> str:
+def _suggest(name: str, config: type) -> str:
     """The end of an unknown key's message: the nearest name, in a table below too."""
-    own = {name: name for name in hints(config)}
-    below = {path.rpartition(".")[2]: path for path in reversed([*_leaves(config)])}
+    own = {name: name for name in resolve_hints(config)}
+    below = {
+        path.rpartition(".")[2]: path for path in reversed([*_list_leaves(config)])
+    }
     paths = below | own
     near = difflib.get_close_matches(name, paths, n=1, cutoff=0.4)
     return (
@@ -181,19 +183,19 @@ def _hint(name: str, config: type) -> str:
     )
 
 
-def _leaves(config: type, above: str = "") -> Iterator[str]:
+def _list_leaves(config: type, above: str = "") -> Iterator[str]:
     """Dotted names of the fields of a config, and of the configs within it."""
-    for name, hint in hints(config).items():
+    for name, hint in resolve_hints(config).items():
         if _is_table(hint):
-            yield from _leaves(hint, f"{above}{name}.")
+            yield from _list_leaves(hint, f"{above}{name}.")
         else:
             yield above + name
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str) -> Any:
     """A TOML value as the field's type, or a ConfigError."""
-    if kind := _optional(hint):
-        return None if value == NONE else _value(kind, value, where)
+    if kind := _unwrap_optional(hint):
+        return None if value == NONE else _convert(kind, value, where)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments or type(value) not in map(type, arguments):
@@ -208,16 +210,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             if len(arguments) == len(value):
                 pairs = enumerate(zip(arguments, value, strict=True))
                 return tuple(
-                    _value(_resolved(item), entry, f"{where}[{index}]")
+                    _convert(_resolve(item), entry, f"{where}[{index}]")
                     for index, (item, entry) in pairs
                 )
-        raise ConfigError(f"{where}={value!r} must be {_name(hint)}.")
+        raise ConfigError(f"{where}={value!r} must be {_describe_type(hint)}.")
     if hint is float and type(value) is int:
         return float(value)
     if hint is pathlib.Path and type(value) is str:
         return pathlib.Path(value)
     if type(value) is not hint:
-        raise ConfigError(f"{where}={value!r} must be {_name(hint)}.")
+        raise ConfigError(f"{where}={value!r} must be {_describe_type(hint)}.")
     return value
 
 
@@ -230,12 +232,12 @@ def from_plain[Kind](kind: type[Kind], values: Mapping[str, Any]) -> Kind:
     return kind(**{**values, **lists})
 
 
-def _name(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     """What a value of this type is called in a message."""
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         if items[-1] is Ellipsis:
-            return f"an array, each {_name(_resolved(items[0]))}"
+            return f"an array, each {_describe_type(_resolve(items[0]))}"
         return f"an array of {len(items)} entries"
     return SCALARS.get(hint, str(hint))
 
@@ -254,20 +256,20 @@ def locate(text: str) -> dict[Keys, int]:
             continue
         said = (n for n in range(start, end) if lines[n].split("#")[0].strip())
         first = next(said, start) + 1
-        for keys in _paths(values):
+        for keys in _list_paths(values):
             found.setdefault(keys, first)
         start = end
     return found
 
 
-def _paths(values: Mapping[Any, Any], above: Keys = ()) -> Iterator[Keys]:
+def _list_paths(values: Mapping[Any, Any], above: Keys = ()) -> Iterator[Keys]:
     """Every key of nested tables, and of arrays of tables, with those above it."""
     for name, value in values.items():
         yield (*above, name)
         if isinstance(value, list):
             value = {n: one for n, one in enumerate(value) if isinstance(one, dict)}
         if isinstance(value, dict):
-            yield from _paths(value, (*above, name))
+            yield from _list_paths(value, (*above, name))
 
 
 # Writing ------------------------------------------------------------------------------
@@ -275,21 +277,21 @@ def _paths(values: Mapping[Any, Any], above: Keys = ()) -> Iterator[Keys]:
 
 def write(config: Any) -> str:
     """A config as TOML, every field stated; `read` gives an equal config back."""
-    return "\n".join(_table(dataclasses.asdict(config), ()))
+    return "\n".join(_write_table(dataclasses.asdict(config), ()))
 
 
-def _table(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterable[str]:
+def _write_table(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterable[str]:
     """Lines of a table and, after its own values, of those within it."""
     for name, value in values.items():
         if not isinstance(value, dict):
-            yield f"{name} = {_toml(value)}"
+            yield f"{name} = {_write_value(value)}"
     for name, value in values.items():
         if isinstance(value, dict):
             yield f"\n[{'.'.join((*above, name))}]"
-            yield from _table(value, (*above, name))
+            yield from _write_table(value, (*above, name))
 
 
-def _toml(value: Any) -> str:
+def _write_value(value: Any) -> str:
     """A single value, or a tuple of them, as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -299,15 +301,15 @@ def _toml(value: Any) -> str:
         return f'"{NONE}"'
     if isinstance(value, str | pathlib.PurePath):  # TOML's escapes are JSON's and DEL
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007F")
-    return f"[{', '.join(map(_toml, value))}]"
+    return f"[{', '.join(map(_write_value, value))}]"
 
 
 # Comparing ----------------------------------------------------------------------------
 
 
-def differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+def find_differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
     """Dotted names of the fields whose values differ, with both values."""
-    for name in _leaves(type(first)):
+    for name in _list_leaves(type(first)):
         own, other = map(operator.attrgetter(name), (first, second))
         if own != other:
             yield name, own, other

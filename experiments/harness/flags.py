@@ -36,11 +36,11 @@ def read[Command](
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    words, hints = dict(_docstrings(command)), configs.hints(command)
+    words, hints = dict(_read_docstrings(command)), configs.resolve_hints(command)
     names = {name: f"--{name.replace('_', '-')}" for name in hints}
     for name, hint in hints.items():
         help_ = words.get(name, "").replace("%", "%%")
-        parser.add_argument(names[name], help=help_, **_options(hint))
+        parser.add_argument(names[name], help=help_, **_choose_options(hint))
     found, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         near = difflib.get_close_matches(unknown[0], names.values(), 1)
@@ -49,24 +49,24 @@ def read[Command](
     return configs.from_plain(command, vars(found))
 
 
-def _options(hint: Any) -> dict[str, Any]:
+def _choose_options(hint: Any) -> dict[str, Any]:
     """How argparse reads a value of this type."""
     if isinstance(hint, typing.TypeAliasType):
-        return _options(hint.__value__)
+        return _choose_options(hint.__value__)
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is bool:
         return {"action": "store_true"}
     if origin in (types.UnionType, typing.Union):
         (kind,) = (part for part in parts if part is not types.NoneType)
-        return _options(kind)
+        return _choose_options(kind)
     if origin is tuple:
-        return {"nargs": "+", **_options(parts[0])}
+        return {"nargs": "+", **_choose_options(parts[0])}
     if origin is Literal:
         return {"choices": parts}
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 
-def _docstrings(command: type) -> Iterator[tuple[str, str]]:
+def _read_docstrings(command: type) -> Iterator[tuple[str, str]]:
     """Names and docstrings of the fields of a dataclass, and of those it is made of."""
     for kind in reversed(command.__mro__[:-1]):
         try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.harness.run import Run
 from jmem.evaluate.compare import Part
-from jmem.train.progress import clock
+from jmem.train.progress import format_time
 
 
 class Journal:
@@ -51,7 +51,7 @@ def keep(run: Run, parts: Sequence[Part]) -> Iterator[tuple[Part, Mapping[str, A
             words = f"{part.name.rpartition(' ')[0]}: {number} of {len(parts)}"
             if done:
                 left = (time.monotonic() - began) * (total - done) / done
-                words += f", {clock(left)} left"
+                words += f", {format_time(left)} left"
             if run.console.is_terminal:
                 status.update(words)
             else:

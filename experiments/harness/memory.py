@@ -28,10 +28,10 @@ FIT = (
     *("method", *make_columns(gib, "device", "at most")),
     *("fits", Column("compiled in", seconds)),
 )
-"""Columns of `fit`: one program a row."""
+"""Columns of `list_fits`: one program a row."""
 
 
-def fit(found: Reports) -> Iterable[Sequence[Any]]:
+def list_fits(found: Reports) -> Iterable[Sequence[Any]]:
     """Peak of each program, upper end of its interval, and whether that fits."""
     for name, own in found.items():
         yield (
@@ -57,7 +57,7 @@ def report(
     *,
     title: str,
     columns: Iterable[str | Column] = FIT,
-    rows: Callable[[Reports], Iterable[Sequence[Any]]] = fit,
+    rows: Callable[[Reports], Iterable[Sequence[Any]]] = list_fits,
     note: str = "",
     picture: str,
     kinds: bool = False,
@@ -82,7 +82,7 @@ def report(
     run.table(title, columns, rows(run.memory))
     if note:
         run.note(note)
-    run.plot("memory", lambda: plots.memory(run.memory, title=picture))
+    run.plot("memory", lambda: plots.draw_memory(run.memory, title=picture))
 
 
 def tabulate_kinds(run: Run) -> None:

@@ -11,7 +11,7 @@ from experiments.harness.report import Column, make_columns, mib, percent, share
 from experiments.harness.run import Run
 from jmem.evaluate.compare import join
 from jmem.evaluate.interval import wilson
-from jmem.evaluate.needle import FilteredNeedles, Needles, Retained, retained
+from jmem.evaluate.needle import FilteredNeedles, Needles, Retained, count_retained
 
 ENOUGH = 2 / 3
 """Of the cells, what the full cache must answer for the others to be compared."""
@@ -34,7 +34,7 @@ class Cells:
     def __len__(self) -> int:
         return len(self._cases)
 
-    def where(self, **fields: Any) -> np.ndarray:
+    def select(self, **fields: Any) -> np.ndarray:
         """Bool [N]: the cells of one length, depth or both."""
         found = [
             all(getattr(case, name) == value for name, value in fields.items())
@@ -42,22 +42,23 @@ class Cells:
         ]
         return np.array(found, bool)
 
-    def kept(self, name: str, **fields: Any) -> Retained:
+    def count_kept(self, name: str, **fields: Any) -> Retained:
         """What a contender still answers of what the full cache answers.
 
-        Of all cells, or of those of one length, depth or both, as `where` takes them.
+        Of all cells, or of those of one length, depth or both, as `select` takes them.
         """
-        mine = self.where(**fields)
-        return retained(self.scores["full"][mine], self.scores[name][mine])
+        mine = self.select(**fields)
+        return count_retained(self.scores["full"][mine], self.scores[name][mine])
 
-    def lost(self, name: str) -> str:
+    def describe_lost(self, name: str) -> str:
         """Where a contender lost needles, in words."""
-        whole, where = self.kept(name), []
+        whole, where = self.count_kept(name), []
         for length in self.lengths:
             missed = [
                 f"{share(depth)} ({own.cells - own.hits})"
                 for depth in self.depths
-                if (own := self.kept(name, length=length, depth=depth)).hits < own.cells
+                if (own := self.count_kept(name, length=length, depth=depth)).hits
+                < own.cells
             ]
             if missed:
                 where.append(f"{length:,} tokens at depth {', '.join(missed)}")
@@ -87,7 +88,7 @@ def draw_cells(
     }
     run.plot(
         "needles",
-        lambda: plots.cells(
+        lambda: plots.draw_cells(
             panels,
             rows=[share(depth) for depth in cells.depths],
             columns=[f"{length:,}" for length in cells.lengths],
@@ -105,16 +106,16 @@ def report_kept(
     cells, longest = Cells(outcomes), max(outcomes, key=lambda own: own.task.prompt)
     rows, contenders = [], longest.contenders
     for name, contender in contenders.items():
-        own, plan = cells.kept(name), contender.plan
+        own, plan = cells.count_kept(name), contender.plan
         size = plan.bytes() // plan.batch_size, mean_share(outcomes, name)
         kept = own.hits, own.cells, own.share, *(own.interval or (None, None))
-        each = (cells.kept(name, length=length).share for length in cells.lengths)
+        each = (cells.count_kept(name, length=length).share for length in cells.lengths)
         rows.append((name, *size, *kept, *each))
     size = Column(f"at {longest.task.prompt:,}", mib), Column("of full", percent)
     lengths = (f"{length:,}" for length in cells.lengths)
     kept = make_columns(percent, "kept", "from", "to", *lengths)
     run.table("Needles kept", ["cache", *size, "hits", "of", *kept], rows)
-    full = cells.kept("full")
+    full = cells.count_kept("full")
     words = (
         f"{full.cells} of {len(cells)} cells count: the full cache does not answer the "
         f"other {full.excluded}. from and to: Wilson's interval, 95 %. The last "
@@ -133,14 +134,14 @@ def report_kept(
         if own.method == "full" or own.share == pictured
     }
     lost = [
-        cells.lost(name)
+        cells.describe_lost(name)
         for name in drawn.values()
-        if (kept := cells.kept(name).share) is not None and kept < KEPT
+        if (kept := cells.count_kept(name).share) is not None and kept < KEPT
     ]
     if lost:
         run.note("\n".join([f"Below {share(KEPT)}:", *lost]))
     draw_cells(
-        *(run, cells, drawn, lambda name, **at: cells.kept(name, **at)[:2]),
+        *(run, cells, drawn, lambda name, **at: cells.count_kept(name, **at)[:2]),
         title=f"Needles kept in {share(pictured)} of the full cache's bytes",
     )
     return draw_curves(
@@ -182,7 +183,7 @@ def report_answered(
     drawn = {name: name for name, own in contenders.items() if own.share in shares}
 
     def count_hits(name: str, **at: Any) -> tuple[int, int]:
-        hits = cells.scores[name][cells.where(**at), 0]
+        hits = cells.scores[name][cells.select(**at), 0]
         return int(hits.sum()), len(hits)
 
     draw_cells(run, cells, drawn, count_hits, title)

@@ -28,7 +28,7 @@ AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), **OFFSET}
 """The same, with the first place beside an edge of the axes, at a value."""
 
 
-def curve(index: int, **more: Any) -> dict[str, Any]:
+def style_curve(index: int, **more: Any) -> dict[str, Any]:
     """How the curve of a method is drawn; alike in all pictures that name it so."""
     return {
         "color": CURVES[index % len(CURVES)],
@@ -40,7 +40,7 @@ def curve(index: int, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def losses(
+def draw_losses(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = ""
 ) -> "Figure":
     """Held-out loss of each method, bold; its training loss behind it, faint.
@@ -48,10 +48,10 @@ def losses(
     `rows` are what `jmem.train.metrics.read` gives, by method. A training curve is the
     running mean over an eighth of the run; it is bold where nothing is held out.
     """
-    figure, axes = _figure(8.0, 4.6)
+    figure, axes = _make_figure(8.0, 4.6)
     ends = []
     for index, (method, own) in enumerate(rows.items()):
-        bold = curve(index, marker="o")
+        bold = style_curve(index, marker="o")
         trained = [(r["step"], r["loss"]) for r in own if "loss" in r]
         held = [(r["step"], r["held_out_loss"]) for r in own if "held_out_loss" in r]
         if trained:
@@ -65,7 +65,7 @@ def losses(
             ends[-1:] = [(held[-1][1], method, bold["color"])]
     _name_ends(axes, ends)
     _label(axes, "updates", "loss, nats a token", title)
-    _above(axes, "dots: held out   faint: training, running mean")
+    _write_above(axes, "dots: held out   faint: training, running mean")
     return figure
 
 
@@ -95,7 +95,7 @@ def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
         axes.annotate(method, (1.0, place), (6, 0), **style, **AT_EDGE)
 
 
-def memory(reports: Mapping[str, Any], *, title: str = "") -> "Figure":
+def draw_memory(reports: Mapping[str, Any], *, title: str = "") -> "Figure":
     """Bytes at the peak by kind, one bar a program, with what the card can give.
 
     `reports` are `jmem.MemoryReport`s of one target, by program.
@@ -103,7 +103,7 @@ def memory(reports: Mapping[str, Any], *, title: str = "") -> "Figure":
     from jmem.memory.plot import COLOURS
 
     own, places = list(reports.values()), range(len(reports))
-    figure, axes = _figure(8.0, 1.9 + 0.55 * len(own))
+    figure, axes = _make_figure(8.0, 1.9 + 0.55 * len(own))
     sizes = np.array([report.device_bytes for report in own]) / GiB
     parts = {kind: np.array([r.by_kind.get(kind, 0) for r in own]) for kind in COLOURS}
     left = np.zeros(len(own))
@@ -129,7 +129,7 @@ def memory(reports: Mapping[str, Any], *, title: str = "") -> "Figure":
         style = {"ha": side, "va": "bottom", "fontsize": 8.5, "color": INK}
         axes.text(usable, -0.62, f" {words}", **style)
     else:
-        _above(axes, f"{words}, beyond the right edge")
+        _write_above(axes, f"{words}, beyond the right edge")
     axes.set(xlim=(0, right), ylim=(len(own) - 0.45, -0.7))
     axes.set_yticks(places, list(reports))
     axes.tick_params(axis="y", length=0)
@@ -146,7 +146,7 @@ Point = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One measure of quality against bytes, for `quality`."""
+    """One measure of quality against bytes, for `draw_quality`."""
 
     title: str
     label: str
@@ -159,7 +159,7 @@ class Panel:
     """Whether values are shares."""
 
 
-def quality(
+def draw_quality(
     panels: Sequence[Panel], shares: Sequence[float], *, title: str = ""
 ) -> "Figure":
     """Quality against the bytes of a cache: a curve a policy, the full cache a line.
@@ -169,11 +169,11 @@ def quality(
     """
     from matplotlib.ticker import FixedLocator
 
-    figure, all_axes = _figure(6.6 * len(panels), 4.8, columns=len(panels))
+    figure, all_axes = _make_figure(6.6 * len(panels), 4.8, columns=len(panels))
     for axes, panel in zip(all_axes, panels, strict=True):
         ends, count = [], len(panel.curves)
         for index, (name, points) in enumerate(panel.curves.items()):
-            style = curve(index, elinewidth=0.9)
+            style = style_curve(index, elinewidth=0.9)
             apart = 1.012 ** (index - (count - 1) / 2)
             x = [share * apart for share, *_ in points]
             y, low, high = zip(*((v, v - low, high - v) for _, v, low, high in points))
@@ -196,7 +196,7 @@ def quality(
     return figure
 
 
-def against_bytes(
+def draw_against_bytes(
     points: Mapping[str, tuple[float, Sequence[float]]],
     *,
     label: str,
@@ -207,7 +207,7 @@ def against_bytes(
     Dots are means, bars go from the least to the greatest. A name stands to the right
     of its dot, or to the left where another dot is in its way.
     """
-    figure, axes = _figure(8.0, 4.8)
+    figure, axes = _make_figure(8.0, 4.8)
     means = {name: sum(values) / len(values) for name, (_, values) in points.items()}
     widest = max(size for size, _ in points.values())
     tallest = max(means.values()) - min(means.values())
@@ -218,7 +218,7 @@ def against_bytes(
             and abs(means[other] - mean) < 0.1 * tallest
             for other in points
         )
-        style = curve(index, linestyle="none", markersize=8, elinewidth=1.2)
+        style = style_curve(index, linestyle="none", markersize=8, elinewidth=1.2)
         spread = [[mean - min(values)], [max(values) - mean]]
         axes.errorbar([size / GiB], [mean], yerr=spread, **style)
         side = {"ha": "right" if blocked else "left", "color": style["color"]}
@@ -229,7 +229,7 @@ def against_bytes(
     return figure
 
 
-def by_index(
+def draw_by_index(
     curves: Mapping[str, Sequence[float]],
     marked: int,
     *,
@@ -241,12 +241,12 @@ def by_index(
     """Shares by a whole number, a curve each; a dashed line says what `marked` is."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(8.0, 4.2)
+    figure, axes = _make_figure(8.0, 4.2)
     axes.axvline(marked, color=INK, linewidth=1.2, linestyle=(0, (6, 3)))
     place = {"xycoords": ("data", "axes fraction"), "color": INK, "fontsize": 9}
     axes.annotate(f" {mark}", (marked, 0.02), **place)
     for index, (name, values) in enumerate(curves.items()):
-        axes.plot(range(len(values)), values, label=name, **curve(index))
+        axes.plot(range(len(values)), values, label=name, **style_curve(index))
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -255,7 +255,7 @@ def by_index(
     return figure
 
 
-def cells(
+def draw_cells(
     panels: Mapping[str, Sequence[Sequence[tuple[int, int]]]],
     *,
     rows: Sequence[str],
@@ -274,7 +274,7 @@ def cells(
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     width, height = 0.95 + 0.72 * len(columns), 0.95 + 0.42 * len(rows)
-    figure, grid = _figure(
+    figure, grid = _make_figure(
         max(across * width, 6.0), 0.6 + down * height, rows=down, columns=across
     )
     for axes in grid[len(panels) :]:
@@ -308,13 +308,13 @@ def _label(axes: Any, x: str, y: str, title: str, pad: float = 6.0) -> None:
     axes.set_title(title, loc="left", pad=pad)
 
 
-def _above(axes: Any, words: str) -> None:
+def _write_above(axes: Any, words: str) -> None:
     """A remark above the right end of the picture."""
     at = {"transform": axes.transAxes, "ha": "right"}
     axes.text(1.0, 1.02, words, fontsize=8.5, color=INK, **at)
 
 
-def _figure(
+def _make_figure(
     width: float, height: float, *, rows: int = 1, columns: int = 0
 ) -> tuple[Any, Any]:
     """A figure and its axes, made without pyplot: no window, no global state.

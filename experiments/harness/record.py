@@ -116,12 +116,12 @@ def compare(slug: str, claim: Claim, record: Record) -> Comparison:
     if (then := record.versions["jax"]) != (now := jax.__version__):
         words = f"recorded under jax {then}, which jax {now} cannot confirm"
         return Comparison("unknown", words)
-    programs, target = _programs(slug, claim, record.device)
+    programs, target = _build_programs(slug, claim, record.device)
     changed = [
         name
         for name, hashed in record.programs.items()
         if not name.startswith(HERE)
-        and (name not in programs or _hash(programs[name], target) != hashed)
+        and (name not in programs or _hash_once(programs[name], target) != hashed)
     ]
     if not changed:
         return Comparison("same")
@@ -129,43 +129,45 @@ def compare(slug: str, claim: Claim, record: Record) -> Comparison:
     return Comparison("changed", f"its program{names} changed since {record.date}")
 
 
-def _programs(slug: str, claim: Claim, device: str) -> tuple[Mapping[str, Any], Any]:
+def _build_programs(
+    slug: str, claim: Claim, device: str
+) -> tuple[Mapping[str, Any], Any]:
     """Today's programs that a claim is about, and their target."""
-    from jmem.memory.card import described
+    from jmem.memory.card import find_described
     from jmem.targets import resolve
 
     if claim.kind == "live":
         module = importlib.import_module(f"experiments.{claim.experiment}")
-        target = described(device)
+        target = find_described(device)
         return module.programs(claim.report[1], target, module.settings()), target
-    module, config = _experiment(slug, claim)
+    module, config = _load_experiment(slug, claim)
     target = resolve(claim.target if claim.kind == "compile" else config.gpu)
-    return _build(module.programs, config, target), target
+    return _build_once(module.programs, config, target), target
 
 
 @functools.cache
-def _build(build: Callable, config: Any, target: Any) -> Mapping[str, Any]:
+def _build_once(build: Callable, config: Any, target: Any) -> Mapping[str, Any]:
     """The programs of a config; kept, so that its claims share what is made of them."""
     return build(config, target)
 
 
 @functools.cache
-def _hash(program: Any, target: Any) -> str:
+def _hash_once(program: Any, target: Any) -> str:
     """The hash of a program's StableHLO; kept, as claims share programs."""
-    from jmem.memory.measure import stablehlo_hash
+    from jmem.memory.measure import hash_stablehlo
 
-    return stablehlo_hash(program.lower(target).as_text())
+    return hash_stablehlo(program.lower(target).as_text())
 
 
 @functools.cache
-def _report(program: Any, target: Any, bounds: bool) -> Any:
+def _measure_once(program: Any, target: Any, bounds: bool) -> Any:
     """The memory report of a program; kept, as claims share programs."""
     from jmem.memory.measure import measure
 
     return measure(program, target=target, bounds=bounds, cache=False)
 
 
-def _experiment(slug: str, claim: Claim) -> tuple[Any, Any]:
+def _load_experiment(slug: str, claim: Claim) -> tuple[Any, Any]:
     """The experiment's module, and its config as its command line would read it."""
     module = importlib.import_module(f"experiments.{slug}")
     preset = ("--preset", claim.preset) if claim.preset else ()
@@ -189,14 +191,14 @@ def measure(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
     Raises:
       ClaimsError: the experiment has no such preset, flag, program or quantity.
     """
-    from jmem.targets import nearest
+    from jmem.targets import suggest
 
-    programs, target = _programs(slug, claim, "")
+    programs, target = _build_programs(slug, claim, "")
     if (name := claim.program) not in programs:
         raise ClaimsError(
-            f"experiments.{slug} builds no program {name!r}{nearest(name, programs)}"
+            f"experiments.{slug} builds no program {name!r}{suggest(name, programs)}"
         )
-    report = _report(programs[name], target, bounds)
+    report = _measure_once(programs[name], target, bounds)
     field, _, part = claim.quantity.partition("/")
     value = getattr(report, field, None)
     if part and isinstance(value, dict):
@@ -214,7 +216,7 @@ def measure(slug: str, claim: Claim, *, bounds: bool = True) -> Record:
         programs={name: report.stablehlo_hash},
         versions=report.versions,
         device="compiled ahead of time",
-        commit=commit(),
+        commit=read_commit(),
         date=datetime.date.today().isoformat(),
     )
 
@@ -281,7 +283,7 @@ def take(slug: str, claim: Claim, run: pathlib.Path) -> Record:
         config=hashlib.sha256(config.encode()).hexdigest(),
         versions=report["versions"],
         device=report["device"],
-        commit=commit(),
+        commit=read_commit(),
         date=report["started"][:10],
     )
 
@@ -300,9 +302,9 @@ def _check_config(slug: str, claim: Claim, file: pathlib.Path) -> str:
 
 def _run_config(slug: str, claim: Claim, run: pathlib.Path) -> str:
     """The config of a run as TOML, if it is the claim's; else the field is named."""
-    _, wanted = _experiment(slug, claim)
+    _, wanted = _load_experiment(slug, claim)
     ran = configs.read(run / "config.toml", wanted)
-    for field, expected, found in configs.differences(wanted, ran):
+    for field, expected, found in configs.find_differences(wanted, ran):
         raise NotAnsweredError(
             f"--from-run {run}: {field}={found!r}, but {slug}/{claim.name} is about"
             f" {field}={expected!r}"
@@ -310,7 +312,7 @@ def _run_config(slug: str, claim: Claim, run: pathlib.Path) -> str:
     return configs.write(ran)
 
 
-def commit() -> str:
+def read_commit() -> str:
     """HEAD of the checkout, with "+" if the working tree differs; "" outside git."""
 
     def git(*words: str) -> str:

@@ -39,26 +39,26 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def _shown(form: str, factor: float) -> Callable[[float], str]:
+def _make_format(form: str, factor: float) -> Callable[[float], str]:
     """A function that formats `factor` times a value."""
     return lambda value: form.format(value * factor)
 
 
-gib = _shown("{:,.2f} GiB", 1 / GiB)
+gib = _make_format("{:,.2f} GiB", 1 / GiB)
 """Bytes as GiB with two decimals."""
-gib_number = _shown("{:,.2f}", 1 / GiB)
+gib_number = _make_format("{:,.2f}", 1 / GiB)
 """The same, for a table whose title names the unit."""
-mib = _shown("{:,.1f} MiB", 1 / 2**20)
+mib = _make_format("{:,.1f} MiB", 1 / 2**20)
 """Bytes as MiB with one decimal."""
-kib = _shown("{:,.1f} KiB", 1 / 2**10)
+kib = _make_format("{:,.1f} KiB", 1 / 2**10)
 """Bytes as KiB with one decimal."""
 loss = "{:.4f}".format
 """A loss in nats a token."""
-percent = _shown("{:.1f} %", 100)
+percent = _make_format("{:.1f} %", 100)
 """A fraction as percent."""
 rate = "{:,.0f}/s".format
 """Tokens, or anything else, a second."""
-milliseconds = _shown("{:.2f} ms", 1e3)
+milliseconds = _make_format("{:.2f} ms", 1e3)
 """A duration in seconds as milliseconds."""
 score = "{:.2f}".format
 """A mark from 0 to 100, or anything else with two decimals."""
@@ -195,41 +195,45 @@ class Report:
             "programs": self.programs,
             "plots": self.plots,
         }
-        return json.dumps(_plain(values), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(_make_plain(values), indent=2, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
         """report.md."""
         lines = [f"# {self.head['experiment']}", "", f"`{self.head['command']}`", ""]
         lines += [
-            f"- {name}: {_inline(self.head[name])}" for name in list(self.head)[2:]
+            f"- {name}: {_format_inline(self.head[name])}"
+            for name in list(self.head)[2:]
         ]
         for part in self.parts:
-            lines += ["", part.markdown() if isinstance(part, Table) else _note(part)]
+            lines += [
+                "",
+                part.markdown() if isinstance(part, Table) else _format_note(part),
+            ]
         for plot in self.plots:
             lines += ["", f"![{pathlib.Path(plot).stem}]({plot})"]
         return "\n".join(lines) + "\n"
 
 
-def _note(words: str) -> str:
+def _format_note(words: str) -> str:
     """A paragraph, or several lines as they are."""
     return f"```text\n{words}\n```" if "\n" in words else words
 
 
-def _inline(value: Any) -> str:
+def _format_inline(value: Any) -> str:
     """A value of the report's head on one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_inline(v)}" for name, v in value.items())
+        return ", ".join(f"{name} {_format_inline(v)}" for name, v in value.items())
     return text(value)
 
 
-def _plain(value: Any) -> Any:
+def _make_plain(value: Any) -> Any:
     """Values that JSON knows; a number that is not finite becomes null."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(v) for name, v in value.items()}
+        return {str(name): _make_plain(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_make_plain(v) for v in value]
     if hasattr(value, "tolist"):  # NumPy's and JAX's scalars and arrays
-        return _plain(value.tolist())
+        return _make_plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | None) else str(value)

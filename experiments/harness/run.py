@@ -188,13 +188,13 @@ class Run(contextlib.AbstractContextManager):
         """Write report.json and report.md; `more` goes into their head."""
         self.report.head = {
             "experiment": self.slug,
-            "command": command(self.slug),
+            "command": quote_command(self.slug),
             "status": status,
             "started": f"{self._now:%Y-%m-%d %H:%M:%S %z}",
             "seconds": round(time.monotonic() - self._began, 1),
             "target": self._target.name if self._target else None,
-            "device": None if self.measure_only else device(),
-            "versions": versions(),
+            "device": None if self.measure_only else name_device(),
+            "versions": read_versions(),
             **more,
         }
         for plan in sorted(self.folder.glob("*/plan.json")):  # of what was trained here
@@ -215,19 +215,19 @@ _KEPT = (
 """Of a memory report, what report.json repeats; memory/ holds all of it."""
 
 
-def command(slug: str) -> str:
+def quote_command(slug: str) -> str:
     """The command line that started this process, ready to be pasted."""
     return shlex.join(["python", "-m", f"experiments.{slug}", *sys.argv[1:]])
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     names = ("jmem", "jax", "jaxlib", "flax", "optax")
     found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
 
 
-def device() -> str:
+def name_device() -> str:
     """The default device that programs ran on, in words."""
     import jax
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 import jmem.checkpoints
-from experiments.harness.config import slug_of
+from experiments.harness.config import find_slug
 from jmem.checkpoints import Checkpoint
 from jmem.models import zoo
 from jmem.models.decoder import PRECISIONS, Decoder, DecoderConfig, Precision
@@ -56,8 +56,8 @@ class Weights:
             sizes = " + ".join(f"{name}={size}" for name, size in tokens.items())
             verb = "exceed" if len(tokens) > 1 else "exceeds"
             raise ValueError(
-                f"{_owner(self)}: {sizes} {verb} the {dims.max_positions:,} positions "
-                f"of {self.model}."
+                f"{_name_owner(self)}: {sizes} {verb} the {dims.max_positions:,} "
+                f"positions of {self.model}."
             )
         return dims
 
@@ -246,11 +246,11 @@ def need(
         rules = ["one or more"] * some + rules + ["none twice"] * once
         reason = f"; {why}" if why else ""
         raise ValueError(
-            f"{_owner(config)}: {name}={value}; need {', '.join(rules)}{reason}."
+            f"{_name_owner(config)}: {name}={value}; need {', '.join(rules)}{reason}."
         )
 
 
-def _owner(config: Any) -> str:
+def _name_owner(config: Any) -> str:
     """Who a message speaks for: the experiment, or the table within its config."""
     kind = type(config)
-    return slug_of(kind) if kind.__name__ == "Config" else kind.__name__
+    return find_slug(kind) if kind.__name__ == "Config" else kind.__name__

@@ -21,7 +21,7 @@ import jax
 
 from experiments.harness.record import write_atomically
 from experiments.harness.report import Column, loss, make_columns
-from experiments.harness.run import Run, device
+from experiments.harness.run import Run, name_device
 from jmem.train.loop import DivergedError
 
 
@@ -97,7 +97,7 @@ def search[Method: str](
                 found = train(trial, folder)
             except DivergedError as error:
                 found = {"diverged": str(error)}
-            found |= {"device": device(), "jax": jax.__version__}
+            found |= {"device": name_device(), "jax": jax.__version__}
             write_atomically(done, json.dumps(found, indent=1) + "\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             gc.collect()
@@ -121,7 +121,7 @@ def search[Method: str](
             len(factors) > 1 and best in (min(factors), max(factors)),
             tuple(one["loss"] for one in found),
             tuple(found),
-            frozenset(map(_place, (*tried.values(), *found))),
+            frozenset(map(_name_place, (*tried.values(), *found))),
             Trial(method, best, seeds[0]).name,
         )
     return outcomes
@@ -163,7 +163,7 @@ def tabulate[Method: str](
     run.table(title, heads, [line(*pair) for pair in outcomes.items()])
 
 
-def _place(done: dict[str, Any]) -> str:
+def _name_place(done: dict[str, Any]) -> str:
     """In words, what a trial was trained on, from its `done.json`."""
     if "device" not in done:  # of a version that did not write it
         return "a device that was not noted"

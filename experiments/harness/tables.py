@@ -19,7 +19,7 @@ ROOM = {"24 GB": 20.6, "48 GB": 44.5, "80 GB": 76.1, "141 GB": 138.0}
 """GiB that cards have after driver and reserve: rtx4090, a6000, h100 and h200, as
 `jmem.targets` has them (a test compares), without importing JAX."""
 OUTCOMES = ("holds", "fails", "open", "stale", "not measured", "not checkable")
-"""What `verdict` can begin with."""
+"""What `judge` can begin with."""
 EARLIER = "of an earlier program"
 UNKNOWN = "program not noted"
 
@@ -40,7 +40,7 @@ def list_claims(everything: Everything) -> Iterator[tuple[Claims, Records, Claim
 # Verdicts -----------------------------------------------------------------------------
 
 
-def verdict(claim: Claim, claims: Claims, records: Records) -> str:
+def judge(claim: Claim, claims: Claims, records: Records) -> str:
     """One of `OUTCOMES`, in bold where it is "fails" or "stale"; and after ":" why."""
     if claim.kind == "not-checkable":
         return f"not checkable: {claim.reason}"
@@ -52,7 +52,7 @@ def verdict(claim: Claim, claims: Claims, records: Records) -> str:
 
     def value(name: str) -> float | None:
         if named := claim if name == "ours" else claims.by_name.get(name):
-            found = current(named, records)
+            found = find_current(named, records)
             return found and found.value
         bar = name in ("paper", "expect", "margin")
         number = getattr(claim, name) if bar else float(name)
@@ -60,13 +60,13 @@ def verdict(claim: Claim, claims: Claims, records: Records) -> str:
 
     relations = {text: Relation.parse(text).holds(value) for text in claim.relations}
     if failing := [text for text, holds in relations.items() if holds is False]:
-        return f"**fails**: {_code(failing)}"
+        return f"**fails**: {_quote_code(failing)}"
     if waiting := [text for text, holds in relations.items() if holds is None]:
-        return f"open: {_code(waiting)} waits for a number"
+        return f"open: {_quote_code(waiting)} waits for a number"
     return "holds"
 
 
-def current(claim: Claim, records: Records) -> Record | None:
+def find_current(claim: Claim, records: Records) -> Record | None:
     """The record of a claim, if it was measured for the claim as it stands."""
     found = records.get(claim.name)
     return found if found and found.definition == claim.definition else None
@@ -74,26 +74,26 @@ def current(claim: Claim, records: Records) -> Record | None:
 
 def count(claims: Claims, records: Records) -> Counter[str]:
     """How many of a method's claims have each of the `OUTCOMES`."""
-    words = (verdict(claim, claims, records) for claim in claims.by_name.values())
+    words = (judge(claim, claims, records) for claim in claims.by_name.values())
     return Counter(text.partition(":")[0].strip("*") for text in words)
 
 
 # Tables -------------------------------------------------------------------------------
 
 
-def table(claims: Claims, records: Records) -> str:
+def format_table(claims: Claims, records: Records) -> str:
     """Markdown rows of all claims of one method."""
     heads = ("claim", "paper", "expected", "ours", "must hold", "verdict", "measured")
     rows = []
     for claim in claims.by_name.values():
-        mine, words = records.get(claim.name), verdict(claim, claims, records)
-        asked = claim.what, _paper(claim), _amount(claim.expect, claim)
-        found = describe_value(claim, mine), _code(claim.relations), words
-        rows.append((*asked, *found, _measured(claim, mine)))
-    return _markdown(heads, rows)
+        mine, words = records.get(claim.name), judge(claim, claims, records)
+        asked = claim.what, _describe_paper(claim), _format_amount(claim.expect, claim)
+        found = describe_value(claim, mine), _quote_code(claim.relations), words
+        rows.append((*asked, *found, _describe_measuring(claim, mine)))
+    return _format_markdown(heads, rows)
 
 
-def page(everything: Everything) -> str:
+def format_page(everything: Everything) -> str:
     """The whole of docs/claims.md: counts, what fails, and a section for each slug."""
     counts = {claims.slug: count(claims, records) for claims, records in everything}
     counted = [
@@ -102,7 +102,7 @@ def page(everything: Everything) -> str:
     ]
     failing = []
     for claims, records, claim in list_claims(everything):
-        outcome, _, why = verdict(claim, claims, records).partition(": ")
+        outcome, _, why = judge(claim, claims, records).partition(": ")
         if outcome == "**fails**":
             ours = describe_value(claim, records.get(claim.name))
             failing.append((claims.slug, claim.what, ours, why))
@@ -110,17 +110,17 @@ def page(everything: Everything) -> str:
         "# What the papers claim, and what we find",
         "Written by `python -m experiments.claims` from `configs/<slug>/claims.toml`\n"
         "and `records.json`; a test fails when page and records differ.",
-        _markdown(("claims of", "all", *OUTCOMES), counted),
+        _format_markdown(("claims of", "all", *OUTCOMES), counted),
         f"## The {len(failing)} that fail",
-        _markdown(("method", "claim", "ours", "does not hold"), failing),
+        _format_markdown(("method", "claim", "ours", "does not hold"), failing),
     ]
     for claims, records in everything:
         setting = " ".join(claims.setting.split())
-        parts += [f"## {claims.slug}", setting, table(claims, records)]
+        parts += [f"## {claims.slug}", setting, format_table(claims, records)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def summary(everything: Everything) -> str:
+def summarise(everything: Everything) -> str:
     """The README's paragraph: how many claims hold and fail, and where they all are."""
     counts = {claims.slug: count(claims, records) for claims, records in everything}
     total = sum(counts.values(), Counter())
@@ -130,7 +130,7 @@ def summary(everything: Everything) -> str:
     numbers = [f"{total[word]} {word.replace('holds', 'hold')}" for word in OUTCOMES]
     numbers[1] = f"{total['fails']} fail" + (f" ({by_slug})" if by_slug else "")
     doubts = Counter(
-        _doubt(mine) for _, records in everything for mine in records.values()
+        _describe_doubt(mine) for _, records in everything for mine in records.values()
     )
     return textwrap.fill(
         f"Of {total.total()} claims, {', '.join(numbers[:-1])} and {numbers[-1]}."
@@ -143,7 +143,7 @@ def summary(everything: Everything) -> str:
     )
 
 
-def choices(everything: Everything) -> str:
+def format_choices(everything: Everything) -> str:
     """Which method trains which model on which card: claims with a `choice`.
 
     By model and bytes. A card is named if the interval's upper end fits in its `ROOM`.
@@ -151,7 +151,7 @@ def choices(everything: Everything) -> str:
     found = [
         (claim.choice, mine)
         for _, records, claim in list_claims(everything)
-        if claim.choice and (mine := current(claim, records))
+        if claim.choice and (mine := find_current(claim, records))
     ]
     found.sort(key=lambda row: row[1].value)
     models = list(dict.fromkeys(choice[0] for choice, _ in found))
@@ -162,10 +162,14 @@ def choices(everything: Everything) -> str:
         cards = [card for card, room in ROOM.items() if most <= room * 2**30]
         size = f"{mine.value / 2**30:.1f} GiB"
         rows.append((*choice, size, ", ".join(cards) or "none of these"))
-    return _markdown(("model", "method", "trains", "device memory", "fits"), rows)
+    return _format_markdown(
+        ("model", "method", "trains", "device memory", "fits"), rows
+    )
 
 
-def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]) -> str:
+def _format_markdown(
+    heads: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]
+) -> str:
     """A table; "" without rows."""
     lines = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
     if not lines:
@@ -174,21 +178,21 @@ def _markdown(heads: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]) -> 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
 
 
-def _code(words: Iterable[str]) -> str:
+def _quote_code(words: Iterable[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-def _amount(value: float | str | None, claim: Claim) -> str:
+def _format_amount(value: float | str | None, claim: Claim) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else f"{value:g} {claim.unit}"
 
 
-def _paper(claim: Claim) -> str:
+def _describe_paper(claim: Claim) -> str:
     if claim.paper is None:
         return claim.source
     doubt = "" if claim.confirmed else ", unconfirmed"
-    return f"{_amount(claim.paper, claim)} ({claim.source}{doubt})"
+    return f"{_format_amount(claim.paper, claim)} ({claim.source}{doubt})"
 
 
 def describe_value(claim: Claim, mine: Record | None) -> str:
@@ -201,15 +205,15 @@ def describe_value(claim: Claim, mine: Record | None) -> str:
     return f"{text} {claim.unit}{bounds}"
 
 
-def _measured(claim: Claim, mine: Record | None) -> str:
+def _describe_measuring(claim: Claim, mine: Record | None) -> str:
     if mine is None:
         return ""
     how = f"compiled for {claim.target}" if claim.kind == "compile" else mine.device
-    parts = (how, f"jax {mine.versions['jax']}", mine.date, _doubt(mine))
+    parts = (how, f"jax {mine.versions['jax']}", mine.date, _describe_doubt(mine))
     return ", ".join(filter(None, parts))
 
 
-def _doubt(mine: Record) -> str:
+def _describe_doubt(mine: Record) -> str:
     """Whether an earlier or an unknown program was measured; "" of today's."""
     if mine.moved:
         return EARLIER
@@ -219,15 +223,15 @@ def _doubt(mine: Record) -> str:
 # Files --------------------------------------------------------------------------------
 
 
-def files(
+def render_files(
     everything: Everything, root: pathlib.Path, methods: str
 ) -> dict[pathlib.Path, str]:
     """Every generated file, and the text it should hold; `methods` is their table."""
     sections = {
-        root / "README.md": {"claims": summary(everything), "methods": methods},
-        root / "docs" / "finetune.md": {"choices": choices(everything)},
+        root / "README.md": {"claims": summarise(everything), "methods": methods},
+        root / "docs" / "finetune.md": {"choices": format_choices(everything)},
     }
-    texts = {root / "docs" / "claims.md": page(everything)}
+    texts = {root / "docs" / "claims.md": format_page(everything)}
     for path, parts in sections.items():
         texts[path] = path.read_text()
         for name, section in parts.items():

@@ -152,7 +152,7 @@ def load(
     elif path.suffix == ".safetensors" or os.path.isdir(path):
         checkpoint = _open_huggingface(path, expect)
     else:
-        raise CheckpointError(_not_a_checkpoint(str(source)))
+        raise CheckpointError(_explain_source(str(source)))
     if dtype is None:
         return checkpoint
     return dataclasses.replace(checkpoint, dtype=np.dtype(dtype))
@@ -209,25 +209,25 @@ def save(
             f"save: eos_ids={eos_ids} must be ids below vocab_size={config.vocab_size}."
         )
     tensors = layout.disassemble(config, params)
-    dtype = layout.widest(tensors)
-    files.must_be_free(path)
+    dtype = layout.find_widest(tensors)
+    files.check_free(path)
     raw = huggingface.render_config(config, dtype, eos_ids)
     texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
     beside = {} if like is None else like.tokenizer_files
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str()
-        special = _end_token(tokenizer, eos_ids)
-        beside = tokenizer_files.with_config(beside, config.max_positions, special)
+        special = _find_end_token(tokenizer, eos_ids)
+        beside = tokenizer_files.add_config(beside, config.max_positions, special)
     texts |= beside
-    nbytes = layout.total_bytes(tensors) + sum(map(len, texts.values()))
-    with files.staged(path, nbytes) as stage:
+    nbytes = layout.count_bytes(tensors) + sum(map(len, texts.values()))
+    with files.stage_write(path, nbytes) as stage:
         stage.mkdir()
         for name, text in texts.items():
             files.write_text(stage / name, text)
         safetensors.write_folder(stage, tensors, max_shard_bytes)
 
 
-def _end_token(tokenizer: "Tokenizer", eos_ids: tuple[int, ...]) -> dict[str, str]:
+def _find_end_token(tokenizer: "Tokenizer", eos_ids: tuple[int, ...]) -> dict[str, str]:
     """The first token that ends a text, under Hugging Face's name; {} if none does."""
     known = [token for token in map(tokenizer.id_to_token, eos_ids) if token]
     return {"eos_token": known[0]} if known else {}
@@ -240,15 +240,15 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     where, text = folder / "config.json", folder / "tokenizer.json"
     raw = files.read_json(where, _CONFIG_LIMIT)
     config = huggingface.parse_config(raw, str(where))
-    found = _matched(path, config, expect, read(path), "huggingface")
+    found = _match(path, config, expect, read(path), "huggingface")
     size = config.vocab_size
     return Checkpoint(
         path=path,
         config=config,
-        dtype=_stored_dtype(found),
+        dtype=_find_dtype(found),
         tokenizer=tokenizer_files.from_json(text, size) if text.exists() else None,
-        eos_ids=_stated_eos(raw, size, folder),
-        tokenizer_files=tokenizer_files.files_beside(folder),
+        eos_ids=_read_eos(raw, size, folder),
+        tokenizer_files=tokenizer_files.read_files(folder),
         tensors=found,
     )
 
@@ -256,24 +256,22 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
 def _open_gguf(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     source = gguf.read_file(path)
     config, metadata = llamacpp.parse_config(source), source.metadata
-    tensors = llamacpp.decoder_tensors(source, config)
-    found = _matched(path, config, expect, tensors, "gguf")
+    tensors = llamacpp.reorder_tensors(source, config)
+    found = _match(path, config, expect, tensors, "gguf")
     return Checkpoint(
         path=path,
         config=config,
-        dtype=_stored_dtype(found),
+        dtype=_find_dtype(found),
         tokenizer=tokenizer_files.from_gguf(metadata, config.vocab_size, path),
         eos_ids=llamacpp.parse_eos(source, config.vocab_size),
-        tokenizer_files=tokenizer_files.files_of_gguf(
+        tokenizer_files=tokenizer_files.make_files(
             metadata, config.max_positions, path
         ),
         tensors=found,
     )
 
 
-def _stated_eos(
-    raw: Mapping[str, Any], vocab_size: int, folder: Path
-) -> tuple[int, ...]:
+def _read_eos(raw: Mapping[str, Any], vocab_size: int, folder: Path) -> tuple[int, ...]:
     """Ids that end a text by config.json, then those that chat models add.
 
     Those stand in generation_config.json, which transformers generates by.
@@ -286,7 +284,7 @@ def _stated_eos(
     return tuple(dict.fromkeys(ids))
 
 
-def _matched(
+def _match(
     path: Path,
     config: DecoderConfig,
     expect: DecoderConfig | None,
@@ -306,11 +304,13 @@ def _matched(
     return layout.match(config, tensors, naming, "its configuration")
 
 
-def _stored_dtype(found: Mapping[str, tuple[LazyTensor, ...]]) -> np.dtype:
-    return layout.widest(tensor for members in found.values() for tensor in members)
+def _find_dtype(found: Mapping[str, tuple[LazyTensor, ...]]) -> np.dtype:
+    return layout.find_widest(
+        tensor for members in found.values() for tensor in members
+    )
 
 
-def _not_a_checkpoint(source: str) -> str:
+def _explain_source(source: str) -> str:
     forms = (
         f"a Hugging Face folder, a .safetensors file, a .gguf file or {smollm2.NAME!r}"
     )

@@ -52,7 +52,7 @@ def read_weights(folder: Path, way_out: str) -> dict[str, LazyTensor]:
     return safetensors.read_file(folder / WEIGHTS)
 
 
-def base_of(given: Fields) -> str | None:
+def read_base(given: Fields) -> str | None:
     """The model that an adapter was trained on, as its configuration says.
 
     Raises:
@@ -60,11 +60,11 @@ def base_of(given: Fields) -> str | None:
     """
     base = given.get("base_model_name_or_path")
     if not isinstance(base, str | None):
-        raise given.refusal("base_model_name_or_path", base, "a name")
+        raise given.make_error("base_model_name_or_path", base, "a name")
     return base
 
 
-def shortest(number: float) -> int | float:
+def shorten(number: float) -> int | float:
     """The number as an int if it is whole, as other programs write most alphas."""
     return int(number) if float(number).is_integer() else float(number)
 
@@ -75,8 +75,8 @@ def write(folder: Path, raw: Mapping[str, Any], tensors: Sequence[LazyTensor]) -
     Raises:
       CheckpointError: it exists and is not empty, or cannot be written.
     """
-    files.must_be_free(folder)
-    with files.staged(folder, layout.total_bytes(tensors)) as stage:
+    files.check_free(folder)
+    with files.stage_write(folder, layout.count_bytes(tensors)) as stage:
         stage.mkdir()
         files.write_text(
             stage / CONFIG, json.dumps(raw, indent=2, sort_keys=True) + "\n"

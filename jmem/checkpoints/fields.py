@@ -39,7 +39,7 @@ class Fields:
         """The field as a positive integer."""
         value = self._stated(field, default)
         if type(value) is not int or not 1 <= value <= _SIZE_LIMIT:
-            raise self.refusal(field, value, f"an integer of 1 to {_SIZE_LIMIT}")
+            raise self.make_error(field, value, f"an integer of 1 to {_SIZE_LIMIT}")
         return value
 
     def number(
@@ -50,20 +50,20 @@ class Fields:
         if _is_number(value) and (0 < value <= limit or (or_zero and value == 0)):
             return float(value)
         rule = "a finite number from 0" if or_zero else "a positive finite number"
-        raise self.refusal(field, value, rule)
+        raise self.make_error(field, value, rule)
 
     def probability(self, field: str, default: float | None = None) -> float:
         """The field as a number from 0 to below 1."""
         value = self._stated(field, default)
         if _is_number(value) and 0 <= value < 1:
             return float(value)
-        raise self.refusal(field, value, "a probability below 1")
+        raise self.make_error(field, value, "a probability below 1")
 
     def flag(self, field: str, default: bool = False) -> bool:
         """The field as true or false."""
         value = self._stated(field, default)
         if type(value) is not bool:
-            raise self.refusal(field, value, "true or false")
+            raise self.make_error(field, value, "true or false")
         return value
 
     def check_neutral(self, table: Mapping[str, tuple]) -> None:
@@ -73,22 +73,22 @@ class Fields:
         """
         for field, allowed in table.items():
             if (value := self.get(field, allowed[0])) not in allowed:
-                raise self.refusal(field, value, repr(allowed[0]))
+                raise self.make_error(field, value, repr(allowed[0]))
 
     def check_no_more(self, understood: Container[str], supported: str) -> None:
         """Refuses fields unknown here, unless they are empty (null, false, [] ...)."""
         for field in sorted(self.raw):
             if field not in understood and not is_empty(self.raw[field]):
-                raise self.refusal(field, self.raw[field], supported)
+                raise self.make_error(field, self.raw[field], supported)
 
-    def refusal(self, field: str, value: Any, supported: str) -> CheckpointError:
+    def make_error(self, field: str, value: Any, supported: str) -> CheckpointError:
         """The error that names file, field, value and rule."""
         given = "is missing" if value is None else f"is {value!r:.200}"
         where = f"{self.where}: {self.prefix}{field}"
         return CheckpointError(f"{where} {given}; supported: {supported}.")
 
     @contextlib.contextmanager
-    def named(self) -> Iterator[None]:
+    def name_errors(self) -> Iterator[None]:
         """Raises every ValueError as a CheckpointError that begins with `where`.
 
         For values that are fields well, but that their own class refuses.

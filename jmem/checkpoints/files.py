@@ -132,7 +132,7 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return parse_json(read_whole(path, limit), str(path))
 
 
-def must_be_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
     """Passes if a new folder may take this place: nothing is there, or an empty one.
 
     Raises:
@@ -154,7 +154,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def staged(path: Path, nbytes: int) -> Iterator[Path]:
+def stage_write(path: Path, nbytes: int) -> Iterator[Path]:
     """A sibling of `path`, to be filled, that takes its place if the block succeeds.
 
     The block makes a file or a folder there. If it fails, or is interrupted, what it

@@ -23,7 +23,7 @@ Pair = dict[str, np.ndarray]
 """{"lora_a": [L, in, rank], "lora_b": [L, rank, out]}, and perhaps "magnitude"."""
 
 
-def joined(pairs: Sequence[Pair | None]) -> Pair:
+def join(pairs: Sequence[Pair | None]) -> Pair:
     """One adapter that computes the products of all, side by side; not all are None.
 
     None of them is None where they have magnitudes.
@@ -57,7 +57,7 @@ def cut(pair: Pair, parts: int, rank: int) -> list[Pair | None]:
     found = [{"lora_a": a, "lora_b": third} for third in np.split(b, parts, axis=-1)]
     learns = [True] * parts
     if a.shape[-1] == parts * rank:
-        blocks = _blocks(b, parts, rank)
+        blocks = _cut_blocks(b, parts, rank)
         own = [
             {"lora_a": piece, "lora_b": blocks[i, i]}
             for i, piece in enumerate(np.split(a, parts, axis=-1))
@@ -71,7 +71,7 @@ def cut(pair: Pair, parts: int, rank: int) -> list[Pair | None]:
     return [one if alive else None for one, alive in zip(found, learns)]
 
 
-def _blocks(
+def _cut_blocks(
     b: Shaped[np.ndarray, "L wide width"], parts: int, rank: int
 ) -> Shaped[np.ndarray, "P P L rank out"]:
     """B cut along both axes: the block of each A, for each map."""
@@ -79,7 +79,7 @@ def _blocks(
     return np.moveaxis(grid, (1, 3), (0, 1))
 
 
-def padded(pair: Pair, rank: int) -> Pair:
+def pad(pair: Pair, rank: int) -> Pair:
     """The adapter at a higher rank, with zeros: its product is the same."""
     a, b = pair["lora_a"], pair["lora_b"]
     more = rank - a.shape[-1]

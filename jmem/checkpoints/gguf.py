@@ -55,15 +55,15 @@ def read_file(path: Path) -> Gguf:
     file, size = open_file(path)
     with file:
         header = _Header(path, file, size)
-        magic, version = header.take(4, "the magic"), header.number("I")
+        magic, version = header.take(4, "the magic"), header.read_number("I")
         if magic != b"GGUF" or version not in (2, 3):
             raise CheckpointError(
                 f"{path}: magic {magic!r}, version {version}; supported is b'GGUF', "
                 "version 2 or 3, little-endian."
             )
-        tensor_count, field_count = header.number("Q"), header.number("Q")
-        metadata = header.collect(_fields(header, field_count), "metadata key")
-        infos = header.collect(_infos(header, tensor_count), "tensor")
+        tensor_count, field_count = header.read_number("Q"), header.read_number("Q")
+        metadata = header.collect(_read_fields(header, field_count), "metadata key")
+        infos = header.collect(_read_infos(header, tensor_count), "tensor")
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{path}: is one of {metadata['split.count']} parts. Merge them first with "
@@ -102,38 +102,38 @@ class _Header:
             raise CheckpointError(f"{self.path}: ends while being read.")
         return data
 
-    def number(self, letter: str):
+    def read_number(self, letter: str):
         layout = struct.Struct("<" + letter)
         return layout.unpack(self.take(layout.size, "a number"))[0]
 
-    def string(self, what: str) -> str:
+    def read_string(self, what: str) -> str:
         start = self.position
         try:
-            return self.take(self.number("Q"), what).decode("utf-8")
+            return self.take(self.read_number("Q"), what).decode("utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(
                 f"{self.path}: {what} at byte {start} is not UTF-8 ({error})."
             ) from error
 
-    def value(self, kind: int, what: str) -> Any:
+    def read_value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
-            return self.string(what)
+            return self.read_string(what)
         if kind == _ARRAY:
-            kind, count = self.number("I"), self.number("Q")
+            kind, count = self.read_number("I"), self.read_number("Q")
             if kind == _STRING:
                 # Each string takes 8 bytes at least: a count beyond that is a lie.
                 self.check_count(count, 8, what)
-                return [self.string(what) for _ in range(count)]
-            dtype = np.dtype("<" + self.letter(kind, what))
+                return [self.read_string(what) for _ in range(count)]
+            dtype = np.dtype("<" + self.find_letter(kind, what))
             return np.frombuffer(
                 self.take(count * dtype.itemsize, what), dtype
             ).tolist()
-        letter = self.letter(kind, what)
-        value = self.number(letter)
+        letter = self.find_letter(kind, what)
+        value = self.read_number(letter)
         # 1e-5 was stored as float32: its shortest decimal, not 9.999999747378752e-06.
         return float(str(np.float32(value))) if letter == "f" else value
 
-    def letter(self, kind: int, what: str) -> str:
+    def find_letter(self, kind: int, what: str) -> str:
         if kind not in _SCALARS:
             raise CheckpointError(
                 f"{self.path}: {what} before byte {self.position} has value type "
@@ -159,28 +159,31 @@ class _Header:
         return found
 
 
-def _fields(header: _Header, count: int) -> Iterator[tuple[str, Any]]:
+def _read_fields(header: _Header, count: int) -> Iterator[tuple[str, Any]]:
     header.check_count(count, 8 + 4 + 1, "the metadata")
     for _ in range(count):
-        key = header.string("a metadata key")
-        yield key, header.value(header.number("I"), f"metadata {key!r}")
+        key = header.read_string("a metadata key")
+        yield key, header.read_value(header.read_number("I"), f"metadata {key!r}")
 
 
-def _infos(header: _Header, count: int):
+def _read_infos(header: _Header, count: int):
     """(name, (shape row-major, type, offset in the data)) of each tensor."""
     header.check_count(count, 8 + 4 + 8 + 4 + 8, "the list of tensors")
     for _ in range(count):
-        name = header.string("a tensor name")
-        rank = header.number("I")
+        name = header.read_string("a tensor name")
+        rank = header.read_number("I")
         if not 1 <= rank <= 4:
             raise CheckpointError(
                 f"{header.path}: tensor {name!r} has {rank} dimensions; 1 to 4 are "
                 "possible."
             )
-        sizes = [header.number("Q") for _ in range(rank)]
+        sizes = [header.read_number("Q") for _ in range(rank)]
         if 0 in sizes:
             raise CheckpointError(f"{header.path}: tensor {name!r} has a size of 0.")
-        yield name, (tuple(sizes[::-1]), header.number("I"), header.number("Q"))
+        yield (
+            name,
+            (tuple(sizes[::-1]), header.read_number("I"), header.read_number("Q")),
+        )
 
 
 def _place(path, infos, header_end: int, size: int, alignment: int):
@@ -194,7 +197,7 @@ def _place(path, infos, header_end: int, size: int, alignment: int):
     tensors = {}
     for name, (shape, kind, offset) in sorted(infos.items(), key=lambda i: i[1][2]):
         where = f"{path}: tensor {name!r}"
-        block, block_bytes, type_name = _block(kind, where)
+        block, block_bytes, type_name = _find_block(kind, where)
         if shape[-1] % block:
             raise CheckpointError(
                 f"{where}: rows of {shape[-1]} values are not whole blocks of {block}. "
@@ -223,7 +226,7 @@ def _place(path, infos, header_end: int, size: int, alignment: int):
             functools.partial(_dequantise, *stored, kind, shape, row_bytes),
             str(path),
             type_name,
-            functools.partial(_packed, *stored, shape, row_bytes),
+            functools.partial(_read_packed, *stored, shape, row_bytes),
         )
         position, previous = offset + nbytes, name
     if tensors and size > data_start + aligned(position):
@@ -235,7 +238,7 @@ def _place(path, infos, header_end: int, size: int, alignment: int):
 
 
 @functools.cache
-def _dequantisable() -> Mapping[int, tuple[int, int, str]]:
+def _list_dequantisable() -> Mapping[int, tuple[int, int, str]]:
     """(values and bytes of a block, name) of each type the package can dequantise."""
     import gguf
 
@@ -250,14 +253,14 @@ def _dequantisable() -> Mapping[int, tuple[int, int, str]]:
     return known
 
 
-def _block(kind: int, where: str) -> tuple[int, int, str]:
-    if kind not in _dequantisable():
-        names = ", ".join(name for _, _, name in _dequantisable().values())
+def _find_block(kind: int, where: str) -> tuple[int, int, str]:
+    if kind not in _list_dequantisable():
+        names = ", ".join(name for _, _, name in _list_dequantisable().values())
         raise CheckpointError(f"{where}: type {kind} is not one of {names}.")
-    return _dequantisable()[kind]
+    return _list_dequantisable()[kind]
 
 
-def _packed(
+def _read_packed(
     path: Path, offset: int, shape: tuple[int, ...], row_bytes: int
 ) -> np.ndarray:
     rows = read_span(path, offset, math.prod(shape[:-1]) * row_bytes)

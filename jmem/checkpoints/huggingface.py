@@ -100,20 +100,20 @@ def parse_config(raw: Mapping[str, Any], where: str) -> DecoderConfig:
     given = Fields(raw, where)
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise given.refusal("model_type", kind, " or ".join(ARCHITECTURES))
+        raise given.make_error("model_type", kind, " or ".join(ARCHITECTURES))
     classes = given.get("architectures") or [ARCHITECTURES[kind]]
     if classes != [ARCHITECTURES[kind]]:
-        raise given.refusal("architectures", classes, f"[{ARCHITECTURES[kind]}]")
+        raise given.make_error("architectures", classes, f"[{ARCHITECTURES[kind]}]")
     given.check_neutral(_NEUTRAL[kind])
     given.check_neutral(_ALL_NEUTRAL)
     parse = {"gpt2": _parse_gpt2, "opt": _parse_opt, "phi": _parse_phi}
     sizes = _parse_sizes(given, kind)
     own = parse.get(kind, _parse_llama)(given, kind, sizes)
-    with given.named():
+    with given.name_errors():
         return DecoderConfig(**(sizes | own))
 
 
-def _size_names(kind: str) -> dict[str, str]:
+def _name_sizes(kind: str) -> dict[str, str]:
     """A kind's name for each of the sizes that it states."""
     found = {**_SIZES, **_OWN_SIZES.get(kind, {})}
     if kind in ("gpt2", "opt"):
@@ -124,7 +124,7 @@ def _size_names(kind: str) -> dict[str, str]:
 def _parse_sizes(given: Fields, kind: str) -> dict[str, Any]:
     """The sizes, by our names of them."""
     sizes: dict[str, Any] = {}
-    for field, name in _size_names(kind).items():
+    for field, name in _name_sizes(kind).items():
         default = None
         if field == "kv_heads" and kind in ("llama", "phi"):
             # Mistral and Qwen2 have a constant as default, and always state the field.
@@ -141,12 +141,12 @@ def _parse_llama(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str
     head_dim = hidden // heads if hidden % heads == 0 else None
     theta, scaling, share = rotary.parse(given, sizes["max_positions"])
     if share != 1:
-        raise given.refusal("partial_rotary_factor", share, "1.0")
+        raise given.make_error("partial_rotary_factor", share, "1.0")
     return {
         "head_dim": given.size("head_dim", head_dim),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "sliding_window": _window(given, kind, sizes["max_positions"]),
+        "sliding_window": _parse_window(given, kind, sizes["max_positions"]),
         "rms_eps": given.number("rms_norm_eps"),
         "tied": bool(given.get("tie_word_embeddings", False)),
         "qkv_bias": kind == "qwen2",
@@ -171,7 +171,7 @@ def _parse_gpt2(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str,
     found = _parse_learned(given, kind, sizes)
     if found["activation"] == "relu":  # its tensors would be taken for OPT's
         supported = "gelu_new, gelu or silu"
-        raise given.refusal("activation_function", "relu", supported)
+        raise given.make_error("activation_function", "relu", supported)
     eps = given.number("layer_norm_epsilon", 1e-5)
     return found | {"rms_eps": eps}
 
@@ -181,13 +181,13 @@ def _parse_opt(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str, 
     width = given.size("word_embed_proj_dim", hidden)
     if width != hidden:
         supported = f"{hidden}, the hidden_size (opt-350m projects)"
-        raise given.refusal("word_embed_proj_dim", width, supported)
+        raise given.make_error("word_embed_proj_dim", width, supported)
     bias = given.get("enable_bias", True)
     if type(bias) is not bool:
-        raise given.refusal("enable_bias", bias, "true or false")
+        raise given.make_error("enable_bias", bias, "true or false")
     activation = given.get("activation_function", "relu")
     if activation != "relu":  # its tensors would be taken for GPT-2's
-        raise given.refusal("activation_function", activation, "'relu'")
+        raise given.make_error("activation_function", activation, "'relu'")
     biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), bias)
     return _parse_learned(given, kind, sizes) | biases
 
@@ -208,11 +208,11 @@ def _parse_plain(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str
     hidden, heads = sizes["hidden"], sizes["heads"]
     if hidden % heads:
         supported = f"a divisor of the width, {hidden}"
-        raise given.refusal(_size_names(kind)["heads"], heads, supported)
+        raise given.make_error(_name_sizes(kind)["heads"], heads, supported)
     field = "hidden_act" if kind == "phi" else "activation_function"
     activation = given.get(field, "relu" if kind == "opt" else "gelu_new")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise given.refusal(field, activation, " or ".join(ACTIVATIONS))
+        raise given.make_error(field, activation, " or ".join(ACTIVATIONS))
     return {
         "head_dim": hidden // heads,
         "norm": "layer",
@@ -234,7 +234,7 @@ def parse_eos(raw: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int,
     value = given.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise given.refusal("eos_token_id", value, f"ids below {vocab_size}")
+        raise given.make_error("eos_token_id", value, f"ids below {vocab_size}")
     return tuple(ids)
 
 
@@ -251,15 +251,15 @@ def render_config(
     >>> raw["model_type"], parse_config(raw, "") == zoo.get("qwen2-7b")
     ('qwen2', True)
     """
-    kind = names.family(config)
+    kind = names.find_family(config)
     if kind == "llama":
-        kind = _llama_kind(config)
-    sizes = {name: getattr(config, field) for field, name in _size_names(kind).items()}
+        kind = _choose_llama_kind(config)
+    sizes = {name: getattr(config, field) for field, name in _name_sizes(kind).items()}
     return {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         **sizes,
-        **_own_fields(config, kind),
+        **_render_own(config, kind),
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
         "eos_token_id": list(eos_ids)
@@ -269,7 +269,7 @@ def render_config(
     }
 
 
-def _llama_kind(config: DecoderConfig) -> str:
+def _choose_llama_kind(config: DecoderConfig) -> str:
     if config.sliding_window is None:
         return "qwen2" if config.qkv_bias else "llama"
     if config.qkv_bias:
@@ -280,7 +280,7 @@ def _llama_kind(config: DecoderConfig) -> str:
     return "mistral"
 
 
-def _own_fields(config: DecoderConfig, kind: str) -> dict[str, Any]:
+def _render_own(config: DecoderConfig, kind: str) -> dict[str, Any]:
     """What a kind writes beside its sizes."""
     if kind == "gpt2":
         return {
@@ -313,13 +313,13 @@ def _own_fields(config: DecoderConfig, kind: str) -> dict[str, Any]:
     return found | {"head_dim": config.head_dim, "rms_norm_eps": config.rms_eps}
 
 
-def _window(given: Fields, kind: str, max_positions: int) -> int | None:
+def _parse_window(given: Fields, kind: str, max_positions: int) -> int | None:
     """The sliding window in positions; None if it covers all `max_positions`."""
     layer_types = given.get("layer_types") or ["full_attention"]
     if not isinstance(layer_types, list) or any(
         layer != "full_attention" for layer in layer_types
     ):
-        raise given.refusal("layer_types", layer_types, "full_attention")
+        raise given.make_error("layer_types", layer_types, "full_attention")
     # MistralConfig's default is 4096; Llama has none, Qwen2's is behind a switch.
     window = given.get("sliding_window", 4096 if kind == "mistral" else None)
     if kind == "llama" or (kind == "qwen2" and not given.get("use_sliding_window")):
@@ -330,7 +330,7 @@ def _window(given: Fields, kind: str, max_positions: int) -> int | None:
     if window >= max_positions:
         return None
     if kind == "qwen2":  # in the layers from max_window_layers on
-        raise given.refusal(
+        raise given.make_error(
             "sliding_window",
             window,
             "a window in every layer (mistral) or none. Up to the window's length it "

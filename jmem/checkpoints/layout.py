@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jmem.checkpoints.files import CheckpointError, LazyTensor
-from jmem.checkpoints.names import Leaf, Naming, family, leaves
+from jmem.checkpoints.names import Leaf, Naming, find_family, list_leaves
 from jmem.models.config import DecoderConfig
 from jmem.nn import quantised
 from jmem.nn.maps import insert
@@ -34,7 +34,7 @@ _NOT_PARAMETERS = re.compile(
 """Tables that some exporters store beside the weights; they follow from the config."""
 
 
-def _bare(name: str) -> str:
+def _strip_root(name: str) -> str:
     """The tensor's name in a file of the model without its language-model head."""
     return re.sub(r"^(model|transformer)\.", "", name)
 
@@ -68,7 +68,7 @@ def take(
 def check_dtype(what: str, dtype: np.dtype, kind: str = "weights") -> None:
     """Refuses a dtype that weights do not have; `what` has it."""
     if dtype not in WEIGHT_DTYPES:
-        known = _listed(WEIGHT_DTYPES)
+        known = _list_dtypes(WEIGHT_DTYPES)
         raise CheckpointError(f"{what} has dtype {dtype}; {kind} are {known}.")
 
 
@@ -84,18 +84,18 @@ def match(
     found: dict[str, tuple[LazyTensor, ...]] = {}
     used = set()
     origin = next(iter(tensors.values())).origin if tensors else where
-    table = leaves(config)
+    table = list_leaves(config)
     if naming == "gguf" and not table[0].gguf:
         raise CheckpointError(
-            f"{origin}: {where} is a {family(config)}, whose GGUF files are not "
+            f"{origin}: {where} is a {find_family(config)}, whose GGUF files are not "
             "supported. Load its Hugging Face folder."
         )
     first = table[0].huggingface
-    bare = first not in tensors and _bare(first) in tensors
+    bare = first not in tensors and _strip_root(first) in tensors
     for leaf in table:
         members = []
-        for name in leaf.names(naming, config.layers):
-            name = _bare(name) if bare else name
+        for name in leaf.list_names(naming, config.layers):
+            name = _strip_root(name) if bare else name
             needs = f", but {where} needs"
             if name not in tensors:
                 needs = f"; {where} needs it with shape"
@@ -119,7 +119,7 @@ def match(
     return found
 
 
-def widest(tensors: Iterable[LazyTensor]) -> np.dtype:
+def find_widest(tensors: Iterable[LazyTensor]) -> np.dtype:
     """The stored dtype if there is one, float32 if there are several."""
     dtypes = {tensor.dtype for tensor in tensors}
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
@@ -148,7 +148,7 @@ def assemble(
         _check_kind(config, kind)
     stay = {
         leaf.path
-        for leaf in leaves(config)
+        for leaf in list_leaves(config)
         if packed is True and _can_stay(leaf, found)
     }
     if packed is True and not stay:
@@ -160,16 +160,16 @@ def assemble(
             f"{', '.join(quantised.GGUF)}. Load it with packed=False, or quantise it, "
             f"packed={next(iter(quantised.PACKERS))!r}."
         )
-    for leaf in leaves(config):
+    for leaf in list_leaves(config):
         members = found[leaf.path]
-        rows = (leaf.taken_from(_cast(tensor, dtype)) for tensor in members)
+        rows = (leaf.take_from(_cast(tensor, dtype)) for tensor in members)
         module, _, name = leaf.path.rpartition("/")
         if leaf.path in stay:
-            parts = _packed(members)
+            parts = _read_packed(members)
         elif kind is not None and _is_map(leaf):
-            parts = _quantised(rows, (len(members), *leaf.shape), kind)
+            parts = _quantise_all(rows, (len(members), *leaf.shape), kind)
         elif leaf.stacked:
-            parts = {name: _stacked(rows, (len(members), *leaf.shape), dtype)}
+            parts = {name: _stack(rows, (len(members), *leaf.shape), dtype)}
         else:
             parts = {name: jnp.array(next(rows))}
         for name, value in parts.items():
@@ -188,12 +188,12 @@ def _is_map(leaf: Leaf) -> bool:
 def _check_kind(config: DecoderConfig, kind: str) -> None:
     """Refuses a type that no kernel, or none of this model, can be packed to."""
     quantised.check_packer("params", "packed", kind)
-    for leaf in filter(_is_map, leaves(config)):
+    for leaf in filter(_is_map, list_leaves(config)):
         name = leaf.path.removeprefix("blocks/").removesuffix("/kernel")
         quantised.check_blocks("params", name, kind, leaf.shape[0])
 
 
-def _quantised(
+def _quantise_all(
     kernels: Iterable[np.ndarray], shape: tuple[int, ...], kind: str
 ) -> dict[str, jax.Array]:
     """The leaf "packed" and its flag, of kernels [in, out] quantised one by one."""
@@ -201,17 +201,17 @@ def _quantised(
     rows = (_quantise(kind, kernel) for kernel in kernels)
     packed = layers, outputs, quantised.KINDS[kind].row_bytes(inputs)
     return {
-        "packed": _stacked(rows, packed, np.dtype(np.uint8)),
+        "packed": _stack(rows, packed, np.dtype(np.uint8)),
         f"kind/{kind}": jnp.ones((layers,), jnp.bool),
     }
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantise(kind: str, kernel: jax.Array) -> jax.Array:
-    return quantised.packed_rows(kind, kernel.T)
+    return quantised.pack_rows(kind, kernel.T)
 
 
-def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
+def _read_packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
     """The leaf "packed" and its flags "kind/...", of tensors kept as their bytes."""
     outputs, inputs = members[0].shape
     kinds = [tensor.kind for tensor in members]
@@ -224,10 +224,10 @@ def _packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
 
     shape = len(members), outputs, width
     flags = {f"kind/{k}": jnp.array([k == other for other in kinds]) for k in kinds}
-    return {"packed": _stacked(map(row, members), shape, np.dtype(np.uint8))} | flags
+    return {"packed": _stack(map(row, members), shape, np.dtype(np.uint8))} | flags
 
 
-def _stacked(
+def _stack(
     rows: Iterable[np.ndarray | jax.Array], shape: tuple[int, ...], dtype: np.dtype
 ) -> jax.Array:
     """The rows as one array, filled in place: beside it there is one row."""
@@ -286,21 +286,21 @@ def disassemble(config: DecoderConfig, params: Mapping) -> list[LazyTensor]:
                 "state."
             )
     stored: dict[str, list[tuple]] = {}  # several parts where a tensor is fused
-    for leaf in leaves(config):
+    for leaf in list_leaves(config):
         shape = (config.layers, *leaf.shape) if leaf.stacked else leaf.shape
         value = given.pop(leaf.path, None)
         check_leaf(f"save: parameter {leaf.path!r}", value, shape, "config needs shape")
-        for layer, name in enumerate(leaf.names("huggingface", config.layers)):
+        for layer, name in enumerate(leaf.list_names("huggingface", config.layers)):
             stored.setdefault(name, []).append((leaf, value, layer))
     if given:
         raise CheckpointError(
             f"save: parameter {next(iter(given))!r} has no place in config. Merge "
             "adapters first (`finetuner.merged(state)`)."
         )
-    return [_joined(name, parts) for name, parts in stored.items()]
+    return [_join(name, parts) for name, parts in stored.items()]
 
 
-def _joined(
+def _join(
     name: str, parts: list[tuple[Leaf, jax.Array | np.ndarray, int]]
 ) -> LazyTensor:
     """The stored tensor that holds one leaf, or several leaves side by side."""
@@ -309,8 +309,8 @@ def _joined(
     if len(dtypes) > 1:
         paths = ", ".join(part.path for part, _, _ in parts)
         raise CheckpointError(
-            f"save: parameters {paths} have dtypes {_listed(dtypes)}, but are stored "
-            f"in one tensor, {name!r}. Cast them to one."
+            f"save: parameters {paths} have dtypes {_list_dtypes(dtypes)}, but are "
+            f"stored in one tensor, {name!r}. Cast them to one."
         )
 
     def read() -> np.ndarray:
@@ -330,10 +330,10 @@ def _fetch(leaf: Leaf, value: jax.Array | np.ndarray, layer: int) -> np.ndarray:
     return leaf.as_stored(np.asarray(row))
 
 
-def total_bytes(tensors: Iterable[LazyTensor]) -> int:
+def count_bytes(tensors: Iterable[LazyTensor]) -> int:
     """Bytes that the values take."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _listed(dtypes: Iterable[np.dtype]) -> str:
+def _list_dtypes(dtypes: Iterable[np.dtype]) -> str:
     return ", ".join(map(str, dtypes))

@@ -51,7 +51,7 @@ def parse_config(source: Gguf) -> DecoderConfig:
     kind = metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         supported = " or ".join(ARCHITECTURES)
-        raise metadata.refusal("general.architecture", kind, supported)
+        raise metadata.make_error("general.architecture", kind, supported)
     given = dataclasses.replace(metadata, prefix=f"{kind}.")
     given.check_neutral(_NEUTRAL)
     hidden, heads = given.size("embedding_length"), given.size("attention.head_count")
@@ -59,15 +59,15 @@ def parse_config(source: Gguf) -> DecoderConfig:
     head_dim = given.size("attention.key_length", even)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (value := given.size(key, head_dim)) != head_dim:
-            raise given.refusal(key, value, f"{head_dim}, as for keys")
+            raise given.make_error(key, value, f"{head_dim}, as for keys")
     max_positions = given.size("context_length")
     window = given.get("attention.sliding_window") or max_positions
     if type(window) is not int or window < max_positions:
         supported = f"full attention, or {max_positions}"
-        raise given.refusal("attention.sliding_window", window, supported)
+        raise given.make_error("attention.sliding_window", window, supported)
     theta = given.number("rope.freq_base", 10_000.0)
     table = tensors.get("token_embd.weight")
-    with given.named():
+    with given.name_errors():
         return DecoderConfig(
             vocab_size=given.size("vocab_size", table.shape[0] if table else None),
             layers=given.size("block_count"),
@@ -78,14 +78,14 @@ def parse_config(source: Gguf) -> DecoderConfig:
             intermediate=given.size("feed_forward_length"),
             max_positions=max_positions,
             rope_theta=theta,
-            rope_scaling=_scaling(source, head_dim, theta),
+            rope_scaling=_parse_scaling(source, head_dim, theta),
             rms_eps=given.number("attention.layer_norm_rms_epsilon"),
             tied="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,
         )
 
 
-def _scaling(source: Gguf, head_dim: int, theta: float) -> Llama3Scaling | None:
+def _parse_scaling(source: Gguf, head_dim: int, theta: float) -> Llama3Scaling | None:
     """Llama-3 scaling, which GGUF holds as a tensor of frequency divisors [D/2].
 
     All published models share every constant but `factor`, the largest divisor.
@@ -122,12 +122,12 @@ def parse_eos(source: Gguf, vocab_size: int) -> tuple[int, ...]:
         if value is None or value in ids:
             continue
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise given.refusal(key, value, f"ids below {vocab_size}")
+            raise given.make_error(key, value, f"ids below {vocab_size}")
         ids.append(value)
     return tuple(ids)
 
 
-def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor]:
+def reorder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor]:
     """The file's tensors, rows of q and k in the decoder's order of channel pairs."""
     if source.metadata["general.architecture"] != "llama":
         return dict(source.tensors)
@@ -140,7 +140,7 @@ def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor
         assert tensor.read_packed is not None  # every tensor of a GGUF file has it
         # Whole rows move, so packed ones move as well.
         read, read_packed = (
-            functools.partial(_pairs_to_halves, source, heads[rotated[1]])
+            functools.partial(_reorder_rows, source, heads[rotated[1]])
             for source in (tensor.read, tensor.read_packed)
         )
         return dataclasses.replace(tensor, read=read, read_packed=read_packed)
@@ -148,7 +148,7 @@ def decoder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor
     return {name: halves(tensor) for name, tensor in source.tensors.items()}
 
 
-def _pairs_to_halves(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
+def _reorder_rows(read: Callable[[], np.ndarray], heads: int) -> np.ndarray:
     """Reorders rows: (head, channel pair, member) to (head, member, pair)."""
     rows = read()
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])

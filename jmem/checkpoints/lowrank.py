@@ -65,45 +65,47 @@ def assemble(
     dora: bool = False,
 ) -> tuple[dict, int]:
     """The tree of adapters, and the one rank of all: `rank`, or the highest found."""
-    stacks = {one: list(one.stacks(own, dora)) for one, own in ranks.items()}
-    dtypes = _widest([stack for own in stacks.values() for stack in own], tensors)
+    stacks = {one: list(one.list_stacks(own, dora)) for one, own in ranks.items()}
+    dtypes = _find_dtypes([stack for own in stacks.values() for stack in own], tensors)
     tree: dict = {}
     # A module of several maps goes first: it may raise the rank of all.
     for one in sorted(stacks, key=lambda one: len(one.paths), reverse=True):
         pair = {
-            stack.leaf: stacked(stack, tensors, dtypes[stack.leaf])
+            stack.leaf: stack_tensors(stack, tensors, dtypes[stack.leaf])
             for stack in stacks[one]
         }
         parts = dict(zip(one.paths, fused.cut(pair, len(one.paths), rank)))
         rank = max(rank, *(part["lora_a"].shape[-1] for part in parts.values() if part))
         for path, part in parts.items():
-            for half, value in fused.padded(part, rank).items() if part else ():
-                beside = _beside(value, half, one.experts)
+            for half, value in fused.pad(part, rank).items() if part else ():
+                beside = _put_beside(value, half, one.experts)
                 # Copied: q, k and v may share A, but are trained, and donated, apart.
                 insert(tree, f"{path}/{half}", jnp.array(beside))
     return tree, rank
 
 
-def _widest(
+def _find_dtypes(
     stacks: Sequence[Stack], tensors: Mapping[str, LazyTensor]
 ) -> dict[str, np.dtype]:
     """The dtype of each leaf: one for A's and B's, one for magnitudes (more digits)."""
     found = {}
     for leaves in (("lora_a", "lora_b"), ("magnitude",)):
         alike = [stack for stack in stacks if stack.leaf in leaves]
-        dtype = layout.widest(tensors[name] for stack in alike for name in stack.names)
+        dtype = layout.find_widest(
+            tensors[name] for stack in alike for name in stack.names
+        )
         found |= dict.fromkeys(leaves, dtype)
     return found
 
 
-def stacked(
+def stack_tensors(
     stack: Stack, tensors: Mapping[str, LazyTensor], dtype: np.dtype
 ) -> Shaped[np.ndarray, "LE ..."]:
     """The tensors of a stack in one array [layers * experts, ...], in our layout."""
     return np.stack([tensors[name].read().T.astype(dtype) for name in stack.names])
 
 
-def _beside(
+def _put_beside(
     value: Shaped[np.ndarray, "LE ..."], half: str, experts: int
 ) -> Shaped[np.ndarray, "L ..."]:
     """Puts the experts of each layer side by side along their rank."""
@@ -140,13 +142,13 @@ def disassemble(
         needed = {"lora_a": (layers, inputs, width), "lora_b": (layers, width, outputs)}
         if dora:
             needed["magnitude"] = (layers, outputs)
-        pairs = [_taken(given, path, needed, who) for path in one.paths]
+        pairs = [_take(given, path, needed, who) for path in one.paths]
         if not any(pairs):
             continue
-        pair = _joined(one, pairs, who)
+        pair = _join(one, pairs, who)
         ranks[one] = pair["lora_a"].shape[-1] // one.experts
-        for stack in one.stacks(ranks[one], dora):
-            tensors += unstacked(stack, pair[stack.leaf], one.experts)
+        for stack in one.list_stacks(ranks[one], dora):
+            tensors += cut_stack(stack, pair[stack.leaf], one.experts)
     if given or rank is None:
         raise CheckpointError(
             f"{who}: {next(iter(given), 'adapters')!r} is no adapter of a linear map "
@@ -155,7 +157,7 @@ def disassemble(
     return rank, ranks, tensors
 
 
-def _taken(
+def _take(
     given: dict[str, Any], path: str, needed: Mapping[str, tuple[int, ...]], who: str
 ) -> dict[str, Any]:
     """Takes the leaves that are `needed` of the map at `path` out of `given`.
@@ -173,7 +175,7 @@ def _taken(
     return pair
 
 
-def _joined(one: Module, pairs: Sequence[dict[str, Any]], who: str) -> dict[str, Any]:
+def _join(one: Module, pairs: Sequence[dict[str, Any]], who: str) -> dict[str, Any]:
     """One adapter for a module: its map's, or its several maps' joined on the host."""
     if len(pairs) == 1:
         return pairs[0]
@@ -196,10 +198,10 @@ def _joined(one: Module, pairs: Sequence[dict[str, Any]], who: str) -> dict[str,
             f"{', '.join(sorted(dtypes))}, but are one of {one.short_name} in PEFT. "
             "Cast them to one."
         )
-    return fused.joined([jax.tree.map(np.asarray, pair) or None for pair in pairs])
+    return fused.join([jax.tree.map(np.asarray, pair) or None for pair in pairs])
 
 
-def unstacked(
+def cut_stack(
     stack: Stack, value: jax.Array | np.ndarray, experts: int = 1
 ) -> list[LazyTensor]:
     """The tensors of a stack, each copied to the host when read.
@@ -214,12 +216,12 @@ def unstacked(
         layer, expert = divmod(number, experts)
         own = slice(expert * rank, (expert + 1) * rank)
         read = functools.partial(
-            _row, value, (layer, own) if is_b else (layer, ..., own)
+            _read_row, value, (layer, own) if is_b else (layer, ..., own)
         )
         tensors.append(LazyTensor(name, stack.shape, dtype, read, "adapters"))
     return tensors
 
 
-def _row(stacked: jax.Array | np.ndarray, place: tuple) -> np.ndarray:
+def _read_row(stacked: jax.Array | np.ndarray, place: tuple) -> np.ndarray:
     """A layer's or expert's matrix as torch stores it; JAX keeps the fetched stack."""
     return np.asarray(stacked)[place].T

@@ -42,8 +42,8 @@ from jmem.checkpoints import adapter_files, layout, lowrank
 from jmem.checkpoints.fields import Fields, is_empty
 from jmem.checkpoints.files import CheckpointError
 from jmem.checkpoints.huggingface import ACTIVATIONS
-from jmem.checkpoints.modules import Module, Stack, modules, such_as
-from jmem.checkpoints.names import family
+from jmem.checkpoints.modules import Module, Stack, describe_targets, find_modules
+from jmem.checkpoints.names import find_family
 from jmem.models.config import DecoderConfig
 from jmem.nn.maps import insert
 from jmem.program import by_key
@@ -110,21 +110,23 @@ def load_mixlora(folder: str | os.PathLike[str], config: DecoderConfig) -> Mixtu
     folder = Path(folder)
     given = adapter_files.read_config(folder)
     _check_family(config, given.where)
-    settings = _settings(given, config)
-    base = adapter_files.base_of(given)
-    chosen = _chosen(given, config)
+    settings = _read_settings(given, config)
+    base = adapter_files.read_base(given)
+    chosen = _choose_modules(given, config)
     tensors = adapter_files.read_weights(folder, _CONVERT)
 
     rank, experts = settings["rank"], settings["experts"]
-    router = _router(config, experts)
+    router = _describe_router(config, experts)
     # The router comes first: it bounds how many names the experts may have.
-    adapted = (s for one in chosen for s in _named(one, experts).stacks(rank))
+    adapted = (
+        s for one in chosen for s in _name_tensors(one, experts).list_stacks(rank)
+    )
     stacks = itertools.chain([router], adapted)
     file = str(folder / adapter_files.WEIGHTS)
     lowrank.check(stacks, tensors, file, base, _NO_PLACE)
-    ranks = {_named(one, experts): rank for one in chosen}
+    ranks = {_name_tensors(one, experts): rank for one in chosen}
     tree, _ = lowrank.assemble(ranks, tensors, rank)
-    kernel = lowrank.stacked(router, tensors, np.dtype(np.float32))
+    kernel = lowrank.stack_tensors(router, tensors, np.dtype(np.float32))
     if not np.isfinite(kernel).all():
         layer = np.isfinite(kernel).all((1, 2)).argmin()
         raise CheckpointError(
@@ -187,17 +189,17 @@ def save_mixlora(
         )
     given = by_key(adapters)
     kernel = given.pop(_ROUTER, None)
-    experts = _experts_of(kernel, config, who)
-    known = [_named(one, experts) for one in modules(config)]
+    experts = _count_experts(kernel, config, who)
+    known = [_name_tensors(one, experts) for one in find_modules(config)]
     rank, ranks, tensors = lowrank.disassemble(given, known, config.layers, who)
-    tensors += lowrank.unstacked(_router(config, experts), kernel)
+    tensors += lowrank.cut_stack(_describe_router(config, experts), kernel)
     adapted = {one.paths for one in ranks}
     raw = {
         "act_fn": config.activation,  # without it the plug-in has none
         "base_model_name_or_path": base,
         "bias": "none",
         "jitter_noise": float(jitter),
-        "lora_alpha": adapter_files.shortest(alpha),
+        "lora_alpha": adapter_files.shorten(alpha),
         "lora_dropout": float(dropout),
         "num_experts": experts,
         "peft_type": "MIXLORA",
@@ -205,7 +207,7 @@ def save_mixlora(
         "router_aux_loss_coef": float(balance),
         "routing_strategy": strategies[router],
         "target_modules": sorted(
-            one.short_name for one in modules(config) if one.paths in adapted
+            one.short_name for one in find_modules(config) if one.paths in adapted
         ),
         "task_type": "CAUSAL_LM",
         "use_rslora": rslora,
@@ -215,27 +217,27 @@ def save_mixlora(
             else {"top_p": float(top_p), "temperature": 0.0}
         ),
     }
-    _settings(Fields(raw, who), config)  # refuses what is none
+    _read_settings(Fields(raw, who), config)  # refuses what is none
     adapter_files.write(Path(folder), raw, tensors)
 
 
 def _check_family(config: DecoderConfig, where: str) -> None:
-    if (kind := family(config)) not in _FAMILIES:
+    if (kind := find_family(config)) not in _FAMILIES:
         raise CheckpointError(
             f"{where}: MixLoRA's programs have no names for the maps of a base like "
             f"{kind}; supported are Llama, Mistral, Qwen2 and Phi."
         )
 
 
-def _settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
+def _read_settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
     """`Mixture.settings` without maps; refuses by name what it cannot express."""
     if given.get("peft_type") != "MIXLORA":
-        raise given.refusal("peft_type", given.get("peft_type"), "MIXLORA")
+        raise given.make_error("peft_type", given.get("peft_type"), "MIXLORA")
     strategy = given.get("routing_strategy")
     if not isinstance(strategy, str) or strategy not in _STRATEGIES:
         old = " (older folders: MixLoRA's misc/legacy_weights_convertor.py)"
         rule = " or ".join(_STRATEGIES) + (old if strategy == "mixtral" else "")
-        raise given.refusal("routing_strategy", strategy, rule)
+        raise given.make_error("routing_strategy", strategy, rule)
     given.check_neutral(_NEUTRAL)
     given.check_no_more(
         {*_READ, *_HARMLESS, *_NEUTRAL},
@@ -249,11 +251,11 @@ def _settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
         top_k = given.size("top_k", _TOP_K)
         if top_k > experts:
             rule = f"an integer of 1 to num_experts={experts}"
-            raise given.refusal("top_k", top_k, rule)
+            raise given.make_error("top_k", top_k, rule)
     else:
         top_p = given.number("top_p", _TOP_P)
         if top_p > 1:
-            raise given.refusal("top_p", top_p, "a number above 0 and up to 1")
+            raise given.make_error("top_p", top_p, "a number above 0 and up to 1")
     balance = given.number("router_aux_loss_coef", _BALANCE, or_zero=True)
     return adapter_files.read_settings(given) | {
         "experts": experts,
@@ -270,7 +272,7 @@ def _check_activation(given: Fields, config: DecoderConfig) -> None:
     name = given.get("act_fn")
     is_own = isinstance(name, str) and ACTIVATIONS.get(name) == config.activation
     if name is not None and not is_own:
-        raise given.refusal("act_fn", name, f"{config.activation!r}, the base's")
+        raise given.make_error("act_fn", name, f"{config.activation!r}, the base's")
 
 
 def _check_experts(given: Fields) -> None:
@@ -281,27 +283,27 @@ def _check_experts(given: Fields) -> None:
         (value or None) != (given.get(field) or None) for field, value in own.items()
     ):
         rule = "null, or what the adapter says itself: all have one rank and scale"
-        raise given.refusal("expert_lora", own, rule)
+        raise given.make_error("expert_lora", own, rule)
 
 
-def _chosen(given: Fields, config: DecoderConfig) -> tuple[Module, ...]:
+def _choose_modules(given: Fields, config: DecoderConfig) -> tuple[Module, ...]:
     """The modules of this decoder that target_modules names."""
     value = given.get("target_modules")
     if isinstance(value, dict):
         if not all(isinstance(wanted, bool) for wanted in value.values()):
             rule = "names to true or false"
-            raise given.refusal("target_modules", value, rule)
+            raise given.make_error("target_modules", value, rule)
         value = [name for name, wanted in value.items() if wanted]
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise given.refusal("target_modules", value, "a list of names")
-    known = modules(config)
+        raise given.make_error("target_modules", value, "a list of names")
+    known = find_modules(config)
     chosen = tuple(one for one in known if one.short_name in value)
     if not chosen:
-        raise given.refusal("target_modules", value, such_as(known))
+        raise given.make_error("target_modules", value, describe_targets(known))
     return chosen
 
 
-def _named(one: Module, experts: int) -> Module:
+def _name_tensors(one: Module, experts: int) -> Module:
     """The module with MoE-PEFT's and mixlora's tensor names; in MLPs, its experts'."""
     names = [name.removeprefix("model.") for name in one.names]
     if not one.paths[0].startswith("mlp/"):
@@ -312,13 +314,13 @@ def _named(one: Module, experts: int) -> Module:
     )
 
 
-def _router(config: DecoderConfig, experts: int) -> Stack:
+def _describe_router(config: DecoderConfig, experts: int) -> Stack:
     names = (f"mixlora.layers.{i}.mlp.moe_gate.weight" for i in range(config.layers))
     shape = (experts, config.hidden)
     return Stack("kernel", shape, tuple(names), f"num_experts={experts}")
 
 
-def _experts_of(
+def _count_experts(
     kernel: jax.Array | np.ndarray | None, config: DecoderConfig, who: str
 ) -> int:
     """How many experts the router's stacked kernel chooses among."""

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
-from jmem.checkpoints.names import leaves
+from jmem.checkpoints.names import list_leaves
 from jmem.models.config import DecoderConfig
 
 _PREFIX = "base_model.model."
@@ -51,11 +51,11 @@ class Module:
         """The last part of its name: "q_proj"."""
         return self.names[0].rpartition(".")[2]
 
-    def stacks(self, rank: int, dora: bool = False) -> Iterator[Stack]:
+    def list_stacks(self, rank: int, dora: bool = False) -> Iterator[Stack]:
         """The tensors of A, B and, of DoRA, magnitude, of adapters of this rank."""
         inputs, outputs = self.shape[0], len(self.paths) * self.shape[1]
         for half, shape in (("a", (rank, inputs)), ("b", (outputs, rank))):
-            names = tuple(_tensor(self.prefix + name, half) for name in self.names)
+            names = tuple(_name_tensor(self.prefix + name, half) for name in self.names)
             yield Stack(f"lora_{half}", shape, names, f"r={rank}")
         if dora:
             names = tuple(
@@ -64,14 +64,14 @@ class Module:
             yield Stack("magnitude", (outputs,), names, "use_dora")
 
 
-def modules(config: DecoderConfig) -> tuple[Module, ...]:
+def find_modules(config: DecoderConfig) -> tuple[Module, ...]:
     """The modules of the decoder's blocks that compute linear maps."""
     suffix = "/kernel"
     found: dict[tuple[str, ...], Module] = {}
-    for leaf in leaves(config):
+    for leaf in list_leaves(config):
         if not leaf.stacked or not leaf.path.endswith(suffix):
             continue
-        stored = leaf.names("huggingface", config.layers)
+        stored = leaf.list_names("huggingface", config.layers)
         names = tuple(name.removesuffix(".weight") for name in stored)
         path = leaf.path.removeprefix("blocks/").removesuffix(suffix)
         before = found[names].paths if names in found else ()
@@ -80,7 +80,7 @@ def modules(config: DecoderConfig) -> tuple[Module, ...]:
     return tuple(found.values())
 
 
-def such_as(known: Iterable[Module]) -> str:
+def describe_targets(known: Iterable[Module]) -> str:
     """For error messages: what a target may name, with its names in this decoder."""
     names = dict.fromkeys(one.short_name for one in known)
     return "linear maps of this decoder's blocks, such as " + ", ".join(names)
@@ -88,20 +88,20 @@ def such_as(known: Iterable[Module]) -> str:
 
 def holds(tensors: Container[str], name: str) -> bool:
     """Whether A or B of the module `name` is among the tensors."""
-    return any(_tensor(_PREFIX + name, half) in tensors for half in "ab")
+    return any(_name_tensor(_PREFIX + name, half) in tensors for half in "ab")
 
 
-def target(one: Module, others: Iterable[Module]) -> str:
+def choose_target(one: Module, others: Iterable[Module]) -> str:
     """The shortest name of a module that names none of `others`."""
-    taken = set().union(*(suffixes(other.names[0]) for other in others))
-    return min(suffixes(one.names[0]) - taken, key=len)
+    taken = set().union(*(list_suffixes(other.names[0]) for other in others))
+    return min(list_suffixes(one.names[0]) - taken, key=len)
 
 
-def suffixes(name: str) -> set[str]:
+def list_suffixes(name: str) -> set[str]:
     """The names by which PEFT knows a module: whole, or from any dot on."""
     parts = name.split(".")
     return {".".join(parts[start:]) for start in range(len(parts))}
 
 
-def _tensor(name: str, half: str) -> str:
+def _name_tensor(name: str, half: str) -> str:
     return f"{name}.lora_{half.upper()}.weight"

@@ -18,7 +18,7 @@ from jmem.models.config import DecoderConfig
 Naming = Literal["huggingface", "gguf"]
 
 
-def _names(
+def _prefix_names(
     block: str, inside: Mapping[str, str], above: str, outside: Mapping[str, str]
 ) -> dict[str, str]:
     """Stored names of modules, by their path in the parameters.
@@ -30,7 +30,7 @@ def _names(
 
 
 _HEAD = {"head": "lm_head"}
-_LLAMA = _HEAD | _names(
+_LLAMA = _HEAD | _prefix_names(
     "model.layers.{}.",
     {f"attention/{n}": f"self_attn.{n}_proj" for n in "qkvo"}
     | {f"mlp/{n}": f"mlp.{n}_proj" for n in ("gate", "up", "down")}
@@ -38,13 +38,13 @@ _LLAMA = _HEAD | _names(
     "model.",
     {"embed/embedding": "embed_tokens", "final_norm": "norm"},
 )
-_PHI = _LLAMA | _names(
+_PHI = _LLAMA | _prefix_names(
     "model.layers.{}.",
     {"attention/o": "self_attn.dense", "mlp/up": "mlp.fc1", "mlp/down": "mlp.fc2"},
     "model.",
     {"final_norm": "final_layernorm"},
 )
-_OPT = _HEAD | _names(
+_OPT = _HEAD | _prefix_names(
     "model.decoder.layers.{}.",
     {f"attention/{n}": f"self_attn.{n}_proj" for n in "qkv"}
     | {"attention/o": "self_attn.out_proj", "mlp/up": "fc1", "mlp/down": "fc2"}
@@ -53,7 +53,7 @@ _OPT = _HEAD | _names(
     {"embed/embedding": "embed_tokens", "embed/positions": "embed_positions"}
     | {"final_norm": "final_layer_norm"},
 )
-_GPT2 = _HEAD | _names(
+_GPT2 = _HEAD | _prefix_names(
     "transformer.h.{}.",
     {f"attention/{n}": "attn.c_attn" for n in "qkv"}
     | {"attention/o": "attn.c_proj", "mlp/up": "mlp.c_fc", "mlp/down": "mlp.c_proj"}
@@ -63,7 +63,7 @@ _GPT2 = _HEAD | _names(
 )
 HUGGINGFACE = {"llama": _LLAMA, "phi": _PHI, "opt": _OPT, "gpt2": _GPT2}
 """Names by family; Mistral and Qwen2 use Llama's."""
-_GGUF = _names(
+_GGUF = _prefix_names(
     "blk.{}.",
     {f"attention/{n}": f"attn_{n}" for n in "qkv"}
     | {f"mlp/{n}": f"ffn_{n}" for n in ("gate", "up", "down")}
@@ -74,7 +74,7 @@ _GGUF = _names(
 )
 
 
-def family(config: DecoderConfig) -> Literal["llama", "phi", "opt", "gpt2"]:
+def find_family(config: DecoderConfig) -> Literal["llama", "phi", "opt", "gpt2"]:
     """The published architecture that computes what `config` says, up to sizes.
 
     "llama" stands for Mistral and Qwen2 too; "opt" is GPT-2 with relu.
@@ -140,7 +140,7 @@ class Leaf:
             return (*shape[:-1], 3 * shape[-1])
         return (shape[0] + self.unread_rows, *shape[1:])
 
-    def taken_from(self, stored: np.ndarray) -> np.ndarray:
+    def take_from(self, stored: np.ndarray) -> np.ndarray:
         """The leaf's values in the decoder's layout; a view of the stored tensor."""
         if self.part is not None:
             stored = np.split(stored, 3, axis=-1)[self.part]
@@ -153,18 +153,18 @@ class Leaf:
             return np.concatenate([before, values])
         return values.T if self.transposed else values
 
-    def names(self, naming: Naming, layers: int) -> Iterator[str]:
+    def list_names(self, naming: Naming, layers: int) -> Iterator[str]:
         template = getattr(self, naming)
         return (template.format(i) for i in range(layers if self.stacked else 1))
 
 
-def leaves(config: DecoderConfig) -> tuple[Leaf, ...]:
+def list_leaves(config: DecoderConfig) -> tuple[Leaf, ...]:
     """Every leaf of `Decoder(config)`'s parameters.
 
     Raises:
       CheckpointError: no published architecture is such a decoder.
     """
-    c, kind = config, family(config)
+    c, kind = config, find_family(config)
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
     maps = [  # [in, out], and whether there is a bias
         ("blocks/attention/q", (c.hidden, queries), c.qkv_bias),
@@ -192,10 +192,10 @@ def leaves(config: DecoderConfig) -> tuple[Leaf, ...]:
         shapes["head/kernel"] = table[::-1]
     if c.head_bias:
         shapes["head/bias"] = table[:1]
-    return tuple(_leaf(kind, path, shape) for path, shape in shapes.items())
+    return tuple(_make_leaf(kind, path, shape) for path, shape in shapes.items())
 
 
-def _leaf(kind: str, path: str, shape: tuple[int, ...]) -> Leaf:
+def _make_leaf(kind: str, path: str, shape: tuple[int, ...]) -> Leaf:
     module, _, name = path.rpartition("/")
     suffix = ".bias" if name == "bias" else ".weight"
 

@@ -38,7 +38,14 @@ from typing import Any
 from jmem.checkpoints import adapter_files, lowrank
 from jmem.checkpoints.fields import Fields, is_empty
 from jmem.checkpoints.files import CheckpointError, LazyTensor
-from jmem.checkpoints.modules import Module, holds, modules, such_as, suffixes, target
+from jmem.checkpoints.modules import (
+    Module,
+    choose_target,
+    describe_targets,
+    find_modules,
+    holds,
+    list_suffixes,
+)
 from jmem.models.config import DecoderConfig
 from jmem.program import by_key
 
@@ -99,25 +106,27 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
         else (names the field), or belongs to another base (names tensor and shapes).
     """
     folder = Path(folder)
-    given, known = adapter_files.read_config(folder), modules(config)
+    given, known = adapter_files.read_config(folder), find_modules(config)
     _check_kind(given, known)
     settings = adapter_files.read_settings(given)
     rank, alpha, rslora = (settings[name] for name in ("rank", "alpha", "rslora"))
     dora = given.flag("use_dora")
     is_wide = _is_wide(given, rank, alpha, rslora)
-    base = adapter_files.base_of(given)
+    base = adapter_files.read_base(given)
 
     tensors = adapter_files.read_weights(
         folder, "save the adapter again with PEFT, as safetensors"
     )
-    adapted = _adapted(given, known, tensors)
+    adapted = _find_adapted(given, known, tensors)
     ranks = {one: rank * (len(one.paths) if is_wide else 1) for one in adapted}
-    stacks = [stack for one, own in ranks.items() for stack in one.stacks(own, dora)]
+    stacks = [
+        stack for one, own in ranks.items() for stack in one.list_stacks(own, dora)
+    ]
     lowrank.check(stacks, tensors, str(folder / adapter_files.WEIGHTS), base, _NO_PLACE)
     tree, common = lowrank.assemble(ranks, tensors, rank, dora)
     settings |= {
         "rank": common,
-        "alpha": alpha if common == rank else _widened(alpha, rslora),
+        "alpha": alpha if common == rank else _widen(alpha, rslora),
         "dora": dora,
         "maps": tuple(name for part in tree.values() for name in part),
     }
@@ -154,7 +163,7 @@ def save_adapter(
         empty, or it cannot be written.
     """
     folder = Path(folder)
-    known = modules(config)
+    known = find_modules(config)
     dora = any(path.endswith("/magnitude") for path in by_key(adapters))
     rank, ranks, tensors = lowrank.disassemble(
         adapters, known, config.layers, "save_adapter", dora
@@ -167,16 +176,16 @@ def save_adapter(
         "fan_in_fan_out": not known[0].transposed,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": adapter_files.shortest(alpha),
+        "lora_alpha": adapter_files.shorten(alpha),
         "lora_dropout": dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted({target(one, others) for one in ranks}),
+        "target_modules": sorted({choose_target(one, others) for one in ranks}),
         "task_type": "CAUSAL_LM",
         "use_dora": dora,
         "use_rslora": rslora,
-        **(_patterns(rank, alpha, rslora) if is_wide else {}),
+        **(_make_patterns(rank, alpha, rslora) if is_wide else {}),
     }
     adapter_files.read_settings(Fields(raw, "save_adapter"))  # refuses what is none
     adapter_files.write(folder, raw, tensors)
@@ -185,7 +194,7 @@ def save_adapter(
 def _check_kind(given: Fields, known: Iterable[Module]) -> None:
     """Refuses every adapter that is not LoRA or DoRA on such modules."""
     if given.get("peft_type") != "LORA":
-        raise given.refusal("peft_type", given.get("peft_type"), "LORA")
+        raise given.make_error("peft_type", given.get("peft_type"), "LORA")
     given.check_neutral(_NEUTRAL)
     understood = {*_READ, *_HARMLESS, *_NEUTRAL}
     if any(not one.transposed for one in known):
@@ -202,35 +211,35 @@ def _is_wide(given: Fields, rank: int, alpha: float, rslora: bool) -> bool:
     """
     if all(is_empty(given.get(field)) for field in _PATTERNS):
         return False
-    for field, wide in _patterns(rank, alpha, rslora).items():
+    for field, wide in _make_patterns(rank, alpha, rslora).items():
         if (value := given.get(field)) != wide:
-            raise given.refusal(field, value, f"null or {wide}, {_ELSE}")
+            raise given.make_error(field, value, f"null or {wide}, {_ELSE}")
     return True
 
 
-def _patterns(rank: int, alpha: float, rslora: bool) -> dict[str, dict]:
+def _make_patterns(rank: int, alpha: float, rslora: bool) -> dict[str, dict]:
     """PEFT's fields of a c_attn that holds three adapters of `rank`."""
-    values = _PARTS * rank, adapter_files.shortest(_widened(alpha, rslora))
+    values = _PARTS * rank, adapter_files.shorten(_widen(alpha, rslora))
     return {field: {_FUSED: value} for field, value in zip(_PATTERNS, values)}
 
 
-def _widened(alpha: float, rslora: bool) -> float:
+def _widen(alpha: float, rslora: bool) -> float:
     """The alpha at which an adapter of three times the rank keeps its scale."""
     return float(alpha) * (math.sqrt(_PARTS) if rslora else _PARTS)
 
 
-def _adapted(
+def _find_adapted(
     given: Fields, known: Iterable[Module], tensors: Mapping[str, LazyTensor]
 ) -> list[Module]:
     """The modules that target_modules chooses, or the file holds if it is a pattern."""
-    targets = _names(given, "target_modules")
-    excluded = _names(given, "exclude_modules")
+    targets = _read_names(given, "target_modules")
+    excluded = _read_names(given, "exclude_modules")
     chosen = []
 
     def hit(name: str) -> bool:
         if isinstance(targets, str) or isinstance(excluded, str) or not targets:
             return holds(tensors, name)
-        names = suffixes(name)
+        names = list_suffixes(name)
         return not names.isdisjoint(targets) and names.isdisjoint(excluded)
 
     for one in known:
@@ -245,17 +254,17 @@ def _adapted(
         if all(hits):
             chosen.append(one)
     if not chosen:
-        raise given.refusal(
-            "target_modules", given.get("target_modules"), such_as(known)
+        raise given.make_error(
+            "target_modules", given.get("target_modules"), describe_targets(known)
         )
     return chosen
 
 
-def _names(given: Fields, field: str) -> frozenset[str] | str:
+def _read_names(given: Fields, field: str) -> frozenset[str] | str:
     """The module names of a field (none if it is absent or null), or its pattern."""
     value = given.get(field)
     if value is None or isinstance(value, str):
         return value or frozenset()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise given.refusal(field, value, "a list of names, or a pattern")
+        raise given.make_error(field, value, "a list of names, or a pattern")
     return frozenset(value)

@@ -32,9 +32,9 @@ def parse(
     stated = [(name, given.get(name)) for name in spellings if given.get(name)]
     field, raw = stated[0] if stated else ("rope_scaling", {})
     if len(stated) > 1 and stated[1][1] != raw:
-        raise given.refusal("rope_parameters", stated[1][1], "one rope_scaling")
+        raise given.make_error("rope_parameters", stated[1][1], "one rope_scaling")
     if not isinstance(raw, dict):
-        raise given.refusal(field, raw, "an object")
+        raise given.make_error(field, raw, "an object")
     rope = Fields(raw, f"{given.where}: {field}")
 
     either = Fields({**given.raw, **raw}, given.where)
@@ -46,8 +46,8 @@ def parse(
         return theta, None, share
     if not isinstance(kind, str) or kind not in _SCALINGS:
         supported = "default, " + ", ".join(_SCALINGS)
-        raise given.refusal(f"{field}.rope_type", kind, supported)
-    with rope.named():
+        raise given.make_error(f"{field}.rope_type", kind, supported)
+    with rope.name_errors():
         if kind == "yarn":
             return theta, _read_yarn(rope, max_positions), share
         return theta, _read_plain(_SCALINGS[kind], rope), share
@@ -76,7 +76,7 @@ def _read_yarn(rope: Fields, max_positions: int) -> YarnScaling:
         attention_factor = upper / lower
     truncate = rope.get("truncate", True)
     if type(truncate) is not bool:
-        raise rope.refusal("truncate", truncate, "true or false")
+        raise rope.make_error("truncate", truncate, "true or false")
     return YarnScaling(
         factor=factor,
         original_max_positions=original,

@@ -78,7 +78,7 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings.")
 
     entries = sorted(
-        (_entry(path, name, value, data_bytes) for name, value in header.items()),
+        (_parse_entry(path, name, value, data_bytes) for name, value in header.items()),
         key=lambda entry: entry[1:3],
     )
     position, previous = 0, "the header"
@@ -103,7 +103,7 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _entry(
+def _parse_entry(
     path: Path, name: str, value: Any, data_bytes: int
 ) -> tuple[str, int, int, np.dtype, tuple[int, ...]]:
     """(name, begin, end, dtype, shape) of one header entry, each checked by itself."""
@@ -120,9 +120,9 @@ def _entry(
             f"{where}: dtype {value['dtype']!r} is not one of {', '.join(DTYPES)}."
         )
     shape, offsets = value["shape"], value["data_offsets"]
-    if not _sizes(shape) or len(shape) > _RANK_LIMIT:
+    if not _are_sizes(shape) or len(shape) > _RANK_LIMIT:
         raise CheckpointError(f"{where}: shape {shape!r} is not a list of sizes.")
-    if not _sizes(offsets) or len(offsets) != 2:
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{where}: data_offsets {offsets!r} is not [begin, end].")
     begin, end = offsets
     if not begin <= end <= data_bytes:
@@ -139,7 +139,7 @@ def _entry(
     return name, begin, end, dtype, tuple(shape)
 
 
-def _sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> bool:
     """A list of integers that a file offset can hold (bool is no integer here)."""
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item < 2**63 for item in value
@@ -272,7 +272,7 @@ def write(path: Path, tensors: Iterable[LazyTensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     nbytes = 8 + len(text) + position
-    with files.staged(path, nbytes) as stage, open(stage, "xb") as file:
+    with files.stage_write(path, nbytes) as stage, open(stage, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
             values = np.ascontiguousarray(tensor.read(), tensor.dtype)

@@ -65,14 +65,14 @@ def from_json(path: Path, vocab_size: int) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     raw = read_whole(path, _JSON_LIMIT)
-    with _named_errors(path):
+    with _name_errors(path):
         tokenizer = Tokenizer.from_buffer(raw)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return _checked(tokenizer, vocab_size, path)
+        return _check(tokenizer, vocab_size, path)
 
 
-def files_beside(folder: Path) -> dict[str, str]:
+def read_files(folder: Path) -> dict[str, str]:
     """The files of a Hugging Face folder that go with its tokenizer, as they are.
 
     Raises:
@@ -92,7 +92,7 @@ def files_beside(folder: Path) -> dict[str, str]:
     return found
 
 
-def files_of_gguf(
+def make_files(
     metadata: Mapping[str, Any], max_positions: int, path: Path
 ) -> dict[str, str]:
     """Files like those, made of GGUF metadata: special tokens and chat template.
@@ -112,10 +112,10 @@ def files_of_gguf(
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise CheckpointError(f"{path}: tokenizer.chat_template is not a string.")
-    return with_config({}, max_positions, special, template)
+    return add_config({}, max_positions, special, template)
 
 
-def with_config(
+def add_config(
     files: Mapping[str, str],
     max_positions: int,
     special: Mapping[str, str],
@@ -159,27 +159,27 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, path: Path):
             f"supported are llama, and gpt2 with pre {', '.join(_BYTE_LEVEL)}. Put the "
             f"model's tokenizer.json beside the file."
         )
-    with _named_errors(path):
-        tokens = _strings(given, "tokens")
-        types = _items(given, "token_type", len(tokens), [1] * len(tokens))
+    with _name_errors(path):
+        tokens = _read_strings(given, "tokens")
+        types = _read_items(given, "token_type", len(tokens), [1] * len(tokens))
         if len(set(tokens)) < len(tokens):
             raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice.")
         if model == "llama":
-            tokenizer = _sentencepiece(given, tokens, types)
+            tokenizer = _make_sentencepiece(given, tokens, types)
         else:
-            tokenizer = _byte_level(given, tokens)
+            tokenizer = _make_byte_level(given, tokens)
         _add_special(tokenizer, tokens, types)
         _add_ends(tokenizer, given, tokens, bos)
-        return _checked(tokenizer, vocab_size, path)
+        return _check(tokenizer, vocab_size, path)
 
 
-def _byte_level(given: Fields, tokens: list[str]) -> "Tokenizer":
+def _make_byte_level(given: Fields, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers as pre
 
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for merge in _strings(given, "merges"):
+    for merge in _read_strings(given, "merges"):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
             raise CheckpointError(
@@ -207,10 +207,10 @@ def _byte_level(given: Fields, tokens: list[str]) -> "Tokenizer":
     return tokenizer
 
 
-def _sentencepiece(given: Fields, tokens: list[str], types: list) -> "Tokenizer":
+def _make_sentencepiece(given: Fields, tokens: list[str], types: list) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = _items(given, "scores", len(tokens))
+    scores = _read_items(given, "scores", len(tokens))
     if (longest := max(map(len, tokens), default=0)) > _PIECE_LIMIT:
         raise CheckpointError(
             f"{given.where}: tokenizer.ggml.tokens holds a token of {longest} "
@@ -274,7 +274,7 @@ def _add_ends(tokenizer, given: Fields, tokens, bos_by_default: bool) -> None:
         )
 
 
-def _strings(given: Fields, key: str) -> list[str]:
+def _read_strings(given: Fields, key: str) -> list[str]:
     value = given.get(key)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         where = f"{given.where}: tokenizer.ggml.{key}"
@@ -282,7 +282,9 @@ def _strings(given: Fields, key: str) -> list[str]:
     return value
 
 
-def _items(given: Fields, key: str, count: int, default: list | None = None) -> list:
+def _read_items(
+    given: Fields, key: str, count: int, default: list | None = None
+) -> list:
     value = given.get(key, default)
     if not isinstance(value, list) or len(value) != count:
         where = f"{given.where}: tokenizer.ggml.{key}"
@@ -290,7 +292,7 @@ def _items(given: Fields, key: str, count: int, default: list | None = None) -> 
     return value
 
 
-def _checked(tokenizer: "Tokenizer", vocab_size: int, path: Path) -> "Tokenizer":
+def _check(tokenizer: "Tokenizer", vocab_size: int, path: Path) -> "Tokenizer":
     """The tokenizer, if all its ids are the model's and it knows most of them."""
     ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
     largest = max(ids | set(tokenizer.encode(_PROBE).ids), default=-1)
@@ -304,7 +306,7 @@ def _checked(tokenizer: "Tokenizer", vocab_size: int, path: Path) -> "Tokenizer"
 
 
 @contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _name_errors(path: Path) -> Iterator[None]:
     """Turns the package's errors, and panics of its Rust core, into ours."""
     try:
         yield

@@ -28,7 +28,7 @@ from jmem.data.source import TextSource
 from jmem.data.tasks import python_tasks
 from jmem.data.text import read
 from jmem.data.tokens import tokenise
-from jmem.data.windows import pack, pad, trainable
+from jmem.data.windows import keep_trainable, pack, pad
 
 __all__ = [
     "Batch",
@@ -41,6 +41,7 @@ __all__ = [
     "TextSource",
     "balance",
     "in_order",
+    "keep_trainable",
     "pack",
     "pad",
     "python_reference",
@@ -49,5 +50,4 @@ __all__ = [
     "read_chats",
     "read_template",
     "tokenise",
-    "trainable",
 ]

@@ -28,7 +28,7 @@ def f1(produced: str, answer: str) -> float:
     >>> round(f1("The cat, a black one.", "black cat"), 3)
     0.8
     """
-    ours, theirs = _words(produced), _words(answer)
+    ours, theirs = _split_words(produced), _split_words(answer)
     common = (Counter(ours) & Counter(theirs)).total()
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
@@ -44,14 +44,14 @@ def rouge_l(produced: str, answer: str) -> float:
     >>> round(rouge_l("a cat sat. it slept", "a cat slept"), 3)
     0.75
     """
-    ours, theirs = _sentences(produced), _sentences(answer)
+    ours, theirs = _split_sentences(produced), _split_sentences(answer)
     if not ours or not theirs:
         return 0.0
     common = {
         word
         for sentence in theirs
         for candidate in ours
-        for word in _longest_common(sentence, candidate)
+        for word in _find_longest_common(sentence, candidate)
     }
     words = len(set().union(*ours)) + len(set().union(*theirs))
     return 2 * len(common) / words
@@ -123,16 +123,16 @@ def retrieval(produced: str, answer: str) -> float:
     return count(produced, named[1])
 
 
-def _words(text: str) -> list[str]:
+def _split_words(text: str) -> list[str]:
     return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def _sentences(text: str) -> list[list[str]]:
+def _split_sentences(text: str) -> list[list[str]]:
     """Each sentence's words; one of blanks only is an empty word, as in `rouge`."""
     return [piece.split() or [""] for piece in text.split(".") if piece]
 
 
-def _longest_common(first: Sequence[str], second: Sequence[str]) -> list[str]:
+def _find_longest_common(first: Sequence[str], second: Sequence[str]) -> list[str]:
     """The longest common subsequence; of several, the one the package finds."""
     lengths = [[0] * (len(second) + 1)]
     for word in first:

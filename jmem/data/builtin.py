@@ -67,37 +67,39 @@ def python_reference(*, also_held_out: Iterable[str] = ()) -> Corpus:
     Raises:
       DataError: this Python was installed without one of the sources.
     """
-    topics = _topics()
+    topics = _read_topics()
     # The longest first: a short topic is mostly an extract, and is cut, not the whole.
     names = sorted(topics, key=lambda name: (-len(topics[name]), name))
-    training = [_topic(topics, n) for n in names if n not in HELD_OUT_TOPICS]
-    training += map(_module, TRAINING_MODULES)
-    held_out = [_topic(topics, name) for name in HELD_OUT_TOPICS]
-    held_out += map(_module, (*HELD_OUT_MODULES, *also_held_out))
+    training = [_make_topic(topics, n) for n in names if n not in HELD_OUT_TOPICS]
+    training += map(_document_module, TRAINING_MODULES)
+    held_out = [_make_topic(topics, name) for name in HELD_OUT_TOPICS]
+    held_out += map(_document_module, (*HELD_OUT_MODULES, *also_held_out))
     seen: set[str] = set()
-    return Corpus(tuple(_news(training, seen)), tuple(_news(held_out, seen)))
+    return Corpus(
+        tuple(_drop_repeats(training, seen)), tuple(_drop_repeats(held_out, seen))
+    )
 
 
-def _topics() -> dict[str, str]:
+def _read_topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise _missing("pydoc_data.topics") from error
+        raise _make_missing_error("pydoc_data.topics") from error
     return topics
 
 
-def _topic(topics: dict[str, str], name: str) -> Document:
+def _make_topic(topics: dict[str, str], name: str) -> Document:
     if name not in topics:
-        raise _missing(f"the topic {name!r} of pydoc_data.topics")
+        raise _make_missing_error(f"the topic {name!r} of pydoc_data.topics")
     return Document(text=topics[name], source=f"topic:{name}")
 
 
-def _module(name: str) -> Document:
+def _document_module(name: str) -> Document:
     """Documentation strings of a module, laid out as the language reference is."""
     tree = ast.parse(read_source(name))
     title = f'The "{name}" module'
     parts = [f"{title}\n{'*' * len(title)}", ast.get_docstring(tree) or ""]
-    parts += _entries(tree, prefix=f"{name}.")
+    parts += _write_entries(tree, prefix=f"{name}.")
     return Document(text="\n\n".join(filter(None, parts)), source=f"module:{name}")
 
 
@@ -112,10 +114,12 @@ def read_source(name: str) -> str:
     try:
         return path.read_text("utf-8")
     except OSError as error:
-        raise _missing(f"the source of module {name!r} ({path})") from error
+        raise _make_missing_error(f"the source of module {name!r} ({path})") from error
 
 
-def documented(parent: ast.Module | ast.ClassDef) -> Iterator[tuple[Definition, str]]:
+def list_documented(
+    parent: ast.Module | ast.ClassDef,
+) -> Iterator[tuple[Definition, str]]:
     """Public members that have a documentation string, each with that string."""
     for node in parent.body:
         if isinstance(node, Definition) and not node.name.startswith("_"):
@@ -124,18 +128,22 @@ def documented(parent: ast.Module | ast.ClassDef) -> Iterator[tuple[Definition, 
                 yield node, text
 
 
-def _entries(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+def _write_entries(parent: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
     """A signature line and an indented text for each public, documented member."""
-    for node, text in documented(parent):
+    for node, text in list_documented(parent):
         if isinstance(node, ast.ClassDef):
             head = f"class {prefix}{node.name}"
-            text = "\n\n".join([text, *_entries(node, prefix="")])
+            text = "\n\n".join([text, *_write_entries(node, prefix="")])
         else:
-            head = prefix + _signature(node, bound=isinstance(parent, ast.ClassDef))
+            head = prefix + _write_signature(
+                node, bound=isinstance(parent, ast.ClassDef)
+            )
         yield f"{head}\n\n{textwrap.indent(text, '   ')}"
 
 
-def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> str:
+def _write_signature(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool
+) -> str:
     """A signature as a caller writes it: no annotations or `self`; properties bare."""
     decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
     if decorators & {"property", "functools.cached_property"}:
@@ -150,28 +158,28 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef, *, bound: bool) -> 
     return f"{node.name}({ast.unparse(arguments)})"
 
 
-def _news(documents: Iterable[Document], seen: set[str]) -> Iterator[Document]:
+def _drop_repeats(documents: Iterable[Document], seen: set[str]) -> Iterator[Document]:
     """Each document without paragraphs that repeat earlier ones (`seen`, updated)."""
     for document in documents:
-        text = _without(document["text"], seen)
-        words = words_of(text)
+        text = _cut_repeats(document["text"], seen)
+        words = split_words(text)
         if len(words) >= SHORTEST:
-            seen.update(_runs(words))
+            seen.update(_list_runs(words))
             yield Document(text=text, source=document["source"])
 
 
-def _without(text: str, seen: set[str]) -> str:
+def _cut_repeats(text: str, seen: set[str]) -> str:
     """`text` without the paragraphs that take part in a run of words in `seen`.
 
     Blank lines between paragraphs become one. A cut makes new neighbours, hence the
     loop.
     """
-    paragraphs = paragraphs_of(text)
+    paragraphs = split_paragraphs(text)
     while True:
-        words = [(w, i) for i, p in enumerate(paragraphs) for w in words_of(p)]
+        words = [(w, i) for i, p in enumerate(paragraphs) for w in split_words(p)]
         repeated = {
             paragraph
-            for start, run in enumerate(_runs([word for word, _ in words]))
+            for start, run in enumerate(_list_runs([word for word, _ in words]))
             if run in seen
             for _, paragraph in words[start : start + RUN]
         }
@@ -180,21 +188,21 @@ def _without(text: str, seen: set[str]) -> str:
         paragraphs = [p for i, p in enumerate(paragraphs) if i not in repeated]
 
 
-def paragraphs_of(text: str) -> list[str]:
+def split_paragraphs(text: str) -> list[str]:
     """The paragraphs of a text: what stands between blank lines."""
     return re.split(r"\n(?:[ \t]*\n)+", text.strip("\n"))
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """The words of a text, in lower case and without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
-def _runs(words: list[str]) -> list[str]:
+def _list_runs(words: list[str]) -> list[str]:
     return [" ".join(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
 
 
-def _missing(what: str) -> DataError:
+def _make_missing_error(what: str) -> DataError:
     return DataError(
         f"Python {platform.python_version()} comes without {what}, which the "
         "built-in text is made of. Install the whole standard library, or give text of "

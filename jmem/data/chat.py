@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jmem.data import rows
-from jmem.data.document import DataError, Document, missing_column, text_of
-from jmem.data.text import checked, gather
+from jmem.data.document import DataError, Document, make_missing_column_error, read_text
+from jmem.data.text import check_files, gather
 
 if TYPE_CHECKING:
     import datasets
@@ -63,7 +63,7 @@ class ChatTemplate:
                 f"ChatTemplate: source has {size} bytes; a template has at most "
                 f"{TEMPLATE_LIMIT}. Give the template itself."
             )
-        _compiled(self.source)
+        _compile(self.source)
 
     def render(self, messages: Any, source: str = "messages") -> Document:
         """The chat as text, with the loss on what its assistant turns render to.
@@ -93,7 +93,7 @@ class ChatTemplate:
                     "another template."
                 )
             spans.append((len(before), len(after)))
-        text = text_of({"messages": text}, "messages", source)
+        text = read_text({"messages": text}, "messages", source)
         return Document(text=text, source=source, loss_spans=spans)
 
     def _write(
@@ -107,7 +107,7 @@ class ChatTemplate:
         names["add_generation_prompt"] = add_generation_prompt
         pieces, length = [], 0
         try:
-            for piece in _compiled(self.source).generate(self.tokens, **names):
+            for piece in _compile(self.source).generate(self.tokens, **names):
                 pieces.append(piece)
                 length += len(piece)
                 if length > RENDERED_LIMIT:
@@ -116,7 +116,8 @@ class ChatTemplate:
         except Exception as error:
             raise DataError(
                 f"{place}: the chat template refuses these messages or fails "
-                f"({_first_line(error)}). Change the messages, or use another template."
+                f"({_describe_error(error)}). Change the messages, or use another "
+                "template."
             ) from error
         if length > RENDERED_LIMIT:
             raise DataError(
@@ -166,7 +167,7 @@ def read_template(folder: str | os.PathLike[str]) -> ChatTemplate:
             "'template'}} with one named 'default'. Write ChatTemplate(source, tokens)."
         )
     try:
-        return ChatTemplate(source, _special_tokens(raw))
+        return ChatTemplate(source, _read_special_tokens(raw))
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -187,13 +188,13 @@ def read_chats(
     """
 
     def documents(path: Path) -> Iterator[Document]:
-        for place, row in rows.of_file(path, (column,), strings=False) or ():
+        for place, row in rows.read_rows(path, (column,), strings=False) or ():
             if not isinstance(row, Mapping) or column not in row:
                 found = row if isinstance(row, Mapping) else ()
-                raise missing_column(place, column, found)
+                raise make_missing_column_error(place, column, found)
             yield template.render(row[column], place)
 
-    return gather(checked("read_chats", paths, KINDS), documents)
+    return gather(check_files("read_chats", paths, KINDS), documents)
 
 
 def _check(messages: Any, place: str) -> None:
@@ -217,7 +218,7 @@ def _check(messages: Any, place: str) -> None:
         )
 
 
-def _special_tokens(raw: Mapping[str, Any]) -> dict[str, str]:
+def _read_special_tokens(raw: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that are set, each a string or an object that holds one."""
     found = {}
     for name in (f"{kind}_token" for kind in _KINDS_OF_TOKEN):
@@ -233,7 +234,7 @@ def _special_tokens(raw: Mapping[str, Any]) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> "jinja2.Template":
+def _compile(source: str) -> "jinja2.Template":
     import jinja2
     from jinja2 import ext, nodes, sandbox
 
@@ -264,11 +265,11 @@ def _compiled(source: str) -> "jinja2.Template":
     # Compiling folds constants, and so runs parts of the program.
     except Exception as error:
         raise DataError(
-            f"the chat template is not Jinja that can be used ({_first_line(error)}). "
-            "Repair it, or use another."
+            f"the chat template is not Jinja that can be used "
+            f"({_describe_error(error)}). Repair it, or use another."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]:.200}"

@@ -24,26 +24,29 @@ class Document(TypedDict):
     Absent: all."""
 
 
-def answered(prompt: str, completion: str, source: str) -> Document:
+def join_completion(prompt: str, completion: str, source: str) -> Document:
     """A prompt and its completion as one document; the loss covers the latter only.
 
-    >>> answered("2 + 2 =", " 4", "sums.csv:2")["loss_spans"]
+    >>> join_completion("2 + 2 =", " 4", "sums.csv:2")["loss_spans"]
     [(7, 9)]
     """
     text = prompt + completion
     return Document(text=text, source=source, loss_spans=[(len(prompt), len(text))])
 
 
-def missing_column(place: str, column: str, columns: Iterable[Any]) -> DataError:
+def make_missing_column_error(
+    place: str, column: str, columns: Iterable[Any]
+) -> DataError:
     """The error that names the column, those there are, and the nearest."""
     names = sorted(map(str, columns))
     return DataError(
-        f"{place}: no column {column!r} among {names}{nearest(column, names)}. Name "
-        "the column that holds the text: column=..."
+        f"{place}: no column {column!r} among "
+        f"{names}{suggest_nearest(column, names)}. Name the column that holds the "
+        "text: column=..."
     )
 
 
-def text_of(row: Any, column: str, place: str, *, blank: bool = False) -> str:
+def read_text(row: Any, column: str, place: str, *, blank: bool = False) -> str:
     """The text in `column` of a row, once it is known to be usable.
 
     Raises:
@@ -57,7 +60,7 @@ def text_of(row: Any, column: str, place: str, *, blank: bool = False) -> str:
             f"not {type(row).__name__}. Write it as {{{column!r}: ...}}."
         )
     if column not in row:
-        raise missing_column(place, column, row)
+        raise make_missing_column_error(place, column, row)
     text = row[column]
     if not isinstance(text, str):
         raise DataError(
@@ -80,7 +83,7 @@ def text_of(row: Any, column: str, place: str, *, blank: bool = False) -> str:
     return text
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?`, or nothing when no known name is near."""
     found = difflib.get_close_matches(name, [str(k) for k in known], n=1)
     return f"; did you mean {found[0]!r}?" if found else ""

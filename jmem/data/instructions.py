@@ -191,11 +191,11 @@ class _Material:
         self.code = [*map(read_source, modules)]
         self.random = np.random.default_rng(seed)
 
-    def one[T](self, choices: Sequence[T]) -> T:
+    def pick[T](self, choices: Sequence[T]) -> T:
         return choices[int(self.random.integers(len(choices)))]
 
     def slice(self, texts: Sequence[str], least: int, most: int) -> str:
-        text = self.one(texts)
+        text = self.pick(texts)
         size = int(self.random.integers(least, most))
         start = int(self.random.integers(max(len(text) - size, 1)))
         return text[start : start + size].strip() or "..."
@@ -209,11 +209,11 @@ class _Material:
 
     def word(self) -> str:
         words = re.findall(r"[A-Za-z_]{4,}", self.slice(self.texts, 300, 400))
-        return self.one(words) if words else "it"
+        return self.pick(words) if words else "it"
 
     def fill(self, forms: Sequence[str]) -> str:
         """One of some sentences, random words in its gaps."""
-        return self.one(forms).format(self.word(), self.word())
+        return self.pick(forms).format(self.word(), self.word())
 
     def question(self) -> str:
         return self.fill(
@@ -252,7 +252,7 @@ class _Material:
 
     def talk(self, lines: int) -> str:
         names = ("Ann", "Bob", "Cleo", "Dan")
-        return "\n".join(f"{self.one(names)}: {self.sentence()}" for _ in range(lines))
+        return "\n".join(f"{self.pick(names)}: {self.sentence()}" for _ in range(lines))
 
     def examples(self, one: Callable[[], tuple[str, str]]) -> tuple[str, str]:
         """(context, input): solved examples, and one whose solution is missing."""
@@ -300,26 +300,26 @@ class _Material:
     def context(self) -> str:
         """A context in one of the forms that a question or a summary may be about."""
         forms = ("narrativeqa", "hotpotqa", "qmsum", "passage_count", "lcc")
-        return self.fields(self.one(forms))[0]
+        return self.fields(self.pick(forms))[0]
 
     def prompt(self, dataset: str, template: str | None = None) -> str:
         """One prompt; without a template, between two instructions at random."""
         context, question = self.fields(dataset)
         if template is None:
             group = _GROUP[dataset]
-            before, after = map(self.one, INSTRUCTIONS[group])
+            before, after = map(self.pick, INSTRUCTIONS[group])
             template = before + "{context}\n\n" + after
             # The form of the text shall not tell what is asked about it.
             if TASKS[dataset].family in _ANY_TEXT and self.random.random() < 0.5:
                 context = self.context()
         text = template.format(context=context, input=question)
-        return text.join(self.one(_CHATS))
+        return text.join(self.pick(_CHATS))
 
 
 _corpus = functools.cache(python_reference)
 
 
-def prompts(
+def make_prompts(
     count: int,
     *,
     seed: int,
@@ -340,8 +340,8 @@ def prompts(
     unknown = [name for name in datasets if name not in TASKS]
     if count < 1 or unknown or not datasets:
         raise DataError(
-            f"prompts: count={count} must be at least 1, and datasets={datasets} names "
-            f"of {tuple(TASKS)}."
+            f"make_prompts: count={count} must be at least 1, and datasets={datasets} "
+            f"names of {tuple(TASKS)}."
         )
     corpus = _corpus()
     material = _Material(

@@ -93,8 +93,10 @@ class Loader:
         if step < 0:
             raise DataError(f"Loader.batch: step={step} is negative; steps start at 0.")
         epoch, start = divmod(step * self.batch_size, self.rows)
-        picked = order(self.seed, epoch, self.rows)[start:][: self.batch_size]
-        rest = order(self.seed, epoch + 1, self.rows)[: self.batch_size - picked.size]
+        picked = draw_order(self.seed, epoch, self.rows)[start:][: self.batch_size]
+        rest = draw_order(self.seed, epoch + 1, self.rows)[
+            : self.batch_size - picked.size
+        ]
         rows = np.concatenate([picked, rest])
         return Batch(*(np.asarray(leaf)[rows] for leaf in self.data))
 
@@ -174,7 +176,7 @@ def balance(rows: Mapping[str, Batch], batch_size: int, seed: int = 0) -> Joint:
 
 
 @functools.lru_cache(maxsize=16)
-def order(seed: int, epoch: int, rows: int) -> Int64[np.ndarray, " N"]:
+def draw_order(seed: int, epoch: int, rows: int) -> Int64[np.ndarray, " N"]:
     """The permutation of an epoch; kept for this epoch and the next of 8 loaders.
 
     Sorts raw 64-bit draws: NumPy promises that a bit generator's stream stays the same

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jmem.data import answers, rows
-from jmem.data.document import DataError, nearest, text_of
-from jmem.data.text import checked, read_all
+from jmem.data.document import DataError, read_text, suggest_nearest
+from jmem.data.text import check_files, read_all
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -209,29 +209,29 @@ def read_longbench(*paths: str | os.PathLike[str]) -> list[Example]:
     """
 
     def examples(path: Path) -> Iterator[Example]:
-        return (_example(row, place) for place, row in rows.json_lines(path))
+        return (_parse_example(row, place) for place, row in rows.read_json_lines(path))
 
-    files = checked("read_longbench", paths, (".jsonl", ".json"))
+    files = check_files("read_longbench", paths, (".jsonl", ".json"))
     return read_all(files, examples, "blank lines only")
 
 
-def without_middle(tokens: list[int], limit: int) -> list[int]:
+def cut_middle(tokens: list[int], limit: int) -> list[int]:
     """At most `limit` tokens: the first half of them and the last, without the middle.
 
     Instructions stand at both ends of a prompt, and its middle is missed least.
 
-    >>> without_middle([1, 2, 3, 4, 5, 6], 4), without_middle([1, 2, 3], 4)
+    >>> cut_middle([1, 2, 3, 4, 5, 6], 4), cut_middle([1, 2, 3], 4)
     ([1, 2, 5, 6], [1, 2, 3])
     """
     if limit < 0:
-        raise DataError(f"without_middle: limit={limit} must be 0 or more.")
+        raise DataError(f"cut_middle: limit={limit} must be 0 or more.")
     if len(tokens) <= limit:
         return tokens
     last = limit // 2
     return tokens[: limit - last] + tokens[len(tokens) - last :]
 
 
-def prompt_tokens(
+def encode_prompt(
     example: Example,
     tokenizer: "Tokenizer",
     *,
@@ -254,23 +254,23 @@ def prompt_tokens(
     room = limit - len(front) - len(back)
     if room < 1:
         raise DataError(
-            f"prompt_tokens: limit={limit} leaves no room for a message between the "
+            f"encode_prompt: limit={limit} leaves no room for a message between the "
             f"{len(front)} and {len(back)} tokens of chat={chat!r}. Raise limit."
         )
-    return front + without_middle(message, room) + back
+    return front + cut_middle(message, room) + back
 
 
-def _example(row: Any, place: str) -> Example:
+def _parse_example(row: Any, place: str) -> Example:
     names = ("context", "input", "dataset", "language", "_id")
     texts = {
-        name: text_of(row, name, place, blank=name in ("input", "language"))
+        name: read_text(row, name, place, blank=name in ("input", "language"))
         for name in names
     }
     dataset = texts["dataset"].removesuffix("_e")
     if dataset not in TASKS:
         raise DataError(
             f"{place}: dataset {texts['dataset']!r} is not scored here"
-            f"{nearest(dataset, TASKS)}. Those that are: {', '.join(TASKS)}."
+            f"{suggest_nearest(dataset, TASKS)}. Those that are: {', '.join(TASKS)}."
         )
     length = row.get("length")
     if type(length) is not int or length < 0:
@@ -281,9 +281,9 @@ def _example(row: Any, place: str) -> Example:
     identifier = texts.pop("_id")
     example = Example(
         **(texts | {"dataset": dataset, "id": identifier}),
-        answers=_strings(row, "answers", place),
+        answers=_parse_strings(row, "answers", place),
         length=length,
-        all_classes=_strings(row, "all_classes", place, null=True),
+        all_classes=_parse_strings(row, "all_classes", place, null=True),
         source=place,
     )
     if not example.answers:
@@ -295,7 +295,7 @@ def _example(row: Any, place: str) -> Example:
     return example
 
 
-def _strings(
+def _parse_strings(
     row: Mapping[str, Any], name: str, place: str, *, null: bool = False
 ) -> tuple[str, ...]:
     values = row.get(name)

@@ -92,7 +92,7 @@ class Haystack:
             )
 
 
-def needle_prompt(
+def make_needle_prompt(
     haystack: Haystack,
     *,
     length: int,
@@ -121,17 +121,19 @@ def needle_prompt(
     """
     wording = wording or Wording()
     if seed < 0:
-        raise DataError(f"needle_prompt: seed={seed} is negative; need 0 or more.")
+        raise DataError(f"make_needle_prompt: seed={seed} is negative; need 0 or more.")
     if not 0 <= depth <= 1:
         raise DataError(
-            f"needle_prompt: depth={depth} must lie in [0, 1], from front to end."
+            f"make_needle_prompt: depth={depth} must lie in [0, 1], from front to end."
         )
     random = np.random.default_rng(seed)
     name = NAMES[random.integers(len(NAMES))]
-    number = _number(haystack.numbers, random)
+    number = _draw_number(haystack.numbers, random)
     encode = haystack.tokenizer.encode
     front = encode(wording.header).ids
-    needle, answer_tokens = _needle(haystack.tokenizer, wording.needle, name, number)
+    needle, answer_tokens = _encode_needle(
+        haystack.tokenizer, wording.needle, name, number
+    )
     question = wording.question.replace("{name}", name)
     question = encode(question, add_special_tokens=False).ids
     room = length - len(front) - len(needle) - len(question)
@@ -139,8 +141,9 @@ def needle_prompt(
     if not 1 <= room <= size:
         rest = length - room
         raise DataError(
-            f"needle_prompt: length={length} must lie in [{rest + 1}, {rest + size}]: "
-            f"needle and question take {rest} tokens, and the haystack has {size}."
+            f"make_needle_prompt: length={length} must lie in [{rest + 1}, "
+            f"{rest + size}]: needle and question take {rest} tokens, and the "
+            f"haystack has {size}."
         )
     start = random.choice(haystack.starts[haystack.starts + room <= size])
     text = haystack.tokens[start : start + room].tolist()
@@ -160,29 +163,29 @@ def needle_prompt(
     )
 
 
-def hit(answer: str, produced: str) -> bool:
+def is_hit(answer: str, produced: str) -> bool:
     r"""Whether the answer is the first word produced, whole.
 
-    >>> hit("48213", " 48213.\n\nThe"), hit("48213", " 482135"), hit("48213", " 4821")
-    (True, False, False)
+    >>> [is_hit("48213", said) for said in (" 48213.\n\nThe", " 482135", " 4821")]
+    [True, False, False]
     """
     return re.match(rf"\s*{re.escape(answer)}(?!\w)", produced) is not None
 
 
-def _number(known: set[str], random: np.random.Generator) -> str:
+def _draw_number(known: set[str], random: np.random.Generator) -> str:
     """A number that the haystack does not hold, not even inside a longer number."""
     least = 10 ** (DIGITS - 1)
     drawn = map(str, random.permutation(9 * least) + least)
     number = next((number for number in drawn if number not in known), None)
     if number is None:
         raise DataError(
-            f"needle_prompt: the haystack holds every number of {DIGITS} digits, so no "
-            "answer would be new. Give text with fewer numbers."
+            f"make_needle_prompt: the haystack holds every number of {DIGITS} digits, "
+            "so no answer would be new. Give text with fewer numbers."
         )
     return number
 
 
-def _needle(
+def _encode_needle(
     tokenizer: "Tokenizer", text: str, name: str, number: str
 ) -> tuple[list[int], list[int]]:
     """Tokens of the needle, and those of its number with the blank before it."""

@@ -157,8 +157,10 @@ class Recall:
         symbol, number, key, value = self._ranges
 
         filler, majority, markers = self._fill(random, batch_size)
-        keys = key + _distinct(random, batch_size, self.keys, self.records)
-        values = _distinct(random, batch_size, self.values, self.records * self.value)
+        keys = key + _draw_distinct(random, batch_size, self.keys, self.records)
+        values = _draw_distinct(
+            random, batch_size, self.values, self.records * self.value
+        )
         values = value + values.reshape(batch_size, self.records, self.value)
         # Records go to random places of the filler, which closes up behind them.
         starts = random.integers(0, self._filler + 1, (batch_size, self.records))
@@ -187,8 +189,8 @@ class Recall:
         counted = np.zeros(answers.shape, bool)
         counted[..., 2:] = answers[..., 2:] > 0
         return Rows(
-            tokens=_joined(text, answers).astype(np.int32),
-            answered=_joined(np.zeros(text.shape, bool), counted),
+            tokens=_join(text, answers).astype(np.int32),
+            answered=_join(np.zeros(text.shape, bool), counted),
             kinds=asked.astype(np.int32),
             places=np.where(find, starts[rows, record] + 1, -1).astype(np.int32),
         )
@@ -283,7 +285,7 @@ def make_lessons(recall: Recall, *, questions: int, seed: int) -> list[Lesson]:
     ]
 
 
-def _distinct(
+def _draw_distinct(
     random: np.random.Generator, rows: int, size: int, count: int
 ) -> np.ndarray:
     """[rows, count] numbers below `size`, no two alike in a row."""
@@ -291,5 +293,5 @@ def _distinct(
     return random.permuted(order, axis=1)[:, :count]
 
 
-def _joined(text: np.ndarray, answers: np.ndarray) -> np.ndarray:
+def _join(text: np.ndarray, answers: np.ndarray) -> np.ndarray:
     return np.concatenate([text, answers.reshape(len(text), -1)], axis=1)

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jmem.data.document import DataError, missing_column
+from jmem.data.document import DataError, make_missing_column_error
 
 Row = tuple[str, Any]
 """(place, the row there): a mapping, unless a line of JSON holds something else."""
 
 
-def json_lines(path: Path) -> Iterator[Row]:
+def read_json_lines(path: Path) -> Iterator[Row]:
     """One JSON value a line; blank lines are skipped.
 
     Raises:
@@ -34,12 +34,12 @@ def json_lines(path: Path) -> Iterator[Row]:
             yield place, json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{place}: not JSON ({_reason(error)}). A .jsonl file holds one "
-                "object a line; an array must be written out one element a line."
+                f"{place}: not JSON ({_describe_error(error)}). A .jsonl file holds "
+                "one object a line; an array must be written out one element a line."
             ) from error
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def read_csv_rows(path: Path) -> Iterator[Row]:
     """Rows below a header, separated by commas, quoted as RFC 4180 says.
 
     The place is the row's first line: a quoted field may go over several.
@@ -49,7 +49,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
         fields than the header; quotes that do not close, or close inside a field.
     """
     text = decode(path.read_bytes(), path, first_line=1)
-    for line, fields, header in _csv_fields(path, text):
+    for line, fields, header in _read_csv_fields(path, text):
         if len(fields) != len(header):
             raise DataError(
                 f"{path}:{line}: {len(fields)} field(s), but the header names "
@@ -58,7 +58,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
         yield f"{path}:{line}", dict(zip(header, fields))
 
 
-def _csv_fields(path: Path, text: str) -> list[tuple[int, list[str], list[str]]]:
+def _read_csv_fields(path: Path, text: str) -> list[tuple[int, list[str], list[str]]]:
     """(line, fields, header) of each row below the header."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header, rows, line = None, [], 1
@@ -86,7 +86,7 @@ def _csv_fields(path: Path, text: str) -> list[tuple[int, list[str], list[str]]]
     return rows
 
 
-def parquet_rows(
+def read_parquet_rows(
     path: Path, columns: tuple[str, ...], *, strings: bool = True
 ) -> Iterator[Row]:
     """Rows of a Parquet file, of which only `columns` are read, a batch at a time.
@@ -121,7 +121,7 @@ def _check_column(path: Path, column: str, schema, strings: bool) -> None:
 
     found = [field.type for field in schema if field.name == column]
     if not found:
-        raise missing_column(str(path), column, schema.names)
+        raise make_missing_column_error(str(path), column, schema.names)
     if len(found) > 1:
         raise DataError(f"{path}: column {column!r} is there twice. Rename one.")
     kind = found[0].value_type if types.is_dictionary(found[0]) else found[0]
@@ -132,7 +132,7 @@ def _check_column(path: Path, column: str, schema, strings: bool) -> None:
         )
 
 
-def of_file(
+def read_rows(
     path: Path, columns: tuple[str, ...], *, strings: bool = True
 ) -> Iterator[Row] | None:
     """Rows of a table by the suffix of its file; None if it is no table.
@@ -141,11 +141,11 @@ def of_file(
     """
     match path.suffix.lower():
         case ".jsonl":
-            return json_lines(path)
+            return read_json_lines(path)
         case ".csv":
-            return csv_rows(path)
+            return read_csv_rows(path)
         case ".parquet":
-            return parquet_rows(path, columns, strings=strings)
+            return read_parquet_rows(path, columns, strings=strings)
     return None
 
 
@@ -166,7 +166,7 @@ def decode(content: bytes, path: Path, *, first_line: int) -> str:
     return text.removeprefix("\ufeff") if first_line == 1 else text
 
 
-def _reason(error: ValueError | RecursionError) -> str:
+def _describe_error(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)

@@ -105,13 +105,13 @@ class TextSource:
         if not self.data:
             training, held_out = python_reference()
         else:
-            read_file = self._reader(checkpoint)
+            read_file = self._choose_reader(checkpoint)
             training = read_file(self.data)
             held_out = read_file(self.held_out) if self.held_out else None
         encode = functools.partial(
             tokenise,
             tokenizer=checkpoint.require_tokenizer(),
-            end=self.end_token(checkpoint),
+            end=self.find_end_token(checkpoint),
             vocab_size=checkpoint.config.vocab_size,
             add_special_tokens=not self.chat,
         )
@@ -120,7 +120,7 @@ class TextSource:
             return keep_back(sequences, held_out_tokens, self.data)
         return sequences, encode(held_out)
 
-    def _reader(self, checkpoint: "Checkpoint") -> Callable[[str], Iterable]:
+    def _choose_reader(self, checkpoint: "Checkpoint") -> Callable[[str], Iterable]:
         """How a file is read: as text, prompts with their completions, or chats."""
         if self.chat:
             path = checkpoint.path
@@ -134,7 +134,7 @@ class TextSource:
             unit="file" if self.held_out else "paragraph",
         )
 
-    def end_token(self, checkpoint: "Checkpoint") -> str:
+    def find_end_token(self, checkpoint: "Checkpoint") -> str:
         """The token that closes a document.
 
         A completion ends where generation stops, at the first of the checkpoint's

@@ -33,13 +33,13 @@ from jmem.data.builtin import (
     TRAINING_MODULES,
     Corpus,
     Definition,
-    documented,
-    paragraphs_of,
+    list_documented,
     python_reference,
     read_source,
-    words_of,
+    split_paragraphs,
+    split_words,
 )
-from jmem.data.document import Document, answered
+from jmem.data.document import Document, join_completion
 
 # fmt: off
 ALSO_HELD_OUT = (
@@ -110,28 +110,30 @@ def python_tasks() -> dict[str, Corpus]:
       DataError: this Python was installed without one of the sources.
     """
     seen: set[str] = set()
-    training = list(_distinct(_members(TRAINING_MODULES), seen))
-    held_out = list(_distinct(_members((*HELD_OUT_MODULES, *ALSO_HELD_OUT)), seen))
+    training = list(_drop_repeats(_list_members(TRAINING_MODULES), seen))
+    held_out = list(
+        _drop_repeats(_list_members((*HELD_OUT_MODULES, *ALSO_HELD_OUT)), seen)
+    )
     shown = [member for member in training if not _is_drawn(member)]
     modules = {member.module for member in shown}
     drawn = [m for m in training if _is_drawn(m) and m.module in modules]
     prose = python_reference(also_held_out=ALSO_HELD_OUT)
     return {
-        "summary": _corpus("summary", training, held_out),
-        "signature": _corpus("signature", training, held_out),
-        "module": _corpus("module", shown, drawn),
-        "prose": Corpus(tuple(_passages(prose[0])), tuple(_passages(prose[1]))),
+        "summary": _make_corpus("summary", training, held_out),
+        "signature": _make_corpus("signature", training, held_out),
+        "module": _make_corpus("module", shown, drawn),
+        "prose": Corpus(tuple(_cut_passages(prose[0])), tuple(_cut_passages(prose[1]))),
     }
 
 
-def _corpus(
+def _make_corpus(
     task: str, training: Iterable[_Member], held_out: Iterable[_Member]
 ) -> Corpus:
-    document = functools.partial(_document, task)
+    document = functools.partial(_make_document, task)
     return Corpus(tuple(map(document, training)), tuple(map(document, held_out)))
 
 
-def _document(task: str, member: _Member) -> Document:
+def _make_document(task: str, member: _Member) -> Document:
     """A document whose completion has lines of its own: no token crosses its start."""
     definition, summary = member.definition, member.summary
     given, completion = {
@@ -139,7 +141,9 @@ def _document(task: str, member: _Member) -> Document:
         "signature": (summary, definition),
         "module": (f"{definition}\n{summary}", member.module),
     }[task]
-    return answered(f"{INSTRUCTIONS[task]}\n{given}\n", completion, member.source)
+    return join_completion(
+        f"{INSTRUCTIONS[task]}\n{given}\n", completion, member.source
+    )
 
 
 def _is_drawn(member: _Member) -> bool:
@@ -147,10 +151,10 @@ def _is_drawn(member: _Member) -> bool:
     return zlib.crc32(member.source.encode()) % ONE_IN == 0
 
 
-def _members(modules: Iterable[str]) -> Iterator[_Member]:
+def _list_members(modules: Iterable[str]) -> Iterator[_Member]:
     for module in modules:
         for name, node, text in _walk(ast.parse(read_source(module))):
-            definition, summary = _definition(node), _first_sentence(text)
+            definition, summary = _write_definition(node), _take_first_sentence(text)
             if (
                 len(definition) <= DEFINITION_CHARACTERS
                 and len(summary.split()) in SUMMARY_WORDS
@@ -164,47 +168,47 @@ def _members(modules: Iterable[str]) -> Iterator[_Member]:
 def _walk(
     parent: ast.Module | ast.ClassDef, prefix: str = ""
 ) -> Iterator[tuple[str, Definition, str]]:
-    for node, text in documented(parent):
+    for node, text in list_documented(parent):
         yield prefix + node.name, node, text
         if isinstance(node, ast.ClassDef):
             yield from _walk(node, f"{prefix}{node.name}.")
 
 
-def _definition(node: Definition) -> str:
+def _write_definition(node: Definition) -> str:
     """A definition's first line, without decorators: `def heappush(heap, item):`."""
     head = copy.copy(node)
     head.body, head.decorator_list = [], []
     return ast.unparse(head).strip()
 
 
-def _first_sentence(text: str) -> str:
+def _take_first_sentence(text: str) -> str:
     """The first sentence of the first paragraph, or all of it, on one line."""
-    line = " ".join(paragraphs_of(text)[0].split())
+    line = " ".join(split_paragraphs(text)[0].split())
     return re.split(r"(?<=[.!?])(?<!e\.g\.|i\.e\.) (?=[\"'`*]*[A-Z])", line)[0]
 
 
-def _distinct(members: Iterable[_Member], seen: set[str]) -> Iterator[_Member]:
+def _drop_repeats(members: Iterable[_Member], seen: set[str]) -> Iterator[_Member]:
     """Members whose source, definition and summary are new (`seen` is updated)."""
     for member in members:
-        summary = " ".join(words_of(member.summary))
+        summary = " ".join(split_words(member.summary))
         keys = {member.source, member.definition, summary}
         if not keys & seen:
             seen |= keys
             yield member
 
 
-def _passages(documents: Iterable[Document]) -> Iterator[Document]:
+def _cut_passages(documents: Iterable[Document]) -> Iterator[Document]:
     """Neighbouring paragraphs of prose, enough for a passage, cut in the middle."""
     for document in documents:
         number, words = 0, []
-        for paragraph in paragraphs_of(document["text"]):
+        for paragraph in split_paragraphs(document["text"]):
             words = words + paragraph.split() if _is_prose(paragraph) else []
             if len(words) < PASSAGE_WORDS.start:
                 continue
             if len(words) in PASSAGE_WORDS:
                 number += 1
                 half = len(words) // 2
-                yield answered(
+                yield join_completion(
                     f"{INSTRUCTIONS['prose']}\n{' '.join(words[:half])}",
                     f" {' '.join(words[half:])}",
                     f"{document['source']}:{number}",

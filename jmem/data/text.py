@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jmem.data import rows
-from jmem.data.document import DataError, Document, answered, nearest, text_of
+from jmem.data.document import (
+    DataError,
+    Document,
+    join_completion,
+    read_text,
+    suggest_nearest,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -69,14 +75,14 @@ def read(
     columns = (
         (column,) if prompt is None or completion is None else (prompt, completion)
     )
-    files = checked("read", paths, KINDS)
+    files = check_files("read", paths, KINDS)
     for path in files:
         if path.suffix.lower() == ".txt" and len(columns) > 1:
             raise DataError(
                 f"{path}: plain text has no columns {columns[0]!r} and {columns[1]!r}; "
                 "write prompts and completions as .jsonl, .csv or .parquet."
             )
-    return gather(files, lambda path: _documents(path, columns, unit))
+    return gather(files, lambda path: _read_documents(path, columns, unit))
 
 
 def read_all[Item](
@@ -115,21 +121,27 @@ def gather(
     return Dataset.from_list([*map(dict, documents)], features=Features(features))
 
 
-def checked(
+def check_files(
     caller: str, paths: Iterable[str | os.PathLike[str]], kinds: tuple[str, ...]
 ) -> list[Path]:
     """The paths, each a file that exists, is not empty and is of one of the kinds."""
     files = [Path(path) for path in paths]
     if not files:
         raise DataError(
-            f"{caller}: no path given; name at least one {_or(kinds)} file."
+            f"{caller}: no path given; name at least one {_join_with_or(kinds)} file."
         )
     for path in files:
         if path.is_dir():
-            raise DataError(f"{path}: is a folder; name the {_or(kinds)} files inside.")
+            raise DataError(
+                f"{path}: is a folder; name the {_join_with_or(kinds)} files inside."
+            )
         if not path.exists():
             folder = path.parent
-            near = nearest(path.name, os.listdir(folder)) if folder.is_dir() else ""
+            near = (
+                suggest_nearest(path.name, os.listdir(folder))
+                if folder.is_dir()
+                else ""
+            )
             raise DataError(f"{path}: no such file{near}.")
         if path.stat().st_size == 0:
             raise DataError(
@@ -137,46 +149,48 @@ def checked(
             )
         if path.suffix.lower() not in kinds:
             raise DataError(
-                f"{path}: is not {_or(kinds)}. Convert it, or open it with "
+                f"{path}: is not {_join_with_or(kinds)}. Convert it, or open it with "
                 "datasets.load_dataset(...) and give the Dataset to jmem.data.tokenise."
             )
     return files
 
 
-def _documents(path: Path, columns: tuple[str, ...], unit: str) -> Iterable[Document]:
-    table = rows.of_file(path, columns)
+def _read_documents(
+    path: Path, columns: tuple[str, ...], unit: str
+) -> Iterable[Document]:
+    table = rows.read_rows(path, columns)
     if table is not None:
-        return (_document(row, columns, place) for place, row in table)
-    return [_whole(path)] if unit == "file" else _paragraphs(path)
+        return (_make_document(row, columns, place) for place, row in table)
+    return [_read_whole(path)] if unit == "file" else _read_paragraphs(path)
 
 
-def _document(row: Any, columns: tuple[str, ...], place: str) -> Document:
+def _make_document(row: Any, columns: tuple[str, ...], place: str) -> Document:
     """A document of one column, or of two: a prompt, and what is trained on."""
     *given, column = columns
-    start = "".join(text_of(row, name, place, blank=True) for name in given)
-    text = text_of(row, column, place)
+    start = "".join(read_text(row, name, place, blank=True) for name in given)
+    text = read_text(row, column, place)
     if given:
-        return answered(start, text, place)
+        return join_completion(start, text, place)
     return Document(text=text, source=place)
 
 
-def _whole(path: Path) -> Document:
-    text = "\n".join(_lines(path))
-    return Document(text=text_of({"text": text}, "text", str(path)), source=str(path))
+def _read_whole(path: Path) -> Document:
+    text = "\n".join(_read_lines(path))
+    return Document(text=read_text({"text": text}, "text", str(path)), source=str(path))
 
 
-def _paragraphs(path: Path) -> Iterator[Document]:
-    numbered = enumerate(_lines(path), start=1)
+def _read_paragraphs(path: Path) -> Iterator[Document]:
+    numbered = enumerate(_read_lines(path), start=1)
     for blank, group in groupby(numbered, key=lambda item: not item[1].strip()):
         if not blank:
             numbers, lines = zip(*group)
             yield Document(text="\n".join(lines), source=f"{path}:{numbers[0]}")
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     text = rows.decode(path.read_bytes(), path, first_line=1)
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def _or(kinds: tuple[str, ...]) -> str:
+def _join_with_or(kinds: tuple[str, ...]) -> str:
     return f"{', '.join(kinds[:-1])} or {kinds[-1]}"

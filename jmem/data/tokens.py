@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int32
 
-from jmem.data.document import DataError, nearest, text_of
+from jmem.data.document import DataError, read_text, suggest_nearest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -49,13 +49,13 @@ def tokenise(
         known = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
         raise DataError(
             f"tokenise: end={end!r} is not a token of this tokenizer"
-            f"{nearest(end, known)}. Its special tokens: {known}."
+            f"{suggest_nearest(end, known)}. Its special tokens: {known}."
         )
-    tokenizer = _unlimited(tokenizer)
+    tokenizer = _lift_limits(tokenizer)
     sequences: list[np.ndarray] = []
     for rows in batched(documents, ENCODED_AT_ONCE):
-        places = [_place(row, len(sequences) + i) for i, row in enumerate(rows)]
-        texts = [text_of(row, column, place) for row, place in zip(rows, places)]
+        places = [_name_place(row, len(sequences) + i) for i, row in enumerate(rows)]
+        texts = [read_text(row, column, place) for row, place in zip(rows, places)]
         encodings = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         for row, place, text, encoding in zip(rows, places, texts, encodings):
             if not encoding.ids:
@@ -71,14 +71,14 @@ def tokenise(
                 )
             spans = row.get("loss_spans")
             if spans is not None:
-                ids = _masked(ids, encoding.offsets, spans, len(text), place)
+                ids = _mask(ids, encoding.offsets, spans, len(text), place)
             sequences.append(ids)
     if not sequences:
         raise DataError("tokenise: no document given; name files that hold text.")
     return sequences
 
 
-def _masked(
+def _mask(
     ids: np.ndarray,
     offsets: list[tuple[int, int]],
     spans: Any,
@@ -86,7 +86,7 @@ def _masked(
     place: str,
 ) -> np.ma.MaskedArray:
     """`ids` without the tokens, and perhaps the end, that lie outside of `spans`."""
-    edges = _edges(spans, length, place)
+    edges = _check_edges(spans, length, place)
     # Tokens that the tokenizer adds have offsets (0, 0): they go with what is before.
     ends = np.maximum.accumulate([*(end for _, end in offsets), length])
     # Inside a span lies what has an odd number of edges before it.
@@ -99,7 +99,7 @@ def _masked(
     return np.ma.masked_array(ids, mask=~counted)
 
 
-def _edges(spans: Any, length: int, place: str) -> list[int]:
+def _check_edges(spans: Any, length: int, place: str) -> list[int]:
     """Starts and ends of `spans`, one after the other."""
 
     def is_pair(span: Any) -> bool:
@@ -115,12 +115,12 @@ def _edges(spans: Any, length: int, place: str) -> list[int]:
     return edges
 
 
-def _place(row: Any, index: int) -> str:
+def _name_place(row: Any, index: int) -> str:
     named = isinstance(row, Mapping) and isinstance(row.get("source"), str)
     return row["source"] if named else f"document {index}"
 
 
-def _unlimited(tokenizer: "Tokenizer") -> "Tokenizer":
+def _lift_limits(tokenizer: "Tokenizer") -> "Tokenizer":
     """The tokenizer without truncation and padding: a copy, if it has them set."""
     if tokenizer.truncation is None and tokenizer.padding is None:
         return tokenizer

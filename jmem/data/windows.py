@@ -49,7 +49,7 @@ def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
     )
 
 
-def trainable(sequences: Sequence[np.ndarray], seq_len: int) -> list[np.ndarray]:
+def keep_trainable(sequences: Sequence[np.ndarray], seq_len: int) -> list[np.ndarray]:
     """Those that have something to learn in a row of `seq_len` targets, as `pad` cuts.
 
     Of a prompt and its completion, those whose completion begins early enough.

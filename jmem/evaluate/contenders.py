@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Unpack
 
-from jmem.kvcache.budget import Sized, fitted
+from jmem.kvcache.budget import Sized, fit_to_bytes
 from jmem.kvcache.full import Full
 from jmem.kvcache.plan import Plan, Sizes
 from jmem.kvcache.shorten import Shorten
@@ -82,7 +82,7 @@ def at_equal_bytes(
             if isinstance(shares, Mapping):
                 nbytes = shares[share]
             try:
-                cut = fitted(given, model, nbytes, **sizes)
+                cut = fit_to_bytes(given, model, nbytes, **sizes)
                 plan = cut.plan(model, **sizes)
             except ValueError as error:
                 raise ValueError(
@@ -96,7 +96,7 @@ def at_equal_bytes(
     return found
 
 
-def share_of_full(contenders: Mapping[str, Contender], name: str) -> float:
+def find_share_of_full(contenders: Mapping[str, Contender], name: str) -> float:
     """The bytes of a contender's cache, as a share of the full one's.
 
     Room for an answer that is there besides, for all alike, counts in neither.

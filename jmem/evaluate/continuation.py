@@ -1,7 +1,7 @@
 """Loss of the text that follows: what a model predicts once its cache was cut.
 
 Every token is predicted from the cut cache and the text before it, whatever the model
-would have said itself (`jmem.evaluate.decoding.losses`).
+would have said itself (`jmem.evaluate.decoding.measure_losses`).
 """
 
 import math

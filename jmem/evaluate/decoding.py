@@ -25,13 +25,15 @@ from jmem.kvcache.shorten import Shorten, keep_tokens
 
 
 class More(TypedDict, total=False):
-    """What `answers` and `losses` may be told besides; see `answers`."""
+    """Further arguments of `answer_prompts`, which says what they are, and of
+    `measure_losses`.
+    """
 
     filters: Mapping[str, Shorten] | None
     rows: int | None
 
 
-def answers(
+def answer_prompts(
     model,
     params: dict,
     plans: Mapping[str, Plan],
@@ -59,7 +61,7 @@ def answers(
     return {name: continue_text(model, params, own, steps) for name, own in read}
 
 
-def losses(
+def measure_losses(
     model,
     params: dict,
     plans: Mapping[str, Plan],
@@ -73,7 +75,7 @@ def losses(
     Float32. Every token is predicted from the cut cache and the continuation before
     it, whatever the model would have said: `np.exp(losses.mean())` is the perplexity.
     The first token's is the same for all plans, as a prompt attends all of itself, but
-    not for `filters`, which cut it before. Else as `answers`, with N steps.
+    not for `filters`, which cut it before. Else as `answer_prompts`, with N steps.
     """
     given = model, params, plans, tokens, lengths
     steps = continuation.shape[1]
@@ -127,16 +129,17 @@ def follow_text(
     context: Context,
     continuation: Int[Array | np.ndarray, "B N"],
 ) -> Float[np.ndarray, "B N"]:
-    """Losses of a given text after prompts that were read, in nats, as `losses`.
+    """Losses of a given text after prompts that were read, in nats, as
+    `measure_losses`.
 
     Consumes the context's cache.
     """
     given = jnp.asarray(continuation)
-    return np.asarray(_teacher_forced(model, params, *context[:4], given)[0])
+    return np.asarray(_measure_forced(model, params, *context[:4], given)[0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"), donate_argnames="cache")
-def _teacher_forced(
+def _measure_forced(
     model,
     params: dict,
     plan: Plan,
@@ -180,7 +183,7 @@ def read_all(
     """Yields the name and the context of each plan, then of each filter.
 
     A filter's prompt is read when its turn comes. Whoever takes a cache may donate it.
-    Arguments and refusals are those of `answers`; messages begin with `where`.
+    Arguments and refusals are those of `answer_prompts`; messages begin with `where`.
     """
     filters = filters or {}
     tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)

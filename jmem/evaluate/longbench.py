@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from jmem.data.longbench import Example, prompt_tokens
+from jmem.data.longbench import Example, encode_prompt
 from jmem.evaluate.task import Summary, Task
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class LongBench(Task):
 
     Raises:
       ValueError: what `Task` refuses, or examples of several data sets.
-      DataError: what `prompt_tokens` refuses.
+      DataError: what `encode_prompt` refuses.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LongBench(Task):
             )
         super().__init__(
             f"longbench {names[0]}",
-            [prompt_tokens(e, tokenizer, limit=limit, chat=chat) for e in examples],
+            [encode_prompt(e, tokenizer, limit=limit, chat=chat) for e in examples],
             prompt=limit,
             steps=examples[0].task.new_tokens,
         )
@@ -55,7 +55,8 @@ class LongBench(Task):
         self, produced: Int[np.ndarray, "N steps"], places: Sequence[int]
     ) -> Float[np.ndarray, " N"]:
         texts = [
-            self._tokenizer.decode(until(row.tolist(), self._ends)) for row in produced
+            self._tokenizer.decode(cut_at_end(row.tolist(), self._ends))
+            for row in produced
         ]
         pairs = zip(places, texts, strict=True)
         return np.array([self.examples[place].score(text) for place, text in pairs])
@@ -66,10 +67,10 @@ class LongBench(Task):
         return Summary(float(own.mean()), None, float(full.mean()), len(own))
 
 
-def until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+def cut_at_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     """The tokens before the first that ends a text.
 
-    >>> until([5, 6, 2, 7], (2, 0))
+    >>> cut_at_end([5, 6, 2, 7], (2, 0))
     [5, 6]
     """
     at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))

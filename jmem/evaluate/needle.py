@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jmem.data.needle import Haystack, NeedleCase, hit, needle_prompt
+from jmem.data.needle import Haystack, NeedleCase, is_hit, make_needle_prompt
 from jmem.evaluate.decoding import Context
 from jmem.evaluate.interval import wilson
 from jmem.evaluate.task import Prompts, Summary, Task
@@ -42,7 +42,7 @@ class Retained(NamedTuple):
         return wilson(self.hits, self.cells) if self.cells else None
 
 
-def grid(
+def make_grid(
     haystack: Haystack,
     *,
     lengths: Sequence[int],
@@ -52,22 +52,22 @@ def grid(
     """A case for each length, seed and depth, in that order, depth the fastest.
 
     Raises:
-      DataError: what `needle_prompt` refuses, before any model runs.
+      DataError: what `make_needle_prompt` refuses, before any model runs.
     """
     return [
-        needle_prompt(haystack, length=length, depth=depth, seed=seed)
+        make_needle_prompt(haystack, length=length, depth=depth, seed=seed)
         for length in lengths
         for seed in seeds
         for depth in depths
     ]
 
 
-def answer_steps(cases: Sequence[NeedleCase]) -> int:
+def count_answer_steps(cases: Sequence[NeedleCase]) -> int:
     """Tokens to decode: the longest answer, and one that shows that it has ended."""
     return max(len(case.answer_tokens) for case in cases) + 1
 
 
-def hits(
+def find_hits(
     tokenizer: "Tokenizer",
     cases: Sequence[NeedleCase],
     produced: Int[np.ndarray, "B steps"],
@@ -75,10 +75,12 @@ def hits(
     """Whether each row of tokens gives its case's answer."""
     texts = [tokenizer.decode(row.tolist()) for row in np.asarray(produced)]
     pairs = zip(cases, texts, strict=True)
-    return np.array([hit(case.answer, text) for case, text in pairs], bool)
+    return np.array([is_hit(case.answer, text) for case, text in pairs], bool)
 
 
-def retained(full: Bool[np.ndarray, " N"], cut: Bool[np.ndarray, " N"]) -> Retained:
+def count_retained(
+    full: Bool[np.ndarray, " N"], cut: Bool[np.ndarray, " N"]
+) -> Retained:
     """What a cut cache keeps of the full one's hits, cell by cell."""
     cells = int(full.sum())
     return Retained(int((full & cut).sum()), cells, len(full) - cells)
@@ -88,7 +90,7 @@ class Needles(Task):
     """Cells of one length; a score is whether the needle is answered.
 
     A summary is the share kept of what the full cache answers, with Wilson's interval.
-    `steps` are those of all lengths together (`answer_steps`), if others follow.
+    `steps` are those of all lengths together (`count_answer_steps`), if others follow.
 
     Raises:
       ValueError: what `Task` refuses, or cases of several lengths.
@@ -111,19 +113,21 @@ class Needles(Task):
             f"needles {lengths[0]}",
             [case.tokens for case in cases],
             prompt=lengths[0],
-            steps=steps or answer_steps(cases),
+            steps=steps or count_answer_steps(cases),
         )
         self.cases, self._tokenizer = cases, tokenizer
 
     def score(
         self, produced: Int[np.ndarray, "N steps"], places: Sequence[int]
     ) -> Bool[np.ndarray, " N"]:
-        return hits(self._tokenizer, [self.cases[place] for place in places], produced)
+        return find_hits(
+            self._tokenizer, [self.cases[place] for place in places], produced
+        )
 
     def summary(
         self, full: Bool[np.ndarray, " N"], own: Bool[np.ndarray, " N"]
     ) -> Summary:
-        kept = retained(full, own)
+        kept = count_retained(full, own)
         whole = 1.0 if kept.cells else None
         return Summary(kept.share, kept.interval, whole, kept.cells)
 
@@ -172,13 +176,13 @@ def hide_needles[Kind: Needles](
     seeds: Sequence[int],
     kind: type[Kind] = Needles,
 ) -> list[Kind]:
-    """The cases of `grid` as tasks, one a length; all decode as many tokens."""
-    cases = grid(haystack, lengths=lengths, depths=depths, seeds=seeds)
+    """The cases of `make_grid` as tasks, one a length; all decode as many tokens."""
+    cases = make_grid(haystack, lengths=lengths, depths=depths, seeds=seeds)
     return [
         kind(
             haystack.tokenizer,
             [case for case in cases if case.length == length],
-            steps=answer_steps(cases),
+            steps=count_answer_steps(cases),
         )
         for length in dict.fromkeys(lengths)
     ]

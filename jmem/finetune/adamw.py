@@ -17,9 +17,9 @@ import optax
 from optax import ScaleByAdamState
 
 from jmem.finetune.checks import check_choice
-from jmem.finetune.patterns import matching
-from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
-from jmem.program import by_key, key
+from jmem.finetune.patterns import find_matching
+from jmem.finetune.rounding import BLOCK, draw_noise, pack, round_randomly, unpack
+from jmem.program import by_key, format_path
 
 Place = Literal["device", "host"]
 """Where moments live; "host" is pinned memory that the GPU reads and writes."""
@@ -36,7 +36,7 @@ def cast(tree: Any, dtype) -> Any:
     return jax.tree.map(leaf, tree)
 
 
-def stored_in(
+def store_in(
     dtype, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """`inner` computing in float32 and keeping its floating state in `dtype`."""
@@ -129,7 +129,7 @@ class AdamW:
             left = 0.5 * (1 + jnp.cos(jnp.pi * done))
         return self.learning_rate * jnp.where(step < self.warmup_steps, warmup, left)
 
-    def factors(self, trained: Any, above: str = "") -> dict[str, float]:
+    def find_factors(self, trained: Any, above: str = "") -> dict[str, float]:
         """What `rates` multiplies the rate of each leaf of `trained` by, by path.
 
         `above` leads the leaves' paths.
@@ -139,11 +139,11 @@ class AdamW:
         """
         factors = {above + path: 1.0 for path in by_key(trained)}
         for pattern, factor in self.rates:
-            found = matching(pattern, factors, f"AdamW: rates={self.rates}")
+            found = find_matching(pattern, factors, f"AdamW: rates={self.rates}")
             factors |= dict.fromkeys(found, factor)
         return factors
 
-    def leaf_rates(
+    def find_leaf_rates(
         self, trained: Any, rate: jax.Array, layers: int, above: str = ""
     ) -> Any:
         """`rate` as each leaf of the tree `trained` has it, by `rates` and depth.
@@ -151,10 +151,10 @@ class AdamW:
         float32 scalars; [layers, 1, ...] for leaves of the stacked blocks where the
         rate decays over them.
         """
-        factors = self.factors(trained, above)
+        factors = self.find_factors(trained, above)
 
         def leaf(path, value):
-            name = above + key(path)
+            name = above + format_path(path)
             factor = factors[name]
             if self.layer_decay < 1 and name.startswith("blocks/"):
                 later = np.arange(layers - 1, -1, -1)  # blocks behind each one
@@ -183,7 +183,7 @@ class AdamW:
         adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
         if self.weight_decay:
             adam = optax.chain(adam, optax.add_decayed_weights(self.weight_decay))
-        return stored_in(self.moment_dtype, adam)
+        return store_in(self.moment_dtype, adam)
 
     def rule(
         self,
@@ -202,7 +202,7 @@ class AdamW:
         What `direction` and `descend` do to all of it, in float32. Moments of 16 or 8
         bits are rounded at random (`jmem.finetune.rounding`), by `salt`.
         """
-        m, v = self._wide(state)
+        m, v = self._widen(state)
         m = self.b1 * m + (1 - self.b1) * dw
         v = self.b2 * v + (1 - self.b2) * jnp.square(dw)
         t = t.astype(jnp.float32)
@@ -211,26 +211,26 @@ class AdamW:
         decay = self.weight_decay if weight_decay is None else weight_decay
         wide -= rate * (moved + decay * wide)
         if self.weight_rounding == "random" and w.dtype == jnp.bfloat16:
-            own = noise(w.shape, salt ^ jnp.uint32(0x2545F491))
-            wide = rounded(wide, own, mantissa=7)
-        return wide.astype(w.dtype), self._stored(m, v, salt)
+            own = draw_noise(w.shape, salt ^ jnp.uint32(0x2545F491))
+            wide = round_randomly(wide, own, mantissa=7)
+        return wide.astype(w.dtype), self._store(m, v, salt)
 
-    def _wide(self, state: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def _widen(self, state: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         if self.moment_dtype == "float8":
             m, m_scale, root, root_scale = state
-            return unpacked(m, m_scale), jnp.square(unpacked(root, root_scale))
+            return unpack(m, m_scale), jnp.square(unpack(root, root_scale))
         m, v = (moment.astype(jnp.float32) for moment in state)
         return m, v
 
-    def _stored(
+    def _store(
         self, m: jax.Array, v: jax.Array, salt: jax.Array
     ) -> tuple[jax.Array, ...]:
         other = salt ^ jnp.uint32(0x5BD1E995)
         if self.moment_dtype == "float8":
-            return *packed(m, salt), *packed(jnp.sqrt(v), other)
+            return *pack(m, salt), *pack(jnp.sqrt(v), other)
         if self.moment_dtype == "bfloat16":
             m, v = (
-                rounded(x, noise(x.shape, salt), 7)
+                round_randomly(x, draw_noise(x.shape, salt), 7)
                 for x, salt in ((m, salt), (v, other))
             )
         return m.astype(self.moment_dtype), v.astype(self.moment_dtype)
@@ -242,7 +242,9 @@ class AdamW:
             shape = list(value.shape)
             if self.moment_dtype != "float8":
                 return tuple(jnp.zeros(shape, self.moment_dtype) for _ in range(2))
-            if key(path) == "head/kernel":  # cut along its last axis when it moves
+            if (
+                format_path(path) == "head/kernel"
+            ):  # cut along its last axis when it moves
                 *above, rows, columns = shape
                 scale = (*above, -(-rows // min(BLOCK, rows)), columns)
             else:
@@ -281,7 +283,7 @@ class AdamW:
         return jnp.minimum(1.0, self.max_grad_norm / jnp.maximum(norm, 1e-12)), norm
 
 
-def with_master(rule: Callable) -> Callable:
+def add_master(rule: Callable) -> Callable:
     """`rule` moving a float32 copy of the weight, the last array of the state.
 
     The copy begins as the weight at the first update, and the weight is the copy,
@@ -305,7 +307,7 @@ class PackedMoments(NamedTuple):
     """A tuple of arrays for every leaf (`AdamW.packed_moments`)."""
 
 
-def moments_of(optimizer: Any) -> tuple[Any, Any]:
+def read_moments(optimizer: Any) -> tuple[Any, Any]:
     """The step count of an optimizer's state, and a tuple of moments for every leaf."""
     if isinstance(optimizer, PackedMoments):
         return optimizer
@@ -313,8 +315,11 @@ def moments_of(optimizer: Any) -> tuple[Any, Any]:
     return adam.count, jax.tree.map(lambda m, v: (m, v), adam.mu, adam.nu)
 
 
-def with_moments(optimizer: Any, count: jax.Array, moments: Any, like: Any) -> Any:
-    """`optimizer` with what `moments_of` returned; `like` is a tree as its moments."""
+def replace_moments(optimizer: Any, count: jax.Array, moments: Any, like: Any) -> Any:
+    """`optimizer` with a count and moments as `read_moments` returns them.
+
+    `like` is a tree of the structure of its moments.
+    """
     if isinstance(optimizer, PackedMoments):
         return PackedMoments(count, moments)
     mu = jax.tree.map(lambda leaf, pair: pair[0], like, moments)
@@ -334,7 +339,7 @@ def scale(tree: Any, factor: jax.Array) -> Any:
 def descend(params: Any, updates: Any, rates: Any) -> Any:
     """Params - rates * updates, added in float32 and stored in the parameters' dtype.
 
-    `rates` is a tree of the same leaves (`AdamW.leaf_rates`).
+    `rates` is a tree of the same leaves (`AdamW.find_leaf_rates`).
     """
     return jax.tree.map(
         lambda p, u, rate: (p.astype(jnp.float32) - rate * u).astype(p.dtype),
@@ -362,6 +367,6 @@ def gradient_step(
     grads, norm = adamw.clip(grads)
     updates, optimizer = adamw.direction().update(grads, optimizer, trained)
     rate = adamw.rate(step)
-    rates = adamw.leaf_rates(trained, rate, layers, above)
+    rates = adamw.find_leaf_rates(trained, rate, layers, above)
     metrics = {"loss": loss, "lr": rate, "grad_norm": norm}
     return descend(trained, updates, rates), optimizer, metrics

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jmem.finetune.descent import needs_key
-from jmem.finetune.fused import nested, tuples
+from jmem.finetune.fused import find_states, nest
 from jmem.finetune.layerwise import put_row
-from jmem.finetune.walk import salt_of
+from jmem.finetune.walk import make_salt
 from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
@@ -121,7 +121,7 @@ def adapter_step(
     return adapters, moments, squares, seen, traffic
 
 
-def moved(
+def move_leaves(
     adapters: Any,
     moments: Any,
     gradients: Any,
@@ -133,10 +133,10 @@ def moved(
     dw is float32. The salt (uint32) is one that no other leaf has, nor other `numbers`
     (of the step, of the layer).
     """
-    gradients, states, found = by_key(gradients), tuples(moments, adapters), {}
+    gradients, states, found = by_key(gradients), find_states(moments, adapters), {}
     for path, w in by_key(adapters).items():
         dw = gradients[path].astype(jnp.float32)
-        salt = salt_of(path, *numbers)
+        salt = make_salt(path, *numbers)
         found[path] = update(path, w, states[path], dw, salt)
     weights, states = ({path: pair[i] for path, pair in found.items()} for i in (0, 1))
-    return nested(weights, adapters), nested(states, adapters)
+    return nest(weights, adapters), nest(states, adapters)

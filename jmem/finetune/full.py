@@ -18,7 +18,7 @@ from jmem.finetune.adamw import AdamW, Place, gradient_step
 from jmem.finetune.checks import check_choice, check_parts
 from jmem.finetune.descent import loss_step, needs_key
 from jmem.finetune.patterns import join, split
-from jmem.finetune.streamed import init_on_host, streamed_step
+from jmem.finetune.streamed import init_on_host, stream_step
 from jmem.nn.quantised import refuse_packed
 from jmem.nn.stack import depth
 
@@ -50,7 +50,7 @@ class Full:
         """
         refuse_packed("Full", params)
         trained, _ = self._split(params)
-        self.adamw.factors(trained)  # refuses a pattern that means nothing
+        self.adamw.find_factors(trained)  # refuses a pattern that means nothing
         if self.adamw.layer_decay < 1 and "blocks" not in params:
             raise ValueError(
                 f"Full: adamw.layer_decay={self.adamw.layer_decay} is over stacked "
@@ -78,7 +78,7 @@ class Full:
         """One update from one batch: (state, metrics)."""
         params = state["params"]
         trained, frozen = self._split(params)
-        update = streamed_step if self.moments == "host" else gradient_step
+        update = stream_step if self.moments == "host" else gradient_step
         layers = depth(params["blocks"]) if "blocks" in params else 0
         trained, new, metrics = loss_step(
             model,

@@ -9,7 +9,8 @@ Memory   L*B*T*M activations, one block's internals, and a tile: no gradient of 
          weight, whatever the number of active blocks.
 Exact    The update is the one that follows a whole backward pass, in other order. What
          is lost is anything that looks at all gradients first (clipping by their
-         global norm) or adds several (accumulation): `slot_gradients` is for those.
+         global norm) or adds several (accumulation): `make_slot_gradients` is for
+         those.
 Fence    XLA's scheduler may make all dW before it uses the first, whatever barriers
          say. A loop whose trip count only the data knows is the one thing that it keeps
          in order, and whose carried weights and moments it updates in place.
@@ -28,11 +29,11 @@ from jmem.finetune.layerwise import put_row
 from jmem.finetune.patterns import join, split
 from jmem.finetune.rules import Factored
 from jmem.finetune.tables import Tables
-from jmem.finetune.walk import Rule, Walk, einsum_wide, flat, square_of, take_part
+from jmem.finetune.walk import Rule, Walk, einsum_wide, flatten, sum_squares, take_part
 from jmem.models.next_token import token_positions
 from jmem.nn.linear import dense
 from jmem.nn.stack import depth
-from jmem.program import by_key, key
+from jmem.program import by_key, format_path
 
 TILES = 4
 """Parts that a block's weight is updated in."""
@@ -73,8 +74,9 @@ def fused_step(
     `row_of` says which row of `blocks` holds a block's state, -1 for a frozen block.
     `blocks` and `outside` are trees as the trained parameters, each leaf a tuple of
     arrays; those of the blocks are [S, ...]. Counts are the numbers of this update.
-    `rates` is a tree as the trained parameters (`AdamW.leaf_rates`). `step` counts from
-    0 and must be traced (see Fence). The loss is a decoder's (`Decoder.loss`).
+    `rates` is a tree as the trained parameters (`AdamW.find_leaf_rates`). `step`
+    counts from 0 and must be traced (see Fence). The loss is a decoder's
+    (`Decoder.loss`).
     """
     chosen, rest = split(params, train, "fused_step: train")
     positions = token_positions(batch.tokens)
@@ -110,11 +112,11 @@ def fused_step(
         moved[name] = join(tree, rest[name])
 
     d_added = embed_transpose(dx)[0]
-    fresh, own_state, square = tables.small(
+    fresh, own_state, square = tables.move_small(
         *("embed", added, d_added, outside, rates, outside_count, square)
     )
     if table is not None:
-        fresh["embedding"], own_state["embedding"], more = tables.embedding(
+        fresh["embedding"], own_state["embedding"], more = tables.move_embedding(
             table,
             outside["embed"]["embedding"],
             *(dx, head if model.config.tied else None),
@@ -157,7 +159,7 @@ class _Blocks(Walk):
 
     def backward(self, row_of, inputs, dx, states):
         """(dx, blocks, states, square) after all layers."""
-        stacks, states = by_key(self.chosen), tuples(states, self.chosen)
+        stacks, states = by_key(self.chosen), find_states(states, self.chosen)
         layers = jnp.arange(len(row_of), dtype=jnp.int32)
         lowest = 0
         if not self.whole:
@@ -168,9 +170,9 @@ class _Blocks(Walk):
             (layers, row_of, inputs),
             reverse=True,
         )
-        return dx, nested(stacks, self.chosen), nested(states, self.chosen), square
+        return dx, nest(stacks, self.chosen), nest(states, self.chosen), square
 
-    def kernel(self, path, stack, state, h, dy, dx, layer, row, rate, t):
+    def move_kernel(self, path, stack, state, h, dy, dx, layer, row, rate, t):
         """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out].
 
         `dx` is known when the block's weights have been read for the last time. Without
@@ -184,7 +186,7 @@ class _Blocks(Walk):
         if layout is not None:  # along `in` a mesh has divided it
             axis, tiles = 1, TILES if layout.cuts_columns(path) else 1
         tiles = 1 if isinstance(self.rule, Factored) else tiles
-        parts = _divisor(stack.shape[1 + axis], tiles)
+        parts = _find_divisor(stack.shape[1 + axis], tiles)
 
         def body(index, carry):
             stack, state, square = carry
@@ -193,18 +195,19 @@ class _Blocks(Walk):
             dw = einsum_wide("ni,no->io", *sides)
             dw = self.at_rest(path, dw)
             w, *own = (
-                _get(a, place, index, parts, axis)
+                _take_part(a, place, index, parts, axis)
                 for a, place in ((stack, layer), *((s, row) for s in state))
             )
             w, own = self.apply(path, layer, index, w, tuple(own), dw, rate, t)
-            stack = _set(stack, w, layer, index, axis)
+            stack = _put_part(stack, w, layer, index, axis)
             state = tuple(
-                _set(s, o, row, index, axis) for s, o in zip(state, own, strict=True)
+                _put_part(s, o, row, index, axis)
+                for s, o in zip(state, own, strict=True)
             )
-            return stack, state, square + square_of(dw)
+            return stack, state, square + sum_squares(dw)
 
         carry = stack, state, jnp.float32(0)
-        trips = self.trips(parts, None if state else dx)
+        trips = self.count_trips(parts, None if state else dx)
         return jax.lax.fori_loop(0, trips, body, carry)
 
     def step(self, lowest, carry, xs):
@@ -216,10 +219,10 @@ class _Blocks(Walk):
         dx, stacks, states, square = carry
         # A stack that one branch reads and the other moves is copied by XLA 0.12
         # where its rows are gathered (4.4 GiB, LLaMA-2-70B on 8 GPUs).
-        row = None if self.layout is None else _row(stacks, layer)
+        row = None if self.layout is None else _take_row(stacks, layer)
 
         def read():
-            return _row(stacks, layer) if row is None else row
+            return _take_row(stacks, layer) if row is None else row
 
         if not self.counts.shape[0]:
             dx = self.pass_by(layer, x, dx, read()) if self.whole else dx
@@ -270,16 +273,16 @@ class _Blocks(Walk):
         t, square = self.counts[place], jnp.float32(0)
         stacks, states = dict(stacks), dict(states)
         for name, path in self.kernels.items():
-            stacks[path], states[path], more = self.kernel(
+            stacks[path], states[path], more = self.move_kernel(
                 *(path, stacks[path], states[path]),
-                *(flat(read[name]), flat(d_taps[name]), dx, layer, place),
-                *(_at(self.rates[path], layer), t),
+                *(flatten(read[name]), flatten(d_taps[name]), dx, layer, place),
+                *(_take_rate(self.rates[path], layer), t),
             )
             square += more
         for path in self.small:
-            own = _row(states[path], place)
-            rate = _at(self.rates[path], layer)
-            w, own, more = self.whole_leaf(
+            own = _take_row(states[path], place)
+            rate = _take_rate(self.rates[path], layer)
+            w, own, more = self.move_leaf(
                 path, p[path], own, d_leaves[path], rate, t, layer
             )
             stacks[path] = put_row(stacks[path], layer, w)
@@ -308,15 +311,15 @@ class _Blocks(Walk):
 
     def join(self, p, layer):
         """One layer's parameters, of what is trained of it and what is not."""
-        return join(nested(p, self.chosen), _row(self.rest, layer))
+        return join(nest(p, self.chosen), _take_row(self.rest, layer))
 
 
-def _divisor(size: int, most: int) -> int:
+def _find_divisor(size: int, most: int) -> int:
     """The largest divisor of `size` that is at most `most`."""
     return next(n for n in range(min(most, size), 0, -1) if size % n == 0)
 
 
-def _row(stacked, index):
+def _take_row(stacked, index):
     """Row `index` of every leaf of a stacked tree."""
     return jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False),
@@ -324,33 +327,33 @@ def _row(stacked, index):
     )
 
 
-def _at(rate, layer):
+def _take_rate(rate, layer):
     """A leaf's rate, or that of one layer of it."""
     return rate[layer].reshape(()) if rate.ndim else rate
 
 
-def _get(leaf, row, index, parts, axis):
+def _take_part(leaf, row, index, parts, axis):
     """Part `index`, along `axis`, of row `row`: [rows / parts, ...] for axis 0."""
     sizes = list(leaf.shape[1:])
     sizes[axis] //= parts
-    start = _start(leaf, row, index * sizes[axis], axis)
+    start = _find_start(leaf, row, index * sizes[axis], axis)
     return jax.lax.dynamic_slice(leaf, start, (1, *sizes))[0]
 
 
-def _set(leaf, value, row, index, axis):
-    start = _start(leaf, row, index * value.shape[axis], axis)
+def _put_part(leaf, value, row, index, axis):
+    start = _find_start(leaf, row, index * value.shape[axis], axis)
     return jax.lax.dynamic_update_slice(leaf, value[None], start)
 
 
-def _start(leaf, row, at, axis):
+def _find_start(leaf, row, at, axis):
     return (row, *(at if n == axis else 0 for n in range(leaf.ndim - 1)))
 
 
-def nested(flat: dict, like: Any) -> Any:
+def nest(flat: dict, like: Any) -> Any:
     """`flat`, by path, as the tree `like`, whose None it keeps."""
-    return jax.tree.map_with_path(lambda path, _: flat[key(path)], like)
+    return jax.tree.map_with_path(lambda path, _: flat[format_path(path)], like)
 
 
-def tuples(states: Any, like: Any) -> dict:
+def find_states(states: Any, like: Any) -> dict:
     """The tuple of arrays that `states` has in the place of each leaf of `like`."""
     return dict(zip(by_key(like), jax.tree.structure(like).flatten_up_to(states)))

@@ -27,7 +27,7 @@ def put_row(stacked: Any, layer: jax.Array, value: Any) -> Any:
     )
 
 
-def slot_gradients(
+def make_slot_gradients(
     model,
     params: dict,
     batch,
@@ -42,7 +42,7 @@ def slot_gradients(
     `train` (`jmem.finetune.patterns`), what they don't mean is None in both. The loss
     is `jmem.models.next_token.next_token_loss`.
     """
-    chosen, rest = split(params, train, "slot_gradients: train")
+    chosen, rest = split(params, train, "make_slot_gradients: train")
     slots = active.shape[0]
     layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
     positions = token_positions(batch.tokens)

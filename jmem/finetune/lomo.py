@@ -117,7 +117,7 @@ class Lomo:
             block_counts=jnp.full((layers,), step + 1),
             outside={k: v for k, v in moments.items() if k != "blocks"},
             outside_count=step + 1,
-            rates=self.adamw.leaf_rates(trained, rate, layers),
+            rates=self.adamw.find_leaf_rates(trained, rate, layers),
             step=step,
             train=self.train,
         )

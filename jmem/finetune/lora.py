@@ -34,14 +34,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jmem.finetune.adamw import AdamW, gradient_step, moments_of, with_moments
-from jmem.finetune.adapters import adapter_step, attach, check_fit, fuses, moved
+from jmem.finetune.adamw import AdamW, gradient_step, read_moments, replace_moments
+from jmem.finetune.adapters import adapter_step, attach, check_fit, fuses, move_leaves
 from jmem.finetune.checks import check_choice, check_update
 from jmem.finetune.descent import draw_part, loss_step, needs_key, refuse_stats
-from jmem.finetune.walk import Update, square_of
+from jmem.finetune.walk import Update, sum_squares
 from jmem.models.next_token import mean_head_loss
 from jmem.nn import quantised
-from jmem.nn.linear import along_last
+from jmem.nn.linear import expand_to
 from jmem.nn.maps import MAPS, check_maps, choose_maps, find_maps, insert, number_map
 from jmem.nn.stack import depth
 from jmem.offload import fetch
@@ -54,7 +54,7 @@ _PACKED: Mapping[Base, str] = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
 
 
 @jax.custom_vjp
-def low_rank(
+def multiply_low_rank(
     x: Float[Array, "*N in"], a: Float[Array, "in rank"], b: Float[Array, "rank out"]
 ) -> Float[Array, "*N out"]:
     """(x a) b, whose backward pass transposes nothing larger than [N, rank].
@@ -79,11 +79,11 @@ def _low_rank_backward(residuals, dy):
     return d_inner @ a.T, d_a, d_b
 
 
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+multiply_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 @jax.custom_vjp
-def scaled(
+def scale_columns(
     y: Float[Array, "*N out"], factor: Float[Array, " out"]
 ) -> Float[Array, "*N out"]:
     """The product in float32, then in y's dtype; y is all that it keeps.
@@ -91,11 +91,11 @@ def scaled(
     A factor near one would lose its last two digits in bfloat16, and with them what a
     step moves it by.
     """
-    return (y.astype(jnp.float32) * along_last(factor, y)).astype(y.dtype)
+    return (y.astype(jnp.float32) * expand_to(factor, y)).astype(y.dtype)
 
 
 def _scaled_forward(y, factor):
-    return scaled(y, factor), (y, factor)
+    return scale_columns(y, factor), (y, factor)
 
 
 def _scaled_backward(residuals, dz):
@@ -103,13 +103,13 @@ def _scaled_backward(residuals, dz):
     wide = dz.astype(jnp.float32)
     rows = tuple(range(y.ndim - 1))
     d_factor = jnp.sum(wide * y.astype(jnp.float32), rows)
-    return scaled(dz, factor), d_factor
+    return scale_columns(dz, factor), d_factor
 
 
-scaled.defvjp(_scaled_forward, _scaled_backward)
+scale_columns.defvjp(_scaled_forward, _scaled_backward)
 
 
-def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+def find_scale(alpha: float, rank: int, rslora: bool) -> float:
     """What a product A B is multiplied by."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
@@ -139,21 +139,21 @@ def lora_linear(scale: float, dropout: float = 0.0):
         if "lora_key" in leaf:
             x = drop_out(x, dropout, leaf["lora_key"])
         a, b = (leaf[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
-        delta = low_rank(x, a, b)
+        delta = multiply_low_rank(x, a, b)
         y = y + delta * jnp.asarray(scale, y.dtype)
         if not decomposed:
             return y
         if (norm := leaf.get("lora_norm")) is None:
             one = jax.tree.map(lambda value: value[None], base)
-            square = quantised.squares(one)[0]
-            norm = jax.lax.stop_gradient(column_norm(name, base, square, scale))
-        y = scaled(y, leaf["magnitude"] / norm)
-        return y if bias is None else y + along_last(bias.astype(y.dtype), y)
+            square = quantised.sum_squares(one)[0]
+            norm = jax.lax.stop_gradient(compute_column_norm(name, base, square, scale))
+        y = scale_columns(y, leaf["magnitude"] / norm)
+        return y if bias is None else y + expand_to(bias.astype(y.dtype), y)
 
     return linear
 
 
-def column_norm(
+def compute_column_norm(
     name: str, leaf: dict, square: Float[Array, " out"], scale: float
 ) -> Float[Array, " out"]:
     """Norms of the columns of W + scale A B, float32, of one layer's leaf.
@@ -183,19 +183,19 @@ def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
 
         def row(each):
             leaf, square = each
-            return column_norm(name, fetch(leaf), square, scale)
+            return compute_column_norm(name, fetch(leaf), square, scale)
 
         return {"lora_norm": jax.lax.map(row, (held | adapter, squares["square"]))}
 
     return map_adapters(make_norm, adapters, blocks, squares)
 
 
-def base_squares(blocks: dict, adapters: dict) -> dict:
+def compute_squares(blocks: dict, adapters: dict) -> dict:
     """Like `adapters`, with {"square": [L, out]}: squared norms of W's columns."""
 
     def sum_squares(name, adapter, leaf):
         del name, adapter
-        return {"square": quantised.squares(leaf)}
+        return {"square": quantised.sum_squares(leaf)}
 
     return map_adapters(sum_squares, adapters, blocks)
 
@@ -283,7 +283,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        return scale_of(self.alpha, self.rank, self.rslora)
+        return find_scale(self.alpha, self.rank, self.rslora)
 
     def adapters(self, blocks: dict, key: jax.Array) -> dict:
         """Fresh A (uniform within 1/sqrt(in), Kaiming with a = sqrt(5)) and B (zero).
@@ -294,17 +294,17 @@ class Lora:
         """
         found = find_maps(blocks)
         chosen = choose_maps(self.maps, found, f"Lora: maps={self.maps}")
-        dtype = quantised.unpacked_dtype(blocks)
+        dtype = quantised.find_unpacked_dtype(blocks)
         tree: dict = {}
         for name in chosen:
             # One stream a map, whatever other maps are chosen.
             stream = jax.random.fold_in(key, number_map(name))
-            insert(tree, name, self._fresh(found[name], stream, dtype))
+            insert(tree, name, self._init_map(found[name], stream, dtype))
         return tree
 
-    def _fresh(self, leaf: dict, key: jax.Array, dtype) -> dict:
+    def _init_map(self, leaf: dict, key: jax.Array, dtype) -> dict:
         """The adapter of one map; `dtype` is that of a packed map's kernel."""
-        kernel = quantised.described_kernel(leaf, dtype)
+        kernel = quantised.describe_kernel(leaf, dtype)
         layers, inputs, outputs = kernel.shape
         bound = inputs**-0.5
         shape = (layers, inputs, self.rank)
@@ -313,7 +313,7 @@ class Lora:
         b = jnp.zeros((layers, self.rank, outputs), stored)
         pair = {"lora_a": a.astype(stored), "lora_b": b}
         if self.dora:
-            pair["magnitude"] = jnp.sqrt(quantised.squares(leaf))
+            pair["magnitude"] = jnp.sqrt(quantised.sum_squares(leaf))
         return pair
 
     def init(self, model, params, stats, key, adapters: dict | None = None):
@@ -335,8 +335,8 @@ class Lora:
         if adapters is None:
             lora = self.adapters(blocks, key)
         else:
-            lora = self._adopted(adapters, blocks)
-        self.adamw.factors(lora, "blocks/")  # refuses a pattern that means nothing
+            lora = self._adopt(adapters, blocks)
+        self.adamw.find_factors(lora, "blocks/")  # refuses a pattern that means nothing
         state = {
             "params": params,
             "stats": stats,
@@ -345,13 +345,13 @@ class Lora:
             "step": jnp.int32(0),
         }
         if self.dora:
-            state["squares"] = base_squares(blocks, lora)
+            state["squares"] = compute_squares(blocks, lora)
         if self.dropout or needs_key(model):
             # A stream beside those of the maps.
             state["key"] = jax.random.key_data(jax.random.fold_in(key, len(MAPS)))
         return state
 
-    def _adopted(self, adapters: dict, blocks: dict) -> dict:
+    def _adopt(self, adapters: dict, blocks: dict) -> dict:
         """`adapters` in `adapter_dtype`, once they are known to fit."""
         fresh = jax.eval_shape(self.adapters, blocks, jax.random.key(0))
         settings = f"rank={self.rank}, maps={self.maps}, dora={self.dora}"
@@ -366,7 +366,7 @@ class Lora:
         """One update of the adapters from one batch: (state, metrics)."""
         params = state["params"]
         # DoRA's norms are those of the adapters that the step begins with.
-        base = attach(params["blocks"], self._norms(state))
+        base = attach(params["blocks"], self._compute_norms(state))
         ops = model.ops._replace(linear=lora_linear(self.scale, self.dropout))
 
         def drawn(number):
@@ -398,9 +398,11 @@ class Lora:
 
     def _fused(self, model, state, batch, params, ops):
         """`step` whose adapters move inside the backward pass."""
-        count, moments = moments_of(state["optimizer"])
+        count, moments = read_moments(state["optimizer"])
         rate, layers = self.adamw.rate(state["step"]), depth(params["blocks"])
-        rates = by_key(self.adamw.leaf_rates(state["lora"], rate, layers, "blocks/"))
+        rates = by_key(
+            self.adamw.find_leaf_rates(state["lora"], rate, layers, "blocks/")
+        )
         head_params = model.head_params(params)
 
         def head(x):
@@ -417,8 +419,8 @@ class Lora:
                 own = own.reshape((1,) * w.ndim)
                 return self.adamw.rule(w, held, dw, own, count + 1, salt)
 
-            squares = [square_of(g) for g in jax.tree.leaves(gradients)]
-            fresh = moved(lora, moments, gradients, update, state["step"], layer)
+            squares = [sum_squares(g) for g in jax.tree.leaves(gradients)]
+            fresh = move_leaves(lora, moments, gradients, update, state["step"], layer)
             return *fresh, sum(squares, jnp.float32(0))
 
         lora, moments, square, loss, more = adapter_step(
@@ -427,12 +429,12 @@ class Lora:
             balance=balance,
             move=move,
         )
-        optimizer = with_moments(state["optimizer"], count + 1, moments, lora)
+        optimizer = replace_moments(state["optimizer"], count + 1, moments, lora)
         metrics = {"loss": loss + more, "lr": rate, "grad_norm": jnp.sqrt(square)}
         step = state["step"] + 1
         return state | {"lora": lora, "optimizer": optimizer, "step": step}, metrics
 
-    def _norms(self, state) -> dict:
+    def _compute_norms(self, state) -> dict:
         """DoRA's `norms` of the adapters as they are; of plain LoRA nothing."""
         if not self.dora:
             return {}
@@ -457,9 +459,12 @@ class Lora:
                 return tree | {"kernel": added.astype(kernel.dtype)}
             return tree | {name: merge(tree[name], lora[name]) for name in lora}
 
-        params, lora = state["params"], attach(state["lora"], self._norms(state))
-        dtype = quantised.unpacked_dtype(params["blocks"])
-        blocks = quantised.unpacked(params["blocks"], dtype)
+        params, lora = (
+            state["params"],
+            attach(state["lora"], self._compute_norms(state)),
+        )
+        dtype = quantised.find_unpacked_dtype(params["blocks"])
+        blocks = quantised.unpack(params["blocks"], dtype)
         return params | {"blocks": merge(blocks, lora)}, state["stats"]
 
     def labels(self, state):

@@ -20,7 +20,7 @@ class OfficialFeed(MixtureFeed):
 
     shared: tuple[str, ...] = ("gate", "up")
 
-    def experts_of(self, *given):
+    def run_experts(self, *given):
         experts, x, chosen, weights, adapters, base, key = given
         del key  # no dropout among the experts
 
@@ -39,7 +39,7 @@ class OfficialFeed(MixtureFeed):
         y = jnp.zeros_like(x)
         for slot in range(chosen.shape[-1]):
             example = adapters["down"][1][:, :, 0][:, None]  # [J, 1, E*r]
-            mask = slots.mask_of(experts, chosen[..., slot], example).astype(x.dtype)
+            mask = slots.make_mask(experts, chosen[..., slot], example).astype(x.dtype)
             inner = None
             for name in hidden:
                 own = once[name] if name in once else product(name, x)

@@ -79,7 +79,7 @@ def choose(
     return chosen, jnp.where(used, weights, 0.0), probabilities
 
 
-def traffic(
+def measure_traffic(
     chosen: Int[Array, "J N K"],
     weights: Float[Array, "J N K"],
     probabilities: Float[Array, "J N E"],
@@ -100,7 +100,7 @@ def traffic(
     return {"load": load, "importance": importance}
 
 
-def imbalance(
+def compute_imbalance(
     load: Float[Array, "L J E"],
     importance: Float[Array, "L J E"],
     experts: tuple[int, ...],
@@ -161,11 +161,11 @@ def mixture(
 
     def step(_, part):
         index, x, chosen, weights = part
-        own = _at(key, index)
+        own = _fold_in(key, index)
         return None, _forward(experts, x, chosen, weights, adapters, base, own)
 
     _, y = lax.scan(step, None, parts)
-    return _joined(y)[:, : x.shape[1]]
+    return _join(y)[:, : x.shape[1]]
 
 
 def _cut(*arrays):
@@ -182,24 +182,24 @@ def _cut(*arrays):
     return jnp.arange(parts[0].shape[0], dtype=jnp.int32), *parts
 
 
-def _joined(parts):
+def _join(parts):
     """[C, J, n, ...] as [J, C * n, ...]."""
     parts = jnp.moveaxis(parts, 0, 1)
     return parts.reshape(parts.shape[0], -1, *parts.shape[3:])
 
 
-def _at(key, index):
+def _fold_in(key, index):
     return None if key is None else jax.random.fold_in(key, index)
 
 
-def _dropped(experts: Experts, x, key, number):
+def _drop(experts: Experts, x, key, number):
     """X with values dropped out, for one product, if there is a key."""
     if key is None:
         return x
     return drop_out(x, experts.dropout, jax.random.fold_in(key, number))
 
 
-def _entering(experts: Experts, x, adapters, base, key):
+def _enter(experts: Experts, x, adapters, base, key):
     """What x is to the hidden maps: {name: (x W, scale * x A)}.
 
     The second is None where there is no A, and x itself where tokens are sorted.
@@ -210,7 +210,7 @@ def _entering(experts: Experts, x, adapters, base, key):
         product = quantised.linear(f"mlp/{name}", base[name], x)
         code = None
         if name in adapters:
-            code = _dropped(experts, x, key, number)
+            code = _drop(experts, x, key, number)
             if not sorts:
                 a = adapters[name][0].astype(x.dtype)
                 code = jnp.einsum("jni,jir->jnr", code, a) * scale
@@ -218,18 +218,18 @@ def _entering(experts: Experts, x, adapters, base, key):
     return found
 
 
-def _slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
+def _run_slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
     """One slot of every token: (weight * hidden float32, its code for down).
 
     Where tokens are sorted the code is what down's product adds to y.
     """
     hidden, sorts = None, experts.sorts(adapters)
-    plan = _plan(experts, chosen) if sorts else None
+    plan = _make_plan(experts, chosen) if sorts else None
     for name, (product, code) in entering.items():
         if code is not None and plan is not None:
-            product += _sorted_product(experts, plan, code, adapters[name])
+            product += _multiply_sorted(experts, plan, code, adapters[name])
         elif code is not None:
-            mask = mask_of(experts, chosen, code)
+            mask = make_mask(experts, chosen, code)
             b = adapters[name][1].astype(code.dtype)
             product += jnp.einsum("jnr,jro->jno", code * mask, b)
         product = experts.activate(product) if hidden is None else product
@@ -237,20 +237,20 @@ def _slot(experts: Experts, entering, adapters, chosen, weight, key, slot):
     assert hidden is not None
     code = None
     if "down" in adapters:
-        own = _dropped(experts, hidden, key, 2 + slot)
+        own = _drop(experts, hidden, key, 2 + slot)
         if plan is not None:
-            code = _sorted_product(experts, plan, own, adapters["down"])
+            code = _multiply_sorted(experts, plan, own, adapters["down"])
             code = code.astype(jnp.float32) * weight[..., None]
         else:
             scale = jnp.array(experts.scales, jnp.float32)[:, None, None]
             a = adapters["down"][0].astype(hidden.dtype)
             code = jnp.einsum("jni,jir->jnr", own, a).astype(jnp.float32)
-            mask = mask_of(experts, chosen, code)
+            mask = make_mask(experts, chosen, code)
             code *= mask * weight[..., None] * scale
     return weight[..., None] * hidden.astype(jnp.float32), code
 
 
-def mask_of(experts: Experts, chosen, code):
+def make_mask(experts: Experts, chosen, code):
     """Ones where a column of `code` [J, n, E*r] is of the token's expert [J, n]."""
     columns = jnp.arange(code.shape[-1]) // (code.shape[-1] // experts.count)
     return (chosen[..., None] == columns[None, None]).astype(code.dtype)
@@ -267,7 +267,7 @@ class _Plan(NamedTuple):
     """The expert of each block."""
 
 
-def _plan(experts: Experts, chosen: Int[Array, "J N"]) -> _Plan:
+def _make_plan(experts: Experts, chosen: Int[Array, "J N"]) -> _Plan:
     """Room for any choice: every expert may leave one block that is not full."""
     tokens, count = chosen.shape[1], experts.count
     rows = (-(-tokens // BLOCK) + count) * BLOCK
@@ -290,7 +290,7 @@ def _plan(experts: Experts, chosen: Int[Array, "J N"]) -> _Plan:
     return jax.vmap(of)(chosen)
 
 
-def _sorted_product(experts: Experts, plan: _Plan, x, pair) -> Float[Array, "J N out"]:
+def _multiply_sorted(experts: Experts, plan: _Plan, x, pair) -> Float[Array, "J N out"]:
     """Scale * x A B, of every token by its own expert."""
 
     def of(plan, x, a, b, scale):
@@ -306,7 +306,7 @@ def _sorted_product(experts: Experts, plan: _Plan, x, pair) -> Float[Array, "J N
     return jax.vmap(of)(plan, x, a, b, jnp.array(experts.scales, x.dtype))
 
 
-def _leaving(experts: Experts, x_dtype, hidden, code, adapters, base):
+def _leave(experts: Experts, x_dtype, hidden, code, adapters, base):
     """Down of the summed slots: base product and low-rank product."""
     y = quantised.linear("mlp/down", base["down"], hidden.astype(x_dtype))
     if code is not None and experts.sorts(adapters):
@@ -317,7 +317,7 @@ def _leaving(experts: Experts, x_dtype, hidden, code, adapters, base):
     return y
 
 
-def _each_slot(experts: Experts, chosen, weights, add, start):
+def _loop_slots(experts: Experts, chosen, weights, add, start):
     """`add(sums, slot, chosen, weight)` for the slots in use, from `start`."""
     if experts.every_slot:
         for slot in range(chosen.shape[-1]):
@@ -332,26 +332,26 @@ def _each_slot(experts: Experts, chosen, weights, add, start):
     return lax.fori_loop(0, used, body, start)
 
 
-def _nothing(experts: Experts, entering, chosen, weights, adapters):
+def _make_zeros(experts: Experts, entering, chosen, weights, adapters):
     """Zeros of what a slot makes: (hidden, code)."""
 
     def first(chosen, weight):
-        return _slot(experts, entering, adapters, chosen, weight, None, 0)
+        return _run_slot(experts, entering, adapters, chosen, weight, None, 0)
 
     like = jax.eval_shape(first, chosen[..., 0], weights[..., 0])
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
 def _forward(experts: Experts, x, chosen, weights, adapters, base, key):
-    entering = _entering(experts, x, adapters, base, key)
+    entering = _enter(experts, x, adapters, base, key)
 
     def add(sums, slot, chosen, weight):
-        own = _slot(experts, entering, adapters, chosen, weight, key, slot)
+        own = _run_slot(experts, entering, adapters, chosen, weight, key, slot)
         return jax.tree.map(jnp.add, sums, own)
 
-    nothing = _nothing(experts, entering, chosen, weights, adapters)
-    hidden, code = _each_slot(experts, chosen, weights, add, nothing)
-    return _leaving(experts, x.dtype, hidden, code, adapters, base)
+    nothing = _make_zeros(experts, entering, chosen, weights, adapters)
+    hidden, code = _loop_slots(experts, chosen, weights, add, nothing)
+    return _leave(experts, x.dtype, hidden, code, adapters, base)
 
 
 def _mixture_forward(experts, x, chosen, weights, adapters, base, key):
@@ -366,14 +366,14 @@ def _mixture_backward(experts, kept, dy):
 
     def step(sums, part):
         number, x, chosen, weights, dy = part
-        own = x, chosen, weights, dy, adapters, base, _at(key, number)
+        own = x, chosen, weights, dy, adapters, base, _fold_in(key, number)
         dx, d_weights, d_adapters = _backward(experts, *own)
         sums = jax.tree.map(lambda s, d: s + d.astype(jnp.float32), sums, d_adapters)
         return sums, (dx, d_weights)
 
     d_adapters, (dx, d_weights) = lax.scan(step, zeros, (index, *parts))
     d_adapters = jax.tree.map(lambda d, a: d.astype(a.dtype), d_adapters, adapters)
-    dx, d_weights = (_joined(d)[:, : x.shape[1]] for d in (dx, d_weights))
+    dx, d_weights = (_join(d)[:, : x.shape[1]] for d in (dx, d_weights))
     return dx, None, d_weights, d_adapters, None, None
 
 
@@ -384,15 +384,15 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
     """
 
     def enter(x, adapters):
-        return _entering(experts, x, adapters, base, key)
+        return _enter(experts, x, adapters, base, key)
 
     entering, to_input = jax.vjp(enter, x, adapters)
 
     def leave(hidden, code, adapters):
-        return _leaving(experts, x.dtype, hidden, code, adapters, base)
+        return _leave(experts, x.dtype, hidden, code, adapters, base)
 
     # Down is linear in both, so their values only matter to the gradient of its B.
-    hidden, code = _nothing(experts, entering, chosen, weights, adapters)
+    hidden, code = _make_zeros(experts, entering, chosen, weights, adapters)
     _, to_slots = jax.vjp(leave, hidden, code, adapters)
     d_hidden, d_code, _ = to_slots(dy)
 
@@ -400,7 +400,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
         code, d_entering, d_adapters, d_weights = sums
 
         def one(entering, adapters, weight):
-            return _slot(experts, entering, adapters, chosen, weight, key, number)
+            return _run_slot(experts, entering, adapters, chosen, weight, key, number)
 
         (_, own), pull = jax.vjp(one, entering, adapters, weight)
         more = pull((d_hidden, d_code))
@@ -415,7 +415,7 @@ def _backward(experts: Experts, x, chosen, weights, dy, adapters, base, key):
     wide = jax.tree.map(
         lambda a: jnp.zeros(a.shape, jnp.float32), (code, entering, adapters)
     )
-    sums = _each_slot(experts, chosen, weights, add, (*wide, jnp.zeros_like(weights)))
+    sums = _loop_slots(experts, chosen, weights, add, (*wide, jnp.zeros_like(weights)))
     code, d_entering, d_adapters, d_weights = sums
     d_entering = jax.tree.map(lambda d, e: d.astype(e.dtype), d_entering, entering)
     dx, more = to_input(d_entering)

@@ -15,7 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jmem.finetune.lora import drop_out
-from jmem.finetune.mixture import ABSENT, Experts, Router, choose, mixture, traffic
+from jmem.finetune.mixture import (
+    ABSENT,
+    Experts,
+    Router,
+    choose,
+    measure_traffic,
+    mixture,
+)
 from jmem.nn import quantised
 from jmem.nn.maps import MAPS
 
@@ -34,10 +41,10 @@ class MixtureLinear:
         if "lora_a" not in leaf:
             return y
         a, b, key = (leaf.get(name) for name in ("lora_a", "lora_b", "lora_key"))
-        delta = _low_rank(self, by_mixture(x, len(self.scales)), a, b, key)
+        delta = _low_rank(self, split_mixtures(x, len(self.scales)), a, b, key)
         return y + delta.reshape(y.shape)
 
-    def product(self, x, a, b, key):
+    def multiply(self, x, a, b, key):
         """Scale * dropped(x) A B of every mixture, in x's dtype."""
         if key is not None:
             x = drop_out(x, self.dropout, key)
@@ -49,16 +56,16 @@ class MixtureLinear:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _low_rank(linear: MixtureLinear, x, a, b, key):
     """`linear.product`, whose backward pass drops x out again: x is all it keeps."""
-    return linear.product(x, a, b, key)
+    return linear.multiply(x, a, b, key)
 
 
 def _low_rank_forward(linear, *given):
-    return linear.product(*given), given
+    return linear.multiply(*given), given
 
 
 def _low_rank_backward(linear, given, dy):
     *given, key = given
-    _, pull = jax.vjp(lambda *own: linear.product(*own, key), *given)
+    _, pull = jax.vjp(lambda *own: linear.multiply(*own, key), *given)
     return *pull(dy), None
 
 
@@ -78,11 +85,11 @@ class MixtureFeed:
     jitter: float = 0.0
 
     def __call__(self, leaves: dict, x: jax.Array, activate, real=None):
-        """(y, what `traffic` finds among the `real` tokens [B, T], if it is told)."""
-        own = by_mixture(x, len(self.scales))
+        """y, and what `measure_traffic` returns for the `real` tokens [B, T]."""
+        own = split_mixtures(x, len(self.scales))
         key = leaves["router"].get("lora_key")
         most = max(self.experts)
-        logits = self.logits(leaves["router"]["kernel"], own, key)
+        logits = self.compute_logits(leaves["router"]["kernel"], own, key)
         chosen, weights, probabilities = choose(
             logits, router=self.router, top_k=self.top_k, top_p=self.top_p
         )
@@ -100,18 +107,18 @@ class MixtureFeed:
             for name, leaf in base.items()
         }
         dropping = key if self.dropout else None
-        y = self.experts_of(static, own, chosen, weights, adapters, base, dropping)
+        y = self.run_experts(static, own, chosen, weights, adapters, base, dropping)
         aux = {}
         if real is not None:
             real = real.reshape(own.shape[:2])
-            aux = traffic(chosen, weights, probabilities, real)
+            aux = measure_traffic(chosen, weights, probabilities, real)
         return y.reshape(x.shape), aux
 
-    def experts_of(self, *given) -> Float[Array, "J N M"]:
+    def run_experts(self, *given) -> Float[Array, "J N M"]:
         """`jmem.finetune.mixture.mixture`, which a subclass may compute otherwise."""
         return mixture(*given)
 
-    def logits(self, kernel, x, key) -> Float[Array, "J N E"]:
+    def compute_logits(self, kernel, x, key) -> Float[Array, "J N E"]:
         """Of the router, float32; experts that a mixture lacks are out of reach."""
 
         # Made again in the backward pass, as x in float32 would be kept else.
@@ -129,6 +136,6 @@ class MixtureFeed:
         return jnp.where(here[:, None], found, ABSENT)
 
 
-def by_mixture(x: Float[Array, "*B M"], mixtures: int) -> Float[Array, "J N M"]:
+def split_mixtures(x: Float[Array, "*B M"], mixtures: int) -> Float[Array, "J N M"]:
     """Rows of a batch, by the mixture they belong to."""
     return x.reshape(mixtures, -1, x.shape[-1])

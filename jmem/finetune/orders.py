@@ -36,7 +36,7 @@ def draw(
     return jnp.sort(jax.lax.top_k(scores, active_layers)[1]).astype(jnp.int32)
 
 
-def active_in(
+def choose_active(
     number: jax.Array,
     order: Order,
     key: jax.Array,

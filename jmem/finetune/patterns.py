@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
-from jmem.nn.maps import matches
-from jmem.program import by_key, key
-from jmem.targets import nearest
+from jmem.nn.maps import is_match
+from jmem.program import by_key, format_path
+from jmem.targets import suggest
 
 
-def matching(pattern: str, paths: Iterable[str], name: str) -> set[str]:
+def find_matching(pattern: str, paths: Iterable[str], name: str) -> set[str]:
     """Those of `paths` that `pattern` means.
 
     Raises:
@@ -26,11 +26,11 @@ def matching(pattern: str, paths: Iterable[str], name: str) -> set[str]:
         begins the message.
     """
     paths = list(paths)
-    found = {path for path in paths if matches(pattern, path)}
+    found = {path for path in paths if is_match(pattern, path)}
     if not found:
         known = {p.rsplit("/", n)[0] for p in paths for n in range(p.count("/") + 1)}
         raise ValueError(
-            f"{name}: {pattern!r} matches no parameter{nearest(pattern, known)}"
+            f"{name}: {pattern!r} matches no parameter{suggest(pattern, known)}"
         )
     return found
 
@@ -42,14 +42,17 @@ def split(tree: Any, patterns: tuple[str, ...], name: str) -> tuple[Any, Any]:
     moments. Nothing is copied; `join` puts the two together again.
 
     Raises:
-      ValueError: as `matching`.
+      ValueError: as `find_matching`.
     """
     paths = by_key(tree).keys()
-    meant = set().union(*(matching(p, paths, name) for p in patterns)) or set(paths)
+    meant = set().union(*(find_matching(p, paths, name) for p in patterns)) or set(
+        paths
+    )
 
     def part(chosen: bool) -> Any:
         return jax.tree.map_with_path(
-            lambda path, leaf: leaf if (key(path) in meant) is chosen else None, tree
+            lambda path, leaf: leaf if (format_path(path) in meant) is chosen else None,
+            tree,
         )
 
     return part(True), part(False)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 import jmem.data.batch
 from jmem.models.contract import Batch
-from jmem.offload import described
+from jmem.offload import describe_results
 from jmem.program import Label, Program
-from jmem.sharding import layout_of
+from jmem.sharding import find_layout
 
 
-def random_tokens(
+def draw_tokens(
     model: Any, batch_size: int, seq_len: int
 ) -> Callable[[jax.Array], jmem.data.batch.Batch]:
     """What makes a decoder's batch of random tokens, every one of them a target."""
@@ -28,7 +28,7 @@ def random_tokens(
     return make
 
 
-def _batches(
+def _make_batches(
     who: str,
     model: Any,
     batch: Any,
@@ -40,7 +40,7 @@ def _batches(
         make: Any = batch if callable(batch) else lambda key: batch
         return make
     if batch is None and batch_size is not None and seq_len is not None:
-        return random_tokens(model, batch_size, seq_len)
+        return draw_tokens(model, batch_size, seq_len)
     raise TypeError(
         f"{who}: batch={type(batch).__name__}, batch_size={batch_size}, seq_len="
         f"{seq_len}. Give a batch (arrays, or key -> batch), or, for a decoder's "
@@ -48,10 +48,10 @@ def _batches(
     )
 
 
-def _program(model, fn, make, *, returns_state: bool, **fields) -> Program:
+def _make_program(model, fn, make, *, returns_state: bool, **fields) -> Program:
     """A program of (what is divided as the model is ..., batch)."""
-    args = described(make, jax.random.key(0))
-    if (layout := layout_of(model)) is None:
+    args = describe_results(make, jax.random.key(0))
+    if (layout := find_layout(model)) is None:
         return Program(fn, args, make=make, **fields)
 
     def shardings(mesh=None):
@@ -86,7 +86,7 @@ def loss_program(
 
     As `step_program`, of which it is the forward half.
     """
-    batches = _batches("loss_program", model, batch, batch_size, seq_len)
+    batches = _make_batches("loss_program", model, batch, batch_size, seq_len)
 
     def make(key):
         return model.init(key), model.stats(), batches(key)
@@ -97,7 +97,7 @@ def loss_program(
     labels: dict[str, Any] = {"weights": (0, ""), "batch": (2, "")}
     if jax.tree.leaves(jax.eval_shape(model.stats)):
         labels["statistics"] = Label((1, ""), kind="state")
-    return _program(model, forward, make, returns_state=False, labels=labels)
+    return _make_program(model, forward, make, returns_state=False, labels=labels)
 
 
 def step_program(
@@ -119,7 +119,7 @@ def step_program(
       LayoutError: the mesh does not divide the state, or the batch.
       TypeError: neither a batch nor both sizes are given.
     """
-    batches = _batches("step_program", model, batch, batch_size, seq_len)
+    batches = _make_batches("step_program", model, batch, batch_size, seq_len)
 
     def make(key):
         state = finetuner.init(model, model.init(key), model.stats(), key)
@@ -128,7 +128,7 @@ def step_program(
     def step(state, batch):
         return finetuner.step(model, state, batch)
 
-    program = _program(model, step, make, returns_state=True, donate=(0,))
+    program = _make_program(model, step, make, returns_state=True, donate=(0,))
     labels: dict[str, Any] = {
         name: [(0, prefix) for prefix in ([where] if isinstance(where, str) else where)]
         for name, where in finetuner.labels(program.args[0]).items()

@@ -35,12 +35,12 @@ class Resting(NamedTuple):
 
 def rest(slots: Any, layers: int) -> Resting:
     """Zeros for `layers` blocks, and slots [S, ...], zeros too, that hold the first."""
-    moments = zero_rows(slots, layers)
+    moments = make_zero_rows(slots, layers)
     count = jax.tree.leaves(slots)[0].shape[0]
     return Resting(moments, jnp.arange(count, dtype=jnp.int32))
 
 
-def zero_rows(like: Any, count: int) -> Any:
+def make_zero_rows(like: Any, count: int) -> Any:
     """Zeros [count, ...] in host memory for leaves [N, ...]; scalars' on the device.
 
     Made a row at a time, since a value is made on the device before it is stored.

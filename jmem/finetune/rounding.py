@@ -22,14 +22,14 @@ _LARGEST = 448.0
 """Of float8_e4m3fn."""
 
 
-def noise(shape: tuple[int, ...], salt: jax.Array) -> UInt32[Array, "..."]:
+def draw_noise(shape: tuple[int, ...], salt: jax.Array) -> UInt32[Array, "..."]:
     """A number for each place: murmur3's finaliser of the place and `salt` (uint32)."""
     size = math.prod(shape)
     place = jax.lax.iota(jnp.uint32, size).reshape(shape)
-    return _mixed(place ^ _mixed(salt.astype(jnp.uint32)))
+    return _mix(place ^ _mix(salt.astype(jnp.uint32)))
 
 
-def _mixed(x):
+def _mix(x):
     x ^= x >> 16
     x *= jnp.uint32(0x85EBCA6B)
     x ^= x >> 13
@@ -37,7 +37,7 @@ def _mixed(x):
     return x ^ (x >> 16)
 
 
-def rounded(
+def round_randomly(
     x: Float[Array, "..."], bits: UInt32[Array, "..."], mantissa: int
 ) -> Float[Array, "..."]:
     """`x`, float32, up or down to a value of `mantissa` bits; its mean is `x`."""
@@ -46,27 +46,27 @@ def rounded(
     return jax.lax.bitcast_convert_type((raw + (bits & low)) & ~low, jnp.float32)
 
 
-def packed(
+def pack(
     x: Float[Array, "*N M"], salt: jax.Array
 ) -> tuple[Float[Array, "*N M"], Float[Array, "*N S"]]:
     """`x` as float8 and the scales of its blocks."""
-    blocks = _blocks(x)
+    blocks = _cut_blocks(x)
     largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     scale = jnp.where(largest > 0, largest / _LARGEST, 1.0)
-    small = rounded(blocks / scale, noise(blocks.shape, salt), mantissa=3)
+    small = round_randomly(blocks / scale, draw_noise(blocks.shape, salt), mantissa=3)
     small = jnp.clip(small, -_LARGEST, _LARGEST).astype(_FLOAT8)
     return small.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale[..., 0]
 
 
-def unpacked(
+def unpack(
     small: Float[Array, "*N M"], scale: Float[Array, "*N S"]
 ) -> Float[Array, "*N M"]:
-    """What `packed` packed, float32."""
-    blocks = _blocks(small.astype(jnp.float32)) * scale[..., None]
+    """What `pack` packed, float32."""
+    blocks = _cut_blocks(small.astype(jnp.float32)) * scale[..., None]
     return blocks.reshape(*small.shape[:-1], -1)[..., : small.shape[-1]]
 
 
-def _blocks(x):
+def _cut_blocks(x):
     """[..., M] as [..., ceil(M / BLOCK), BLOCK]; one short block if M is less."""
     size = min(BLOCK, x.shape[-1])
     short = -x.shape[-1] % size

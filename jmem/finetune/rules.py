@@ -24,7 +24,7 @@ import jax.numpy as jnp
 State = tuple[jax.Array, ...]
 
 
-def _clipped(dw, limit: float):
+def _clip(dw, limit: float):
     return jnp.clip(dw, -limit, limit) if limit else dw
 
 
@@ -44,7 +44,7 @@ class Sgd:
     def __call__(self, w, state, dw, rate, t, salt):
         del t, salt
         wide = w.astype(jnp.float32)
-        wide -= rate * (_clipped(dw, self.clip_value) + self.weight_decay * wide)
+        wide -= rate * (_clip(dw, self.clip_value) + self.weight_decay * wide)
         return wide.astype(w.dtype), state
 
 
@@ -87,7 +87,7 @@ class Factored:
 
     # A matrix in parts, which are some of its rows ------------------------------------
 
-    def nothing(self, shape: tuple[int, ...]) -> Seen:
+    def begin(self, shape: tuple[int, ...]) -> Seen:
         """Of a matrix or vector of this shape, before any part was seen."""
         columns = jnp.zeros(shape[1:], jnp.float32) if len(shape) > 1 else jnp.zeros(0)
         zero = jnp.float32(0)
@@ -95,7 +95,7 @@ class Factored:
 
     def look(self, seen: Seen, start, w, dw) -> Seen:
         """With the rows from `start` on, [size, C] of weight and gradient."""
-        squares = jnp.square(_clipped(dw, self.clip_value)) + self.tiny
+        squares = jnp.square(_clip(dw, self.clip_value)) + self.tiny
         rows = squares.mean(axis=-1) if dw.ndim > 1 else squares
         rows = jax.lax.dynamic_update_slice(seen.rows, rows, (start,))
         columns = seen.columns + squares.sum(axis=0) if dw.ndim > 1 else seen.columns
@@ -113,7 +113,7 @@ class Factored:
 
         `mean` is that of the moments of all rows.
         """
-        dw = _clipped(dw, self.clip_value)
+        dw = _clip(dw, self.clip_value)
         rows, *columns = state
         if not columns:
             return dw * jax.lax.rsqrt(rows)
@@ -142,7 +142,7 @@ class Factored:
     def __call__(self, w, state, dw, rate, t, salt):
         del salt
         start = jnp.int32(0)
-        seen = self.look(self.nothing(w.shape), start, w, dw)
+        seen = self.look(self.begin(w.shape), start, w, dw)
         state = self.settle(state, seen, t)
         direction = self.direction(state, jnp.mean(state[0]), dw)
         square = jnp.sum(jnp.square(direction))

@@ -20,7 +20,7 @@ from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import loss_program, step_program
 from jmem.generate.programs import decode_program
-from jmem.kvcache.cache import decode_attend, empty
+from jmem.kvcache.cache import decode_attend, make_empty
 from jmem.kvcache.full import Full as FullCache
 from jmem.kvcache.plan import PolicyPlan
 from jmem.models import zoo
@@ -63,7 +63,7 @@ def build_decoder(
 type Sample = Callable[[Sizes, Target], Program]
 
 
-def _step(
+def _build_step(
     finetuner: Callable[[Sizes], Any],
     remat: Literal["none", "block"] = "block",
     model: Literal["model", "gpt2"] = "model",
@@ -107,7 +107,7 @@ def rebuild(sizes: Sizes, target: Target) -> Program:
 
     def make(key):
         assert carried.make is not None
-        rows = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), empty(plan))
+        rows = jax.tree.map(lambda leaf: jnp.stack([leaf] * layers), make_empty(plan))
         return *carried.make(key)[:3], rows
 
     def step(params, tokens, positions, cache):
@@ -211,15 +211,15 @@ def mosaic(sizes: Sizes, target: Target) -> Program:
 
 SAMPLES: dict[str, Sample] = {
     "forward": forward,
-    "unremat": _step(lambda sizes: Full(), remat="none"),
-    "full": _step(lambda sizes: Full()),
-    "accumulated": _step(lambda sizes: Full(accumulate=sizes.accumulate)),
-    "lora": _step(lambda sizes: Lora()),
-    "lisa": _step(lambda sizes: Lisa(active_layers=2)),
-    "gpt2": _step(lambda sizes: Full(), model="gpt2"),
+    "unremat": _build_step(lambda sizes: Full(), remat="none"),
+    "full": _build_step(lambda sizes: Full()),
+    "accumulated": _build_step(lambda sizes: Full(accumulate=sizes.accumulate)),
+    "lora": _build_step(lambda sizes: Lora()),
+    "lisa": _build_step(lambda sizes: Lisa(active_layers=2)),
+    "gpt2": _build_step(lambda sizes: Full(), model="gpt2"),
     "decode": decode,
     "rebuilt": rebuild,
-    "offloaded": _step(lambda sizes: Full(moments="host")),
+    "offloaded": _build_step(lambda sizes: Full(moments="host")),
     "nnx": nnx,
     "mosaic": mosaic,
 }

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jmem.checkpoints import Checkpoint
-from jmem.offload import check_host, described, host_bytes
-from jmem.sharding import layout_of
+from jmem.offload import check_host, count_host_bytes, describe_results
+from jmem.sharding import find_layout
 
 
 def load_params(model: Any, checkpoint: Checkpoint, mesh: Mesh | None = None) -> dict:
@@ -25,7 +25,7 @@ def load_params(model: Any, checkpoint: Checkpoint, mesh: Mesh | None = None) ->
 
     Those of a mesh are read into host memory first, as no device need hold them all.
     """
-    if (layout := layout_of(model)) is None or mesh is None:
+    if (layout := find_layout(model)) is None or mesh is None:
         return checkpoint.params()
     with jax.default_device(jax.devices("cpu")[0]):
         params = checkpoint.params()
@@ -50,8 +50,8 @@ def init_state(
         return finetuner.init(model, jax.tree.map(jnp.copy, params), model.stats(), key)
 
     given = pretrained, jax.random.key(seed)
-    state = described(init, *given)
-    check_host(host_bytes(state), f"the state of {type(finetuner).__name__}")
-    if (layout := layout_of(model)) is None:
+    state = describe_results(init, *given)
+    check_host(count_host_bytes(state), f"the state of {type(finetuner).__name__}")
+    if (layout := find_layout(model)) is None:
         return jax.jit(init)(*given)
     return jax.jit(init, out_shardings=layout.shardings(state, mesh))(*given)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jmem.finetune.adamw import AdamW, descend, scale
 from jmem.offload import store, update_rows
-from jmem.program import key
+from jmem.program import format_path
 
 _PARTS = 32
 """Most parts that a table is cut into."""
@@ -38,7 +38,7 @@ def init_on_host(adamw: AdamW, trained: Any) -> Any:
     return jax.tree.map_with_path(leaf, trained)
 
 
-def streamed_step(
+def stream_step(
     adamw: AdamW,
     loss: jax.Array,
     grads: Any,
@@ -53,7 +53,7 @@ def streamed_step(
     """
     factor, norm = adamw.clip_factor(grads)
     rate, inner = adamw.rate(step), adamw.direction()
-    rates = adamw.leaf_rates(trained, rate, layers)
+    rates = adamw.find_leaf_rates(trained, rate, layers)
 
     def update(held, grads, rates):
         rows, moments = held
@@ -78,7 +78,7 @@ def streamed_step(
 
 def _cut(path: tuple, value: jax.Array) -> jax.Array:
     """A leaf as pieces along axis 0; a bitcast, since pieces are whole rows."""
-    if key(path).startswith("blocks/"):
+    if format_path(path).startswith("blocks/"):
         return value
     count = value.shape[0]
     parts = max(n for n in range(1, _PARTS + 1) if count % n == 0)

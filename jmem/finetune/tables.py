@@ -18,11 +18,18 @@ import jax.numpy as jnp
 
 from jmem.finetune.patterns import join
 from jmem.finetune.rules import Factored
-from jmem.finetune.walk import Walk, einsum_wide, flat, put_part, square_of, take_part
+from jmem.finetune.walk import (
+    Walk,
+    einsum_wide,
+    flatten,
+    put_part,
+    sum_squares,
+    take_part,
+)
 from jmem.models.next_token import mean_weights
 from jmem.nn.ops import Ops
 from jmem.offload import fetch_row, is_on_host, store_row
-from jmem.program import key
+from jmem.program import format_path
 
 TABLE = 2**22
 """Elements of the embedding or the head that are updated at a time, at most about."""
@@ -47,7 +54,7 @@ class Tables(Walk):
 
     # The head -------------------------------------------------------------------------
 
-    def logits(self, head, hidden, index, parts, tied):
+    def compute_logits(self, head, hidden, index, parts, tied):
         """(logits [N, V / parts] in float32, kernel) of one part of the vocabulary."""
         leaf = {"kernel": take_part(head["kernel"], index, parts, 0 if tied else 1)}
         if tied:
@@ -55,12 +62,12 @@ class Tables(Walk):
         if "bias" in head:
             leaf["bias"] = take_part(head["bias"], index, parts, 0)
         if self.layout is not None:  # a part, once over the wire, for all tokens
-            leaf = jax.tree.map(self.layout.whole, leaf)
+            leaf = jax.tree.map(self.layout.replicate, leaf)
         with jax.named_scope("head_loss"):
             found = self.ops.linear("head", leaf, hidden)
         return found.astype(jnp.float32), leaf["kernel"]
 
-    def d_logits(self, logits, logsumexp, weights, index, dtype):
+    def compute_d_logits(self, logits, logsumexp, weights, index, dtype):
         """(softmax - one-hot) * weight of one part, in the activations' dtype."""
         size = logits.shape[1]
         at = self.batch.targets.reshape(-1) - index * size
@@ -68,9 +75,9 @@ class Tables(Walk):
         d = jnp.exp(logits - logsumexp[:, None]) - hot
         return (d * weights[:, None]).astype(dtype)
 
-    def tokens(self, x):
+    def divide_tokens(self, x):
         """`x` [N, ...] with its tokens divided over the mesh, if there is one."""
-        return x if self.layout is None else self.layout.tokens(x)
+        return x if self.layout is None else self.layout.divide_tokens(x)
 
     def head(self, params, chosen, x, outside, t, rates) -> Head:
         """Loss, gradient of x, and the update of head and final norm.
@@ -80,8 +87,8 @@ class Tables(Walk):
         the end.
         """
         model, tied = self.model, self.model.config.tied
-        weights = self.tokens(mean_weights(self.batch))
-        targets = self.tokens(self.batch.targets.reshape(-1))
+        weights = self.divide_tokens(mean_weights(self.batch))
+        targets = self.divide_tokens(self.batch.targets.reshape(-1))
 
         def normal(norm, x):
             held = model.head_params(params) | {"final_norm": norm}
@@ -89,15 +96,15 @@ class Tables(Walk):
             return model.head(held, x, only)
 
         norm = join(chosen["final_norm"], params["final_norm"])
-        hidden, transpose = jax.vjp(normal, norm, self.tokens(flat(x)))
+        hidden, transpose = jax.vjp(normal, norm, self.divide_tokens(flatten(x)))
         head = {"kernel": params["embed"]["embedding"]} if tied else params["head"]
         vocab = head["kernel"].shape[0 if tied else 1]
-        parts = parts_of(vocab, hidden.shape[1])
+        parts = count_parts(vocab, hidden.shape[1])
         size = vocab // parts
 
         def normaliser(carry, index):
             running, picked = carry
-            logits, _ = self.logits(head, hidden, index, parts, tied)
+            logits, _ = self.compute_logits(head, hidden, index, parts, tied)
             running = jnp.logaddexp(running, jax.nn.logsumexp(logits, axis=-1))
             at = targets - index * size
             inside = (at >= 0) & (at < size)
@@ -117,8 +124,12 @@ class Tables(Walk):
 
         def cotangent(moving, index):
             """Of a part's logits, and the part of the kernel."""
-            logits, kernel = self.logits(still | moving, hidden, index, parts, tied)
-            return self.d_logits(logits, total, weights, index, hidden.dtype), kernel
+            logits, kernel = self.compute_logits(
+                still | moving, hidden, index, parts, tied
+            )
+            return self.compute_d_logits(
+                logits, total, weights, index, hidden.dtype
+            ), kernel
 
         def gradient(name, d):
             if name == "kernel":
@@ -141,18 +152,20 @@ class Tables(Walk):
             for name, leaf in moving.items():
                 axis = leaf.ndim - 1
                 dw = gradient(name, d)
-                fresh[name], states[name] = self.part(
+                fresh[name], states[name] = self.move_part(
                     *(f"head/{name}", leaf, held[name], dw, index, parts, axis),
                     *(rates["head"][name], t, found.get(name)),
                 )
-                square += square_of(dw)
+                square += sum_squares(dw)
             return fresh, states, dh, square
 
         carry = moving, held, jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0)
-        moving, held, dh, square = jax.lax.fori_loop(0, self.trips(parts), body, carry)
+        moving, held, dh, square = jax.lax.fori_loop(
+            0, self.count_trips(parts), body, carry
+        )
         d_norm, dx = transpose(dh.astype(hidden.dtype))
         new, state = {}, {}
-        new["final_norm"], state["final_norm"], square = self.small(
+        new["final_norm"], state["final_norm"], square = self.move_small(
             *("final_norm", chosen["final_norm"], d_norm, outside, rates, t, square)
         )
         if not tied:
@@ -161,7 +174,7 @@ class Tables(Walk):
         dx = dx.reshape(x.shape)
         return Head(loss, dx, new, state, square, hidden, total, weights)
 
-    def small(self, above, chosen, gradients, outside, rates, t, square):
+    def move_small(self, above, chosen, gradients, outside, rates, t, square):
         """The small trained leaves below `above`, each at once, with their states.
 
         (leaves, states, `square` and that of their gradients); None stays.
@@ -169,14 +182,14 @@ class Tables(Walk):
         new, states = dict(chosen), dict.fromkeys(chosen)
         for name, leaf in chosen.items():
             if leaf is not None:
-                new[name], states[name], more = self.whole_leaf(
+                new[name], states[name], more = self.move_leaf(
                     *(f"{above}/{name}", leaf, outside[above][name]),
                     *(gradients[name], rates[above][name], t),
                 )
                 square += more
         return new, states, square
 
-    def part(self, path, leaf, state, dw, index, parts, axis, rate, t, found=None):
+    def move_part(self, path, leaf, state, dw, index, parts, axis, rate, t, found=None):
         """Part `index` of `leaf` along `axis`, moved: (leaf, state).
 
         `found`: what `survey` knows of the whole leaf.
@@ -238,7 +251,8 @@ class Tables(Walk):
 
         def measure(index, squares):
             return {
-                name: squares[name] + square_of(direction(name, rows(name, dw), index))
+                name: squares[name]
+                + sum_squares(direction(name, rows(name, dw), index))
                 for name, dw in gradients(index).items()
             }
 
@@ -248,10 +262,10 @@ class Tables(Walk):
             own = take_part(first, index, parts, 0)
             return rule.direction((own, *others), jnp.mean(first), dw)
 
-        trips = self.trips(parts)
+        trips = self.count_trips(parts)
         shapes = {"kernel": leaves["kernel"].shape[::-1]} if "kernel" in leaves else {}
         shapes = {name: leaf.shape for name, leaf in leaves.items()} | shapes
-        nothing = {name: rule.nothing(shape) for name, shape in shapes.items()}
+        nothing = {name: rule.begin(shape) for name, shape in shapes.items()}
         seen = jax.lax.fori_loop(0, trips, look, nothing)
         moments = {
             name: rule.settle(turned(name, states[name]), seen[name], t)
@@ -270,16 +284,16 @@ class Tables(Walk):
 
     # The embedding --------------------------------------------------------------------
 
-    def embedding(self, table, state, dx, head: Head | None, rate, t):
+    def move_embedding(self, table, state, dx, head: Head | None, rate, t):
         """Every row moves, as the rule says, though few have a gradient.
 
         `head`, of a tied table: what its other reading adds to the gradient.
         """
-        parts = parts_of(*table.shape)
+        parts = count_parts(*table.shape)
         size = table.shape[0] // parts
-        tokens, rows = self.batch.tokens.reshape(-1), flat(dx)
+        tokens, rows = self.batch.tokens.reshape(-1), flatten(dx)
         if self.layout is not None:
-            tokens = self.layout.whole(tokens)
+            tokens = self.layout.replicate(tokens)
         rows = self.at_rest("embed/embedding", rows).astype(jnp.float32)
 
         def gradient(table, index):
@@ -289,8 +303,10 @@ class Tables(Walk):
             dw = dw.at[at].add(rows, mode="drop")
             if head is not None:
                 own = {"kernel": table}
-                logits, _ = self.logits(own, head.hidden, index, parts, tied=True)
-                d = self.d_logits(
+                logits, _ = self.compute_logits(
+                    own, head.hidden, index, parts, tied=True
+                )
+                d = self.compute_d_logits(
                     *(logits, head.logsumexp, head.weights, index, head.hidden.dtype)
                 )
                 dw += einsum_wide("nv,nm->vm", d, head.hidden)
@@ -305,17 +321,17 @@ class Tables(Walk):
         def body(index, carry):
             table, state, square = carry
             dw = gradient(table, index)
-            table, state = self.part(
+            table, state = self.move_part(
                 *("embed/embedding", table, state, dw, index, parts, 0),
                 *(rate, t, found.get(name)),
             )
-            return table, state, square + square_of(dw)
+            return table, state, square + sum_squares(dw)
 
         carry = table, states[name], jnp.float32(0)
-        return jax.lax.fori_loop(0, self.trips(parts), body, carry)
+        return jax.lax.fori_loop(0, self.count_trips(parts), body, carry)
 
 
-def pieces(outside: Any) -> Any:
+def describe_pieces(outside: Any) -> Any:
     """Descriptions of parameters, the tables as pieces: [parts, ...], a part in each.
 
     `outside` holds parameters or None. Moments of that shape may be in host memory. A
@@ -325,18 +341,18 @@ def pieces(outside: Any) -> Any:
 
     def leaf(path, value):
         shape = value.shape
-        if key(path) == "embed/embedding":
-            parts = parts_of(*shape)
+        if format_path(path) == "embed/embedding":
+            parts = count_parts(*shape)
             shape = (parts, shape[0] // parts, shape[1])
-        elif key(path) == "head/kernel":
-            parts = parts_of(*shape[::-1])
+        elif format_path(path) == "head/kernel":
+            parts = count_parts(*shape[::-1])
             shape = (parts, shape[0], shape[1] // parts)
         return jax.ShapeDtypeStruct(shape, value.dtype)
 
     return jax.tree.map_with_path(leaf, outside)
 
 
-def parts_of(rows: int, width: int) -> int:
+def count_parts(rows: int, width: int) -> int:
     """Equal parts of `rows`, of about `TABLE` elements or fewer.
 
     A number of rows without such a divisor (32,001 is 3 times a prime) is cut in fewer.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.nn.ops import Ops
-from jmem.sharding import Layout, layout_of
+from jmem.sharding import Layout, find_layout
 
 Update = Literal["auto", "fused", "separate"]
 """Whether weights move inside the backward pass, after it, or as the rest allows."""
@@ -47,31 +47,31 @@ class Walk:
     @property
     def layout(self) -> Layout | None:
         """How a mesh divides the model; None for one device."""
-        return layout_of(self.model)
+        return find_layout(self.model)
 
     def at_rest(self, path, dw):
         """A gradient, summed over the mesh into the parts that its weight has."""
-        return dw if self.layout is None else self.layout.at_rest(path, dw)
+        return dw if self.layout is None else self.layout.place_at_rest(path, dw)
 
     # Parts of a weight ----------------------------------------------------------------
 
-    def trips(self, parts: int, after: jax.Array | None = None) -> jax.Array:
+    def count_trips(self, parts: int, after: jax.Array | None = None) -> jax.Array:
         """`parts`, as only the data knows, and not before `after` is known."""
         number = self.number
         if after is not None:
-            number += zero_after(after)
+            number += wait_for(after)
         return jnp.where(number >= 0, jnp.int32(parts), 0)
 
     def apply(self, path, layer, index, w, state, dw, rate, t):
         """The rule on a part; a state begins as zeros at its first update."""
         state = tuple(jnp.where(t == 1, jnp.zeros_like(s), s) for s in state)
-        salt = salt_of(path, self.number, layer, index)
+        salt = make_salt(path, self.number, layer, index)
         return self.rule(w, state, dw.astype(jnp.float32), rate, t, salt)
 
-    def whole_leaf(self, path, w, state, dw, rate, t, layer=0):
+    def move_leaf(self, path, w, state, dw, rate, t, layer=0):
         """A small leaf at once: (w, state, square of the gradient's norm)."""
         w, state = self.apply(path, layer, 0, w, state, dw, rate, t)
-        return w, state, square_of(dw)
+        return w, state, sum_squares(dw)
 
 
 def einsum_wide(spec: str, *arrays: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ def put_part(a: jax.Array, part: jax.Array, index: Any, axis: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(a, part, at, axis)
 
 
-def salt_of(path: str, *numbers: Any) -> jax.Array:
+def make_salt(path: str, *numbers: Any) -> jax.Array:
     """A uint32 that no other path has, nor other `numbers` (of step, layer, part)."""
     salt = jnp.uint32(zlib.crc32(path.encode()))
     for number in numbers:
@@ -99,17 +99,17 @@ def salt_of(path: str, *numbers: Any) -> jax.Array:
     return salt
 
 
-def square_of(dw):
+def sum_squares(dw):
     """The sum of squares of a gradient, float32."""
     return jnp.sum(jnp.square(dw.astype(jnp.float32)))
 
 
-def flat(x):
+def flatten(x):
     """[..., M] as [N, M]."""
     return x.reshape(-1, x.shape[-1])
 
 
-def zero_after(x: jax.Array) -> jax.Array:
+def wait_for(x: jax.Array) -> jax.Array:
     """0 (int32), but XLA only knows when it has `x`: what uses it waits for `x`."""
     value = x.reshape(-1)[0].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(value, jnp.int32)

@@ -47,7 +47,7 @@ def check_positive(where: str, **sizes: int | None) -> None:
             raise ValueError(f"{where}: {name}={size} must be positive.")
 
 
-def checked_key(where: str, sampling: Sampling, key: jax.Array | None) -> jax.Array:
+def require_key(where: str, sampling: Sampling, key: jax.Array | None) -> jax.Array:
     """The key to draw with; any serves where nothing is drawn."""
     if sampling.temperature and key is None:
         raise ValueError(
@@ -69,7 +69,7 @@ def check_positions(
         )
 
 
-def checked_lengths(
+def check_lengths(
     where: str,
     tokens: Array,
     lengths: Int[Array, " B"],

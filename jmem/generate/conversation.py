@@ -28,9 +28,9 @@ from jmem.generate.checks import (
     check_positive,
     check_stops,
     check_tokens,
-    checked_key,
+    require_key,
 )
-from jmem.generate.decode import Decoding, answer, joined, planned
+from jmem.generate.decode import Decoding, answer, join_pieces, make_plan
 from jmem.generate.reading import read
 from jmem.generate.sampling import Sampling
 from jmem.kvcache.full import Full
@@ -73,11 +73,11 @@ class Conversation:
         where = type(self).__name__
         self.model, self.params = model, params
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        self.key = checked_key(where, self.sampling, key)
+        self.key = require_key(where, self.sampling, key)
         check_stops(where, model, stop_tokens)
         check_positive(where, max_new_tokens=max_new_tokens, prompt_chunk=prompt_chunk)
         sizes = Sizes(prompt=prompt, new_tokens=max_new_tokens, batch_size=batch_size)
-        self.plan = planned(where, model, policy or Full(), cache_bytes, **sizes)
+        self.plan = make_plan(where, model, policy or Full(), cache_bytes, **sizes)
         self.stop_tokens, self.prompt_chunk = tuple(stop_tokens), prompt_chunk
         self.turns = 0
         self.lengths = [0] * batch_size
@@ -85,7 +85,7 @@ class Conversation:
 
     def say(self, turn: Sequence[Sequence[int]]) -> list[list[int]]:
         """Each row's answer to its next tokens; what `stream` gives, whole."""
-        return joined(self.stream(turn, every=self.plan.new_tokens))
+        return join_pieces(self.stream(turn, every=self.plan.new_tokens))
 
     def stream(
         self, turn: Sequence[Sequence[int]], every: int = 8
@@ -124,9 +124,9 @@ class Conversation:
         )
         self.lengths = [n + len(row) for n, row in zip(self.lengths, turn)]
         self.turns += 1
-        return self._answered(logits, every, self.turns)
+        return self._answer(logits, every, self.turns)
 
-    def _answered(self, logits, every: int, turn: int) -> Iterator[list[list[int]]]:
+    def _answer(self, logits, every: int, turn: int) -> Iterator[list[list[int]]]:
         given = answer(
             *(self.model, self.params, logits),
             jnp.asarray(self.lengths, jnp.int32),

@@ -19,15 +19,15 @@ from jmem.generate.checks import (
     check_positive,
     check_stops,
     check_tokens,
-    checked_key,
+    require_key,
 )
 from jmem.generate.reading import read
 from jmem.generate.sampling import Sampling
-from jmem.kvcache.budget import fitted
+from jmem.kvcache.budget import fit_to_bytes
 from jmem.kvcache.full import Full
 from jmem.kvcache.method import CacheMethod
 from jmem.kvcache.plan import Plan, Sizes
-from jmem.kvcache.shorten import Shorten, padded
+from jmem.kvcache.shorten import Shorten, pad_rows
 from jmem.nn.stack import IN_PLACE, run_stack
 from jmem.offload import check_host
 
@@ -81,7 +81,7 @@ class Decoding(NamedTuple):
     """Those that end a row's answer."""
 
 
-def _begun(logits, lengths, cache) -> Answering:
+def _begin_answer(logits, lengths, cache) -> Answering:
     """The state before the first new token, once rows of `lengths` tokens are read."""
     nothing = jnp.zeros(lengths.shape, jnp.int32)
     return Answering(logits, nothing, lengths - 1, nothing > 0, cache)
@@ -162,7 +162,7 @@ def extend(
             f"extend: lengths has {len(lengths)} rows, but the plan is for batch_size="
             f"{plan.batch_size}; plan for these."
         )
-    given = model, params, _begun(logits, lengths, cache), key
+    given = model, params, _begin_answer(logits, lengths, cache), key
     how = Decoding(plan, steps, sampling, stop_tokens)
     tokens, state = _decode(*given, first=0, limit=None, how=how)
     return tokens, state.cache
@@ -191,7 +191,7 @@ def answer(
     when all have, or have the plan's `new_tokens`, it ends. The cache holds the tokens
     given so far, and is donated when the next ones are asked for.
     """
-    state, most = _begun(logits, lengths, cache), how.plan.new_tokens
+    state, most = _begin_answer(logits, lengths, cache), how.plan.new_tokens
     limit = None if most % how.steps == 0 else jnp.int32(most)
     going = [True] * how.plan.batch_size
     for first in range(0, most, how.steps):
@@ -256,10 +256,10 @@ def generate(
         small, or logits that are not finite.
     """
     sizes = {"max_new_tokens": max_new_tokens, "every": max_new_tokens}
-    return joined(stream(model, params, prompts, **sizes, **options))
+    return join_pieces(stream(model, params, prompts, **sizes, **options))
 
 
-def joined(pieces: Iterator[list[list[int]]]) -> list[list[int]]:
+def join_pieces(pieces: Iterator[list[list[int]]]) -> list[list[int]]:
     """The rows of `stream`, whole."""
     return [[token for part in row for token in part] for row in zip(*pieces)]
 
@@ -297,15 +297,15 @@ def stream(
         every=every,
         prompt_chunk=prompt_chunk,
     )
-    key = checked_key("generate", sampling, key)
+    key = require_key("generate", sampling, key)
     kept = max(map(len, prompts))
     if shorten is not None:
         kept = min(kept, shorten.tokens)
     check_positions("generate", model, policy, kept, max_new_tokens)
     sizes = Sizes(prompt=kept, new_tokens=max_new_tokens, batch_size=len(prompts))
-    plan = planned("generate", model, policy, cache_bytes, **sizes)
+    plan = make_plan("generate", model, policy, cache_bytes, **sizes)
     if shorten is not None:
-        prompts = shorten.shorten(model, params, *padded(prompts)).prompts()
+        prompts = shorten.shorten(model, params, *pad_rows(prompts)).prompts()
     cache = plan.method.begin(plan)
     logits, cache = read(
         *(model, params, prompts, [0] * len(prompts), cache, plan),
@@ -313,11 +313,11 @@ def stream(
         width=kept,
     )
     how = Decoding(plan, every, sampling, tuple(stop_tokens))
-    given = model, params, logits, padded(prompts)[1], cache, key
+    given = model, params, logits, pad_rows(prompts)[1], cache, key
     return (rows for rows, _ in answer(*given, how))
 
 
-def planned(
+def make_plan(
     where: str,
     model,
     policy: CacheMethod,
@@ -332,7 +332,7 @@ def planned(
         caller, `where`, and the bytes needed and available.
     """
     if cache_bytes is not None:
-        policy = fitted(policy, model, cache_bytes, **sizes)
+        policy = fit_to_bytes(policy, model, cache_bytes, **sizes)
     plan = policy.plan(model, **sizes)
     if plan.host_bytes():
         check_host(plan.host_bytes(), f"{where}: the cache")

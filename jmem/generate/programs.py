@@ -9,7 +9,7 @@ from jmem.generate.decode import decode_step
 from jmem.generate.reading import prefill_step, read_on_step
 from jmem.kvcache.plan import Plan
 from jmem.nn.stack import IN_PLACE
-from jmem.offload import described
+from jmem.offload import describe_results
 from jmem.program import Program
 
 
@@ -31,7 +31,7 @@ def decode_program(model, plan: Plan, *, params: dict | None = None) -> Program:
     def step(params, tokens, positions, cache):
         return decode_step(model, params, tokens, positions, cache, plan)
 
-    program = _program(step, model, params, inputs)
+    program = _build_program(step, model, params, inputs)
     return dataclasses.replace(program, options=IN_PLACE)
 
 
@@ -52,7 +52,7 @@ def prefill_program(model, plan: Plan, *, params: dict | None = None) -> Program
         logits, (cache,), _ = prefill_step(*given)
         return logits, cache
 
-    return _program(step, model, params, inputs)
+    return _build_program(step, model, params, inputs)
 
 
 def read_on_program(
@@ -72,10 +72,10 @@ def read_on_program(
     def step(params, tokens, before, lengths, cache):
         return read_on_step(model, params, tokens, before, lengths, cache, plan)
 
-    return _program(step, model, params, inputs)
+    return _build_program(step, model, params, inputs)
 
 
-def _program(step, model, params: dict | None, inputs) -> Program:
+def _build_program(step, model, params: dict | None, inputs) -> Program:
     """Of a step over parameters and the `inputs(key)` that follow, the cache last."""
 
     def make(key):
@@ -83,7 +83,7 @@ def _program(step, model, params: dict | None, inputs) -> Program:
 
     key = jax.random.key(0)
     given = params if params is not None else jax.eval_shape(model.init, key)
-    args = given, *described(inputs, key)  # which of the cache lies on the host
+    args = given, *describe_results(inputs, key)  # which of the cache lies on the host
     last = len(args) - 1
     batch = [(index, "") for index in range(1, last)]
     return Program(

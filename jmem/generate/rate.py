@@ -4,7 +4,7 @@
     time_tokens(model, params, plan)            # of all 32 rows together
 
 What a step costs depends on sizes alone, so the cache holds random keys and values. It
-reads the weights and every row's cache: `weight_bytes(params) + plan.bytes()`.
+reads the weights and every row's cache: `count_weight_bytes(params) + plan.bytes()`.
 """
 
 import functools
@@ -59,7 +59,7 @@ def time_tokens(model, params: dict, plan: PolicyPlan, repeats: int = REPEATS) -
     return plan.batch_size * plan.new_tokens / statistics.median(seconds[1:])
 
 
-def weight_bytes(params: Any) -> int:
+def count_weight_bytes(params: Any) -> int:
     """Bytes of the weights that a decoding step reads whole.
 
     An embedding, of which it reads some rows, counts only where it is the head too.

@@ -16,18 +16,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmem.generate.checks import (
     check_finite,
+    check_lengths,
     check_positive,
-    checked_lengths,
 )
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.prefill import read_prompts
-from jmem.kvcache.shorten import Shorten, padded
+from jmem.kvcache.shorten import Shorten, pad_rows
 from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
 
 
-def padded_right(
+def pad_right(
     tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Rows with their padding moved behind, and their lengths, as `prefill` takes them.
@@ -84,12 +84,12 @@ def prefill_step(
     )
     x = tokens if tokens.ndim == 3 else model.embed(params, tokens, positions)
     x, carry, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
-    logits = _logits_after(model, params, x, lengths, ops)
+    logits = _compute_logits_after(model, params, x, lengths, ops)
     kept, chosen = carry[: len(plans)], carry[len(plans) :]
     return Prefilled(logits, tuple(cache for cache, _ in kept), chosen)
 
 
-def _logits_after(model, params, x, lengths, ops: Ops) -> Float[Array, "B V"]:
+def _compute_logits_after(model, params, x, lengths, ops: Ops) -> Float[Array, "B V"]:
     """Those of each row's last token."""
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return model.head(params, jnp.take_along_axis(x, last, axis=1)[:, 0], ops)
@@ -144,7 +144,7 @@ def prefill_for_all(
       ValueError: what `prefill` refuses, or a model that a filter cannot choose by.
     """
     _check_given("prefill", model, tokens, positions)
-    own = checked_lengths("prefill", tokens, lengths, caches, plans, least=1)
+    own = check_lengths("prefill", tokens, lengths, caches, plans, least=1)
     if own is not None:
         for plan in plans:
             plan.method.check_prompt("prefill", plan, own)
@@ -192,7 +192,7 @@ def read_on_step(
     carry = cache, method.share(plan)
     x = model.embed(params, tokens, positions)
     x, carry, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
-    return _logits_after(model, params, x, lengths, ops), carry[0]
+    return _compute_logits_after(model, params, x, lengths, ops), carry[0]
 
 
 _read_on = jax.jit(
@@ -215,7 +215,7 @@ def read_on(
       ValueError: a plan for other rows, a cache of another plan, a length that is not
         in [0, T], or more tokens than a plan that drops none has slots.
     """
-    own = checked_lengths("read_on", tokens, lengths, (cache,), (plan,), least=0)
+    own = check_lengths("read_on", tokens, lengths, (cache,), (plan,), least=0)
     if own is not None and not isinstance(before, Tracer):
         plan.method.check_turn(plan, np.asarray(before), own)
     return _read_on(model, params, tokens, before, lengths, cache, plan)
@@ -245,12 +245,12 @@ def read(
       ValueError: what `prefill` and `read_on` refuse, or logits that are not finite.
     """
     check_positive("read", chunk=chunk)
-    tokens, lengths = padded(rows, width)
+    tokens, lengths = pad_rows(rows, width)
     if chunk is None and not any(before):
         logits, (cache,) = prefill(model, params, tokens, lengths, (cache,), (plan,))
     else:
         size = chunk or tokens.shape[1]
-        tokens, _ = padded(rows, -(-max(map(len, rows)) // size) * size)
+        tokens, _ = pad_rows(rows, -(-max(map(len, rows)) // size) * size)
         logits = jnp.zeros((len(rows), model.config.vocab_size), model.dtype)
         done = np.asarray(before, np.int32)
         for begin in range(0, tokens.shape[1], size):

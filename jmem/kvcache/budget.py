@@ -5,7 +5,8 @@ tokens, some the new ones, some a mean over layers; what shortens a prompt count
 tokens that it leaves. Bytes are common to all.
 
     budget = Full().plan(model, prompt=2048, new_tokens=64).bytes() // 8
-    fitted(SnapKV(), model, budget, prompt=2048, new_tokens=64)   # SnapKV(capacity=...)
+    sizes = {"prompt": 2048, "new_tokens": 64}
+    fit_to_bytes(SnapKV(), model, budget, **sizes)      # SnapKV(capacity=...)
 """
 
 from typing import Unpack
@@ -23,7 +24,7 @@ REACH = 256
 half a token a layer and a window: far fewer."""
 
 
-def fitted[Method: Sized](
+def fit_to_bytes[Method: Sized](
     policy: Method, model, nbytes: int, **sizes: Unpack[Sizes]
 ) -> Method:
     """`policy` with the largest capacity whose cache takes at most `nbytes` bytes.
@@ -51,8 +52,8 @@ def fitted[Method: Sized](
     if given is None:
         if (least := size(policy)) > nbytes:
             raise ValueError(
-                f"fitted: nbytes={nbytes:,}, but {name} takes {least:,} bytes for "
-                f"{what}, and has no capacity to lower. Raise nbytes, or choose a "
+                f"fit_to_bytes: nbytes={nbytes:,}, but {name} takes {least:,} bytes "
+                f"for {what}, and has no capacity to lower. Raise nbytes, or choose a "
                 "policy that drops tokens."
             )
         return policy
@@ -75,10 +76,10 @@ def fitted[Method: Sized](
     size(at(most))  # what is wrong with the policy itself is said by itself
     if fits(most):
         return at(most)
-    smallest = _first(allowed, 0, most)
+    smallest = _find_first(allowed, 0, most)
     first = smallest  # that does not fit
     if fits(smallest):
-        first = _first(lambda capacity: not fits(capacity), smallest, most)
+        first = _find_first(lambda capacity: not fits(capacity), smallest, most)
     # Bytes rise with capacity but for rounding: the equal steps of a pyramid come out
     # smaller now and then, and a larger capacity may fit again.
     beyond = range(min(first + REACH, most), first, -1)
@@ -86,7 +87,7 @@ def fitted[Method: Sized](
     if best < smallest:
         least, capacity = min((size(at(n)), n) for n in (smallest, *beyond))
         raise ValueError(
-            f"fitted: nbytes={nbytes:,} is too small for {name}, which takes "
+            f"fit_to_bytes: nbytes={nbytes:,} is too small for {name}, which takes "
             f"{least:,} bytes for {what} with capacity={capacity}, and no less with "
             "another. Raise nbytes, or lower what it keeps besides: "
             f"{policy}."
@@ -94,7 +95,7 @@ def fitted[Method: Sized](
     return at(best)
 
 
-def _first(holds, low: int, high: int) -> int:
+def _find_first(holds, low: int, high: int) -> int:
     """The least number in (low, high] from which on `holds`, as it does at `high`."""
     while high - low > 1:
         middle = (low + high) // 2

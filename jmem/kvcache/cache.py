@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kvcache.plan import PolicyPlan
-from jmem.kvcache.seen import tail_start
+from jmem.kvcache.seen import find_tail_start
 from jmem.nn.attention import grouped_attention
 from jmem.nn.ops import Attend
 
@@ -48,25 +48,25 @@ class Region(NamedTuple):
     """Which of the layer's own slots each is; below 0 or too high: another layer's."""
 
 
-def empty(plan: PolicyPlan) -> Cache:
+def make_empty(plan: PolicyPlan) -> Cache:
     """A cache of zeros that holds no token."""
     cache = Cache(**plan.zeros())
     return cache._replace(positions=cache.positions - 1)
 
 
-def offset(sizes: tuple[int, ...], layer: jax.Array) -> Int[Array, ""]:
+def find_offset(sizes: tuple[int, ...], layer: jax.Array) -> Int[Array, ""]:
     """The first slot of a traced `layer` among those of all layers."""
     return jnp.asarray(np.cumsum(sizes) - sizes, jnp.int32)[layer]
 
 
-def region(sizes: tuple[int, ...], layer: jax.Array) -> Region:
+def find_region(sizes: tuple[int, ...], layer: jax.Array) -> Region:
     """The region of a traced `layer`: a slice as long as the largest layer's."""
-    longest, first = max(sizes), offset(sizes, layer)
+    longest, first = max(sizes), find_offset(sizes, layer)
     begin = jnp.minimum(first, sum(sizes) - longest)
     return Region(begin, jnp.arange(longest, dtype=jnp.int32) + begin - first)
 
 
-def tail_positions(
+def find_tail_positions(
     plan: PolicyPlan,
     start: Int[Array, " B"],
     last: Int[Array, " B"],
@@ -93,12 +93,12 @@ def write(
 
     `chosen` are positions, as `place` takes them.
     """
-    k, v = (repeated(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
-    start = tail_start(plan, lengths)
+    k, v = (repeat_heads(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
+    start = find_tail_start(plan, lengths)
     if chosen is None and plan.tail >= k.shape[2]:  # nothing is left out
         # Else XLA lays the cache out as `k` is, and copies it on entry and exit (0.12).
         k, v = (with_layout_constraint(x, Layout((0, 1, 2, 3))) for x in (k, v))
-        at = (0, 0, region(plan.sizes, layer).begin, 0)
+        at = (0, 0, find_region(plan.sizes, layer).begin, 0)
         return cache._replace(
             keys=jax.lax.dynamic_update_slice(cache.keys, k, at),
             values=jax.lax.dynamic_update_slice(cache.values, v, at),
@@ -128,9 +128,9 @@ def place(
     and those beyond this layer's own are -1. `tokens` are the list's true positions, if
     they are not its places. Only `rows` are changed.
     """
-    begin, slots = region(plan.sizes, layer)
+    begin, slots = find_region(plan.sizes, layer)
     count = jnp.asarray(plan.selected, jnp.int32)[layer]
-    source = tail_positions(plan, start, lengths - 1, slots - count)[:, None]
+    source = find_tail_positions(plan, start, lengths - 1, slots - count)[:, None]
     positions = cache.positions
 
     def changed(mine, new, before):
@@ -139,7 +139,7 @@ def place(
         return jnp.where(mine, new, before)
 
     if chosen is not None:
-        at, own = region(plan.selected, layer)
+        at, own = find_region(plan.selected, layer)
         mine = (own >= 0) & (own < count)
         size = max(plan.selected)
         filled = jnp.take(chosen, jnp.clip(own, 0, size - 1), axis=-1)
@@ -168,7 +168,7 @@ def place(
     )
 
 
-def repeated(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
+def repeat_heads(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
     """Keys or values of `heads` stored heads.
 
     Repeated where all query heads are stored, as the official code of SnapKV does.
@@ -176,20 +176,20 @@ def repeated(x: Float[Array, "B K T D"], heads: int) -> Float[Array, "B N T D"]:
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def held(
+def find_held(
     plan: PolicyPlan, cache: Cache, last: Int[Array, " B"], layer: jax.Array
 ) -> tuple[Int[Array, "B U N"], Bool[Array, "B U N"]]:
     """Positions of the tokens in the slice of a layer's region, and which are there.
 
     `last` is the row's latest token, the one that is attending.
     """
-    _, slots = region(plan.sizes, layer)
+    _, slots = find_region(plan.sizes, layer)
     count = jnp.asarray(plan.selected, jnp.int32)[layer]
-    positions = tail_positions(plan, cache.start, last, slots - count)[:, None]
+    positions = find_tail_positions(plan, cache.start, last, slots - count)[:, None]
     there = (slots >= count) & (slots < count + plan.tail)
     there = there[None, None] & (positions >= cache.start[:, None, None])
     if size := max(plan.selected):
-        at, own = region(plan.selected, layer)
+        at, own = find_region(plan.selected, layer)
         chosen = jax.lax.dynamic_slice_in_dim(cache.positions, at, size, axis=2)
         chosen = jnp.take(chosen, jnp.clip(slots - own[0], 0, size - 1), axis=-1)
         selected = (slots >= 0) & (slots < count)
@@ -207,12 +207,12 @@ def append(
     layer: jax.Array,
 ) -> Cache:
     """Writes a new token, of position `last`, into every row's tail, in place."""
-    begin, slots = region(plan.sizes, layer)
+    begin, slots = find_region(plan.sizes, layer)
     first = begin - slots[0] + jnp.asarray(plan.selected, jnp.int32)[layer]
     slot = first + (last - cache.start) % plan.tail
     rows, heads = jnp.arange(len(last))[:, None], jnp.arange(plan.heads)[None]
     at = (rows, heads, slot[:, None])  # [B, K]: one slot a row and head
-    k, v = (repeated(jnp.swapaxes(x, 1, 2), plan.heads)[:, :, 0] for x in (k, v))
+    k, v = (repeat_heads(jnp.swapaxes(x, 1, 2), plan.heads)[:, :, 0] for x in (k, v))
     return cache._replace(
         keys=cache.keys.at[at].set(k), values=cache.values.at[at].set(v)
     )
@@ -230,22 +230,22 @@ def decode_attend(
 
     def attend(q, k, v, rope, positions, layer, cache):
         last = positions[:, 0] if places is None else places
-        held_positions, seen = held(plan, cache, last, layer)
+        held_positions, seen = find_held(plan, cache, last, layer)
         if window is not None:
             seen &= held_positions > (last - window)[:, None, None]
         inside = plan.policy.rope == "cache"
         cache = append(plan, cache, k if inside else rope(k, positions), v, last, layer)
         if plan.attention == "mosaic_gpu":
             q = rope(q, positions)[:, 0]
-            return in_place(plan, q, cache, seen, last, layer)[:, None], cache
-        begin, slots = region(plan.sizes, layer)
+            return attend_in_place(plan, q, cache, seen, last, layer)[:, None], cache
+        begin, slots = find_region(plan.sizes, layer)
         keys, values = (
             jax.lax.dynamic_slice_in_dim(whole, begin, len(slots), axis=2)
             for whole in (cache.keys, cache.values)
         )
         if inside:
             given = plan, cache.start, held_positions, seen, last
-            order, positions = cache_order(*given)
+            order, positions = rank_held(*given)
             keys = jnp.swapaxes(rope(jnp.swapaxes(keys, 1, 2), order), 1, 2)
         q = rope(q, positions)
         return grouped_attention(q, keys, values, seen[:, :, None]), cache
@@ -253,7 +253,7 @@ def decode_attend(
     return attend
 
 
-def in_place(
+def attend_in_place(
     plan: PolicyPlan,
     q: Float[Array, "B H D"],
     cache: Cache,
@@ -265,7 +265,7 @@ def in_place(
 
     Selected tokens fill a layer's slots from the first on, as many for every head.
     """
-    begin, slots = region(plan.sizes, layer)
+    begin, slots = find_region(plan.sizes, layer)
     offset = begin - slots[0]
     count = jnp.asarray(plan.selected, jnp.int32)[layer]
     window = math.gcd(*plan.selected, 64)
@@ -288,7 +288,7 @@ def in_place(
     return out
 
 
-def cache_order(
+def rank_held(
     plan: PolicyPlan,
     start: Int[Array, " B"],
     positions: Int[Array, "B 1 N"],

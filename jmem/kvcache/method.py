@@ -128,7 +128,7 @@ class CacheMethod(abc.ABC):
         The carry is (cache, shared). A row with none stays as it is. Rows are padded on
         the right. A method that does not define it (and `check_turn`) refuses turns.
         """
-        raise self._no_turn()
+        raise self._refuse_turn()
 
     # What is refused ------------------------------------------------------------------
 
@@ -150,9 +150,9 @@ class CacheMethod(abc.ABC):
         new_tokens: int = 0,
     ) -> None:
         """Refuses a turn of `lengths` and an answer of `new_tokens` without room."""
-        raise self._no_turn()
+        raise self._refuse_turn()
 
-    def _no_turn(self) -> ValueError:
+    def _refuse_turn(self) -> ValueError:
         return ValueError(
             f"A turn: {type(self).__name__} reads no further tokens against its cache. "
             "Read the whole text again, or choose another method."

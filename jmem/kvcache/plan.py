@@ -68,11 +68,13 @@ class Plan(abc.ABC):
     def places(self) -> dict[str, Literal["device", "host"]]:
         """The memory in which each array lies."""
         arrays = self.arrays().items()
-        return {n: "host" if offload.host_bytes(a) else "device" for n, a in arrays}
+        return {
+            n: "host" if offload.count_host_bytes(a) else "device" for n, a in arrays
+        }
 
     def host_bytes(self) -> int:
         """Bytes of the cache in host memory."""
-        return offload.host_bytes(self.arrays())
+        return offload.count_host_bytes(self.arrays())
 
     def device_bytes(self) -> int:
         """Bytes of the cache in device memory.
@@ -93,7 +95,7 @@ class Plan(abc.ABC):
         """The arrays, each in its memory, filled with zeros."""
         places = self.places()
         return {
-            name: _zeros(array.shape, array.dtype, places[name])
+            name: _make_zeros(array.shape, array.dtype, places[name])
             for name, array in self.arrays().items()
         }
 
@@ -115,7 +117,7 @@ class Plan(abc.ABC):
                 )
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, place: str) -> jax.Array:
+def _make_zeros(shape: tuple[int, ...], dtype: Any, place: str) -> jax.Array:
     if place == "device":
         return jnp.zeros(shape, dtype)
     # NumPy's: the device may have no room for them.

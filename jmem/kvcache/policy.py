@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jmem.kernels.windowed_attention import ALIGNMENT, Implementation, choose
-from jmem.kvcache.cache import Cache, decode_attend, empty, write
+from jmem.kvcache.cache import Cache, decode_attend, make_empty, write
 from jmem.kvcache.method import CacheMethod, Read
 from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.seen import Seen, observe
@@ -143,7 +143,7 @@ class Policy(CacheMethod):
     # What the cache is made of: `jmem.kvcache.cache`, `jmem.kvcache.turn` -------------
 
     def begin(self, plan: PolicyPlan) -> Cache:
-        return empty(plan)
+        return make_empty(plan)
 
     def keep(
         self, plan: PolicyPlan, read: Read, cache: Cache, shared: Any

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from jmem.kvcache.method import Read
 from jmem.kvcache.plan import Plan
 from jmem.nn.attention import causal_attention
-from jmem.nn.chunk import by_chunks
+from jmem.nn.chunk import apply_by_chunks
 from jmem.nn.ops import Attend
 
 Keep = Callable[[Read, Any], Any]
@@ -33,8 +33,8 @@ def attend_prompts(keeps: Sequence[Keep], lengths: Int[Array, " B"], model) -> A
     window, chunk = model.config.sliding_window, model.chunk
 
     def attend(q, k, v, rope, positions, layer, carry):
-        rotated = by_chunks(rope, k, positions, size=chunk)
-        q = by_chunks(rope, q, positions, size=chunk)
+        rotated = apply_by_chunks(rope, k, positions, size=chunk)
+        q = apply_by_chunks(rope, q, positions, size=chunk)
         read = Read(q, rotated, k, v, lengths, layer)
         kept = [keep(read, own) for keep, own in zip(keeps, carry, strict=True)]
         # Caches first: what writing them needs is gone when attention begins.
@@ -47,7 +47,7 @@ def attend_prompts(keeps: Sequence[Keep], lengths: Int[Array, " B"], model) -> A
     return attend
 
 
-def keep_by(plan: Plan) -> Keep:
+def make_keep(plan: Plan) -> Keep:
     """The `Keep` of a plan's method; what is kept is (cache, shared)."""
 
     def keep(read, carry):
@@ -78,10 +78,10 @@ def read_prompts(
                     "the prompt cannot be read for others in the same pass. Give its "
                     "plan alone."
                 )
-            return functools.partial(_alone, attend)
-    return attend_prompts([*map(keep_by, plans), *others], lengths, model)
+            return functools.partial(_attend_alone, attend)
+    return attend_prompts([*map(make_keep, plans), *others], lengths, model)
 
 
-def _alone(attend: Attend, q, k, v, rope, positions, layer, carry):
+def _attend_alone(attend: Attend, q, k, v, rope, positions, layer, carry):
     out, carry = attend(q, k, v, rope, positions, layer, carry[0])
     return out, (carry,)

@@ -64,7 +64,7 @@ def column_mass(
     return mass.reshape(batch, heads, length)
 
 
-def over_heads(
+def reduce_heads(
     mass: Float[Array, "B H T"], units: int, reduce: Reduce
 ) -> Float[Array, "B U T"]:
     """Scores of H heads reduced to `units`; neighbours share one, as they do keys."""

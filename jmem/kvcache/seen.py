@@ -50,7 +50,7 @@ class Seen(NamedTuple):
         return self.give_values()
 
 
-def tail_start(plan: PolicyPlan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
+def find_tail_start(plan: PolicyPlan, lengths: Int[Array, " B"]) -> Int[Array, " B"]:
     """The first position of each prompt that is kept unselected, in the tail."""
     return jnp.maximum(lengths - plan.recent, jnp.minimum(plan.sinks, lengths))
 
@@ -74,7 +74,7 @@ def observe(plan: PolicyPlan, read: Read) -> Seen:
     return Seen(
         *take_last_queries(read.queries, read.lengths, plan.recent),
         read.keys,
-        tail_start(plan, read.lengths),
+        find_tail_start(plan, read.lengths),
         lambda: read.unrotated,
         lambda: read.values,
     )

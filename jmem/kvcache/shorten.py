@@ -198,7 +198,7 @@ def keep_tokens(
     return jnp.where(there, kept, 0), there.sum(axis=1)
 
 
-def padded(
+def pad_rows(
     rows: Sequence[Sequence[int]], width: int = 0
 ) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Token ids, padded with 0 to the longest row or to `width`, and the lengths."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jmem.kvcache.policy import Policy, Seen
-from jmem.kvcache.scores import Pooling, Reduce, column_mass, over_heads, pool
+from jmem.kvcache.scores import Pooling, Reduce, column_mass, pool, reduce_heads
 from jmem.kvcache.settings import check_settings
 
 
@@ -67,7 +67,7 @@ class SnapKV(Policy):
         mass = column_mass(seen.queries, seen.at, seen.keys)
         heads, groups = mass.shape[1], seen.keys.shape[2]
         units = {"kv": groups, "query": heads, "shared": 1}[self.select]
-        mass = over_heads(mass, units, self.reduce)
+        mass = reduce_heads(mass, units, self.reduce)
         beyond = 0.0 if self.pooling == "average" else -jnp.inf
         mass = jnp.where(seen.candidates[:, None], mass, beyond)
         return pool(mass, self.kernel, self.pooling)

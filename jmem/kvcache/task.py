@@ -19,7 +19,7 @@ Measured Around documents held out, 4,800 prompts: 99.3 % with wordings of the t
          with "Question: ... Answer:". Where you know the task, say it.
 See      tests/kvcache/test_task.py
 
-    classify = classifier()                              # trained once a process
+    classify = get_classifier()                              # trained once a process
     classify("Summarise this report on one page. ...")   # "aggregation"
 """
 
@@ -34,7 +34,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jmem.data.instructions import prompts
+from jmem.data.instructions import make_prompts
 from jmem.data.longbench import TASKS
 
 Task = Literal["localization", "aggregation"]
@@ -51,7 +51,7 @@ HIDDEN = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """`classifier(prompt)` is "localization" or "aggregation"."""
+    """`get_classifier(prompt)` is "localization" or "aggregation"."""
 
     params: Mapping[str, Array]
 
@@ -60,7 +60,9 @@ class Classifier:
 
     def predict(self, texts: Sequence[str]) -> Int[np.ndarray, " B"]:
         """For each text the index of its label in `LABELS`."""
-        logits = _logits(dict(self.params), jnp.asarray(features(texts)))
+        logits = _compute_logits(
+            dict(self.params), jnp.asarray(extract_features(texts))
+        )
         return np.asarray(logits.argmax(axis=-1))
 
 
@@ -80,7 +82,7 @@ def label(dataset: str) -> Task:
     return "localization" if asks else "aggregation"
 
 
-def features(texts: Sequence[str]) -> Float[np.ndarray, "B N"]:
+def extract_features(texts: Sequence[str]) -> Float[np.ndarray, "B N"]:
     """Which n-grams, hashed, the first and the last `END` bytes have.
 
     Not how many of each: repetitive text would drown the instruction. Both sets have
@@ -90,13 +92,13 @@ def features(texts: Sequence[str]) -> Float[np.ndarray, "B N"]:
     for row, text in enumerate(texts):
         raw = np.frombuffer(text.encode(errors="replace"), np.uint8)
         for end, part in enumerate((raw[:END], raw[-END:])):
-            hashes = np.concatenate([_hashes(part, size) for size in GRAMS])
+            hashes = np.concatenate([_hash_grams(part, size) for size in GRAMS])
             found[row, end, hashes] = 1
     norm = np.linalg.norm(found, axis=-1, keepdims=True)
     return (found / np.where(norm > 0, norm, 1)).reshape(len(texts), -1)
 
 
-def _hashes(part: np.ndarray, size: int) -> Int[np.ndarray, " G"]:
+def _hash_grams(part: np.ndarray, size: int) -> Int[np.ndarray, " G"]:
     """A bucket for each n-gram: its bytes as one number, by Fibonacci hashing."""
     if len(part) < size:
         return np.zeros(0, np.int64)
@@ -106,7 +108,7 @@ def _hashes(part: np.ndarray, size: int) -> Int[np.ndarray, " G"]:
     return (mixed >> np.uint64(64 - BITS)).astype(np.int64)
 
 
-def _logits(params: dict, x: Float[Array, "B N"]) -> Float[Array, "B 2"]:
+def _compute_logits(params: dict, x: Float[Array, "B N"]) -> Float[Array, "B 2"]:
     hidden = jax.nn.relu(x @ params["in"] + params["in_bias"][None])
     return hidden @ params["out"] + params["out_bias"][None]
 
@@ -123,15 +125,15 @@ def train(
 
     The same seed gives the same classifier on the same machine.
     """
-    examples = prompts(count, seed=seed, datasets=datasets)
-    x = jnp.asarray(features([text for _, text in examples]))
-    y = jnp.asarray(_labels(examples))
+    examples = make_prompts(count, seed=seed, datasets=datasets)
+    x = jnp.asarray(extract_features([text for _, text in examples]))
+    y = jnp.asarray(_label_all(examples))
     optimizer = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-2)
 
     def loss(params, key, x, y):
         # An instruction is more than any of its words: half of the n-grams are hidden.
         kept = jax.random.bernoulli(key, 0.5, x.shape)
-        logits = _logits(params, x * kept * 2)
+        logits = _compute_logits(params, x * kept * 2)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
@@ -159,22 +161,24 @@ def train(
 
 
 @functools.cache
-def classifier() -> Classifier:
+def get_classifier() -> Classifier:
     """The default one, trained when it is first asked for."""
     return train()
 
 
-def accuracy(classify: Classifier, *, count: int = 50, seed: int = 1) -> Accuracy:
+def measure_accuracy(
+    classify: Classifier, *, count: int = 50, seed: int = 1
+) -> Accuracy:
     """On `count` prompts of each data set, all around held-out documents."""
 
     def share(templates: Mapping[str, str] | None) -> float:
-        examples = prompts(count, seed=seed, held_out=True, templates=templates)
+        examples = make_prompts(count, seed=seed, held_out=True, templates=templates)
         found = classify.predict([text for _, text in examples])
-        return float((found == _labels(examples)).mean())
+        return float((found == _label_all(examples)).mean())
 
     longbench = {name: task.template for name, task in TASKS.items()}
     return Accuracy(contexts=share(None), templates=share(longbench))
 
 
-def _labels(examples: Sequence[tuple[str, str]]) -> Int[np.ndarray, " N"]:
+def _label_all(examples: Sequence[tuple[str, str]]) -> Int[np.ndarray, " N"]:
     return np.array([LABELS.index(label(dataset)) for dataset, _ in examples])

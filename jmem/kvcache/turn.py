@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jmem.kvcache.cache import Cache, offset, place, repeated
+from jmem.kvcache.cache import Cache, find_offset, place, repeat_heads
 from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.seen import Seen, take_last_queries
 from jmem.nn.attention import grouped_attention
-from jmem.nn.chunk import by_chunks
+from jmem.nn.chunk import apply_by_chunks
 from jmem.nn.ops import Attend
 
 
@@ -49,7 +49,7 @@ class Listed(NamedTuple):
     held: Int[Array, " B"]
     """How many tokens are held."""
 
-    def rows(
+    def take_rows(
         self, held: Float[Array, "B K slots D"], new: Float[Array, "B K T D"]
     ) -> Float[Array, "B K N D"]:
         """Keys or values of the list, from those of the cache and of the new tokens."""
@@ -59,7 +59,7 @@ class Listed(NamedTuple):
         return jnp.where(at < 0, old, fresh)
 
 
-def listed(
+def list_tokens(
     plan: PolicyPlan,
     cache: Cache,
     before: Int[Array, " B"],
@@ -75,7 +75,7 @@ def listed(
     filled, chosen = jnp.zeros_like(before), None
     if size := max(plan.selected):
         own = jnp.minimum(places[0], jnp.maximum(count - 1, 0))
-        chosen = cache.positions[:, :, offset(plan.selected, layer) + own]
+        chosen = cache.positions[:, :, find_offset(plan.selected, layer) + own]
         there = (chosen[:, 0] >= 0) & (places < count)
         filled = there[:, :size].sum(axis=1, dtype=jnp.int32)
     oldest = jnp.maximum(cache.start, before - plan.tail)
@@ -83,7 +83,7 @@ def listed(
     first, rest, start, end = (x[:, None] for x in (filled, held, cache.start, before))
     recent = oldest[:, None] + places - first
     slots = jnp.where(places < first, places, count + (recent - start) % plan.tail)
-    slots = jnp.where(places < rest, slots, 0) + offset(plan.sizes, layer)
+    slots = jnp.where(places < rest, slots, 0) + find_offset(plan.sizes, layer)
     new = jnp.where(places < rest, -1, places - rest)
     positions = jnp.where(new < 0, recent, end + new)[:, None]
     if chosen is None:
@@ -114,18 +114,18 @@ def turn_attend(
     def attend(q, k, v, rope, positions, layer, carry):
         cache, shared = carry
         number = k.shape[1]
-        tokens = listed(plan, cache._replace(start=start), before, number, layer)
+        tokens = list_tokens(plan, cache._replace(start=start), before, number, layer)
         if not inside:
-            k = by_chunks(rope, k, positions, size=chunk)
-        k, v = (repeated(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
-        kept, v = tokens.rows(cache.keys, k), tokens.rows(cache.values, v)
+            k = apply_by_chunks(rope, k, positions, size=chunk)
+        k, v = (repeat_heads(jnp.swapaxes(x, 1, 2), plan.heads) for x in (k, v))
+        kept, v = tokens.take_rows(cache.keys, k), tokens.take_rows(cache.values, v)
         stored = k = jnp.swapaxes(kept, 1, 2)
         places = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
         own = tokens.held[:, None] + jnp.arange(number, dtype=jnp.int32)[None]
         if inside:
             everywhere = jnp.broadcast_to(places, k.shape[:2])
-            k = by_chunks(rope, k, everywhere, size=chunk)
-        q = by_chunks(rope, q, own if inside else positions, size=chunk)
+            k = apply_by_chunks(rope, k, everywhere, size=chunk)
+        q = apply_by_chunks(rope, q, own if inside else positions, size=chunk)
 
         total, chosen = tokens.held + lengths, None
         recent = jnp.maximum(total - min(plan.policy.recent, k.shape[1]), 0)

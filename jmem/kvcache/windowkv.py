@@ -109,7 +109,7 @@ class WindowKV(Policy):
         counts. The other is for summaries and counting: all tokens of a window count.
 
         `task` may be a function that names it from the prompt's `text`, such as
-        `jmem.kvcache.task.classifier()`. `settings` are fields, and come first.
+        `jmem.kvcache.task.get_classifier()`. `settings` are fields, and come first.
 
         Raises:
           ValueError: there is no such task, or `by` is neither code nor paper.
@@ -167,7 +167,7 @@ class WindowKV(Policy):
                 "none are left below. Raise divisor, or choose pyramid='paper'."
             )
         if top > bottom:
-            _say_inverted(self.group, self.divisor)
+            _warn_inverted(self.group, self.divisor)
         step = (bottom - top) // (groups - 1)
         return (*(bottom - index * step for index in range(groups - 1)), top)
 
@@ -176,7 +176,7 @@ class WindowKV(Policy):
         slots = [-(-n // self.window) * self.window for n in self.group_budgets(layers)]
         return tuple(slots[layer // self.group] for layer in range(layers))
 
-    def window_scores(self, seen: Seen) -> Float[Array, "B N"]:
+    def score_windows(self, seen: Seen) -> Float[Array, "B N"]:
         """Mean over heads of each window's best tokens; -inf where there is none."""
         mass = column_mass(seen.queries, seen.at, seen.keys)
         mass = jnp.where(seen.candidates[:, None], mass, -jnp.inf)
@@ -207,7 +207,7 @@ class WindowKV(Policy):
             # In a later turn there may be more to choose from than the plan's prompt.
             fit = jnp.where(seen.start <= slots, windows, slots // self.window)
             count = jnp.minimum(windows - dropped, fit)
-            scores = self.window_scores(seen)[:, None]
+            scores = self.score_windows(seen)[:, None]
             if self.keep_sinks:
                 scores = scores.at[:, :, 0].set(jnp.inf)
             return select(scores, count[:, None], shared.shape[-1])
@@ -221,7 +221,7 @@ class WindowKV(Policy):
 
 
 @functools.cache
-def _say_inverted(group: int, divisor: int) -> None:
+def _warn_inverted(group: int, divisor: int) -> None:
     """Once for each: the paper's own ablation runs such settings."""
     logger.warning(
         "WindowKV: group=%d over divisor=%d gives upper layers more tokens than lower "

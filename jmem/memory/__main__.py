@@ -20,7 +20,7 @@ from jmem.memory import page
 from jmem.memory.measure import measure
 from jmem.memory.report import GiB, MemoryReport
 from jmem.program import Program, ProgramError
-from jmem.targets import nearest
+from jmem.targets import suggest
 
 
 class _NotFoundError(ValueError):
@@ -50,7 +50,7 @@ def load(dotted: str) -> Program:
     try:
         found = functools.reduce(getattr, name.split("."), holder)
     except AttributeError as error:
-        near = nearest(name, vars(holder))
+        near = suggest(name, vars(holder))
         raise _NotFoundError(f"module {module!r} has no {name!r}{near}") from error
     if callable(found) and not isinstance(found, Program):
         found = found()
@@ -93,8 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 _WRITERS: dict[str, Callable[[MemoryReport, pathlib.Path, int], Any]] = {
     "png": lambda report, path, reserve: report.plot(path, reserve=reserve),
-    "html": lambda report, path, reserve: path.write_text(page.page(report, reserve)),
-    "md": lambda report, path, reserve: path.write_text(page.markdown(report, reserve)),
+    "html": lambda report, path, reserve: path.write_text(
+        page.write_html(report, reserve)
+    ),
+    "md": lambda report, path, reserve: path.write_text(
+        page.write_markdown(report, reserve)
+    ),
     "json": lambda report, path, reserve: report.to_json(path),
 }
 """Functions of a report, the file's path and the reserve in bytes, by the file's kind.

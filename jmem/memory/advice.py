@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from jmem.memory import kinds
-from jmem.memory.breakdown import Breakdown, Row, short
-from jmem.memory.timeline import live_bytes
+from jmem.memory.breakdown import Breakdown, Row, shorten_source
+from jmem.memory.timeline import count_live_bytes
 from jmem.program import Program
 
 WORTH = 0.01
@@ -51,28 +51,28 @@ class Evidence:
         """Bytes that the card must hold: the sum over all kinds."""
         return sum(self.parts.by_kind.values())
 
-    def saving(self, remaining: Callable[[Row], int]) -> int:
+    def compute_saving(self, remaining: Callable[[Row], int]) -> int:
         """How far the peak falls if a buffer had `remaining(row)` bytes."""
-        return self._peak(lambda row: row.bytes) - self._peak(remaining)
+        return self._compute_peak(lambda row: row.bytes) - self._compute_peak(remaining)
 
-    def _peak(self, held: Callable[[Row], int]) -> int:
+    def _compute_peak(self, held: Callable[[Row], int]) -> int:
         instants = len(self.parts.timeline)
         lives = ((*row.span(instants), held(row)) for row in self.parts.lives)
-        return max(live_bytes(lives, instants))
+        return max(count_live_bytes(lives, instants))
 
     @property
     def temporaries(self) -> Iterator[Row]:
         """Every buffer that lives for a part of the program only."""
         return (row for row in self.parts.lives if row.born is not None)
 
-    def share(self, kind: str) -> float:
+    def compute_share(self, kind: str) -> float:
         """The share of the device bytes at the peak that a kind takes, from 0 to 1."""
         return self.parts.by_kind.get(kind, 0) / max(self.device_bytes, 1)
 
-    def leaves(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    def list_leaves(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Kind, path and dimensions of every array argument."""
         own = kinds.classify_arguments(self.program)
-        for kind, (_, path, leaf) in zip(own, self.program.leaves()):
+        for kind, (_, path, leaf) in zip(own, self.program.list_leaves()):
             yield kind, path, tuple(getattr(leaf, "shape", ()))
 
 
@@ -88,20 +88,20 @@ def advise(evidence: Evidence) -> tuple[Advice, ...]:
     return tuple(sorted(found, key=lambda advice: -advice.saves_bytes))
 
 
-def dimensions(shape: str) -> tuple[int, ...]:
+def read_dimensions(shape: str) -> tuple[int, ...]:
     """The dimensions in the text of a row's shape.
 
-    >>> dimensions("bf16[4,1024]"), dimensions("f32[]")
+    >>> read_dimensions("bf16[4,1024]"), read_dimensions("f32[]")
     ((4, 1024), ())
     """
     inside = shape[shape.index("[") + 1 : shape.index("]")] if "[" in shape else ""
     return tuple(int(n) for n in re.findall(r"\d+", inside))
 
 
-def _not_donated(evidence: Evidence) -> tuple[int, str]:
+def _find_not_donated(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for results that could reuse the memory of state."""
     program, rows = evidence.program, evidence.parts.rows
-    names = program.argument_names()
+    names = program.name_arguments()
     kept = {names[n]: n for n in range(len(program.args)) if n not in program.donate}
     results = Counter()
     for row in rows:
@@ -125,10 +125,10 @@ def _not_donated(evidence: Evidence) -> tuple[int, str]:
     )
 
 
-def _rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
+def _find_rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for a donated cache that a loop builds a second time."""
     program = evidence.program
-    names = {program.argument_names()[n] for n in program.donate}
+    names = {program.name_arguments()[n] for n in program.donate}
     cache = [row for row in evidence.parts.lives if row.kind == kinds.KV_CACHE]
     held = [r for r in cache if r.born is None and r.name.split("/")[0] in names]
     shapes = {row.shape for row in held}
@@ -136,13 +136,13 @@ def _rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
     if not copies:
         return 0, ""
     name = held[0].name.split("/")[0]
-    return evidence.saving(_all_but(copies)), (
-        f"{name!r} is donated, but built anew{_where(copies)}; carry it through the "
-        "scan and update it in place, instead of scanning over it."
+    return evidence.compute_saving(_drop(copies)), (
+        f"{name!r} is donated, but built anew{_format_place(copies)}; carry it "
+        "through the scan and update it in place, instead of scanning over it."
     )
 
 
-def _widened(evidence: Evidence) -> tuple[int, str]:
+def _find_widened(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for 16-bit values held as float32.
 
     Sums of gradients are left out, since they need it.
@@ -155,42 +155,44 @@ def _widened(evidence: Evidence) -> tuple[int, str]:
     if not wide:
         return 0, ""
     halves = {row: row.bytes // 2 for row in wide}
-    return evidence.saving(lambda row: halves.get(row, row.bytes)), (
-        f"values computed in {max(wide, key=_size).cast_from} are held as float32"
-        f"{_where(wide)}; keep them narrow, and widen inside the operation that needs "
-        "it."
+    return evidence.compute_saving(lambda row: halves.get(row, row.bytes)), (
+        f"values computed in {max(wide, key=_get_size).cast_from} are held as float32"
+        f"{_format_place(wide)}; keep them narrow, and widen inside the operation "
+        "that needs it."
     )
 
 
-def _scores(evidence: Evidence) -> tuple[int, str]:
+def _find_scores(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for attention scores [.., T, S] that exist in memory."""
-    lengths = {n for kind, _, s in evidence.leaves() if kind == kinds.BATCH for n in s}
+    lengths = {
+        n for kind, _, s in evidence.list_leaves() if kind == kinds.BATCH for n in s
+    }
     lengths = {n for n in lengths if n >= 128}
     scores = [
         row
         for row in evidence.temporaries
-        if any(dimensions(row.shape).count(n) > 1 for n in lengths)
+        if any(read_dimensions(row.shape).count(n) > 1 for n in lengths)
         and not _is_parameter(evidence, row)
     ]
     if not scores:
         return 0, ""
-    return evidence.saving(_all_but(scores)), (
-        f"attention scores {max(scores, key=_size).shape} are "
-        f"materialised{_where(scores)}; use flash attention (cuDNN for 16-bit inputs), "
-        "or attend in chunks."
+    return evidence.compute_saving(_drop(scores)), (
+        f"attention scores {max(scores, key=_get_size).shape} are "
+        f"materialised{_format_place(scores)}; use flash attention (cuDNN for 16-bit "
+        "inputs), or attend in chunks."
     )
 
 
-def _logits(evidence: Evidence) -> tuple[int, str]:
+def _find_logits(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for logits of more tokens than a chunk has."""
     vocabularies = {
         max(shape)
-        for kind, path, shape in evidence.leaves()
+        for kind, path, shape in evidence.list_leaves()
         if kind == kinds.PARAMETERS and shape and _TABLE.search(path)
     }
     tokens: dict[Row, int] = {}
     for row in evidence.temporaries:
-        shape = dimensions(row.shape)
+        shape = read_dimensions(row.shape)
         for size in vocabularies & set(shape):
             others = list(shape)
             others.remove(size)
@@ -203,9 +205,9 @@ def _logits(evidence: Evidence) -> tuple[int, str]:
     def remaining(row: Row) -> int:
         return row.bytes * CHUNK // tokens[row] if row in tokens else row.bytes
 
-    return evidence.saving(remaining), (
+    return evidence.compute_saving(remaining), (
         f"logits of {max(tokens.values()):,} tokens exist at once"
-        f"{_where(list(tokens))}; a loss over chunks of {CHUNK} tokens "
+        f"{_format_place(list(tokens))}; a loss over chunks of {CHUNK} tokens "
         "(jmem.models.next_token.head_loss) never makes them all."
     )
 
@@ -213,22 +215,22 @@ def _logits(evidence: Evidence) -> tuple[int, str]:
 _TABLE = re.compile(r"embed|wte|lm_head|head|vocab", re.IGNORECASE)
 
 
-def _saved(evidence: Evidence) -> tuple[int, str]:
+def _find_saved(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for saved activations that are most of the peak."""
-    if evidence.share(kinds.SAVED) <= 0.5:
+    if evidence.compute_share(kinds.SAVED) <= 0.5:
         return 0, ""
     saved = [row for row in evidence.parts.lives if row.kind == kinds.SAVED]
-    return evidence.saving(_all_but(saved)), (
+    return evidence.compute_saving(_drop(saved)), (
         f"activations saved for the backward pass are "
-        f"{evidence.share(kinds.SAVED):.0%} of the peak{_where(saved)}; "
+        f"{evidence.compute_share(kinds.SAVED):.0%} of the peak{_format_place(saved)}; "
         "jax.checkpoint around a block keeps its input only. At most this much is "
         "saved: measure it with remat 'dots' and 'block'."
     )
 
 
-def _fragmentation(evidence: Evidence) -> tuple[int, str]:
+def _find_fragmentation(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for holes in the block of temporaries."""
-    if evidence.share(kinds.FRAGMENTATION) <= 0.05:
+    if evidence.compute_share(kinds.FRAGMENTATION) <= 0.05:
         return 0, ""
     return evidence.parts.by_kind[kinds.FRAGMENTATION], (
         "holes and alignment in XLA's block of temporaries; buffers of like size and "
@@ -236,7 +238,7 @@ def _fragmentation(evidence: Evidence) -> tuple[int, str]:
     )
 
 
-def _constants(evidence: Evidence) -> tuple[int, str]:
+def _find_constants(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for arrays that are compiled into the program."""
     return evidence.parts.constant_bytes, (
         "constants are compiled in; pass large arrays as arguments instead of closing "
@@ -244,7 +246,7 @@ def _constants(evidence: Evidence) -> tuple[int, str]:
     )
 
 
-def _optimizer(evidence: Evidence) -> tuple[int, str]:
+def _find_optimizer(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for moments of more than twice the weights' bytes."""
     held = evidence.parts.by_kind
     if held.get(kinds.OPTIMIZER, 0) <= 2 * held.get(kinds.PARAMETERS, 0):
@@ -254,13 +256,13 @@ def _optimizer(evidence: Evidence) -> tuple[int, str]:
         for row in evidence.parts.lives
         if row.kind == kinds.OPTIMIZER and row.born is None and "f32" in row.shape
     }
-    return evidence.saving(lambda row: moments.get(row, row.bytes)), (
+    return evidence.compute_saving(lambda row: moments.get(row, row.bytes)), (
         "optimizer state is more than twice the weights; 8-bit moments with a scale "
         "for 64 values save this much, moments in host memory more."
     )
 
 
-def _arguments(evidence: Evidence) -> tuple[int, str]:
+def _find_arguments(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for arguments that leave no memory to compute in."""
     fixed = sum(row.bytes for row in evidence.parts.lives if row.born is None)
     beyond = fixed - round(0.8 * evidence.compiler_bytes)
@@ -271,49 +273,49 @@ def _arguments(evidence: Evidence) -> tuple[int, str]:
     )
 
 
-def _workspace(evidence: Evidence) -> tuple[int, str]:
+def _find_workspace(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for scratch of matmuls that are split over k."""
-    if evidence.share(kinds.WORKSPACE) <= 0.03:
+    if evidence.compute_share(kinds.WORKSPACE) <= 0.03:
         return 0, ""
     scratch = [row for row in evidence.temporaries if row.kind == kinds.WORKSPACE]
-    return evidence.saving(_all_but(scratch)), (
+    return evidence.compute_saving(_drop(scratch)), (
         "scratch of library calls and of matmuls split over their contraction; the "
         "card's autotuner may choose others, so confirm on the device."
     )
 
 
 _RULES: dict[str, Callable[[Evidence], tuple[int, str]]] = {
-    "not donated": _not_donated,
-    "rebuilt cache": _rebuilt_cache,
-    "widened values": _widened,
-    "attention scores": _scores,
-    "logits": _logits,
-    "saved activations": _saved,
-    "fragmentation": _fragmentation,
-    "constants": _constants,
-    "optimizer state": _optimizer,
-    "arguments": _arguments,
-    "split scratch": _workspace,
+    "not donated": _find_not_donated,
+    "rebuilt cache": _find_rebuilt_cache,
+    "widened values": _find_widened,
+    "attention scores": _find_scores,
+    "logits": _find_logits,
+    "saved activations": _find_saved,
+    "fragmentation": _find_fragmentation,
+    "constants": _find_constants,
+    "optimizer state": _find_optimizer,
+    "arguments": _find_arguments,
+    "split scratch": _find_workspace,
 }
 
 
-def _all_but(gone: list[Row]) -> Callable[[Row], int]:
+def _drop(gone: list[Row]) -> Callable[[Row], int]:
     rows = set(gone)
     return lambda row: 0 if row in rows else row.bytes
 
 
 def _is_parameter(evidence: Evidence, row: Row) -> bool:
     """Whether a value has a parameter's dimensions: its gradient, copy or update."""
-    shape = sorted(dimensions(row.shape))
-    state = (s for kind, _, s in evidence.leaves() if kind in STATE)
+    shape = sorted(read_dimensions(row.shape))
+    state = (s for kind, _, s in evidence.list_leaves() if kind in STATE)
     return any(sorted(dims) == shape for dims in state)
 
 
-def _size(row: Row) -> int:
+def _get_size(row: Row) -> int:
     return row.bytes
 
 
-def _where(rows: list[Row]) -> str:
+def _format_place(rows: list[Row]) -> str:
     """The line that made the largest, as " at folder/file:line"."""
-    largest = max((row for row in rows if row.source), key=_size, default=None)
-    return f" at {short(largest.source)}" if largest else ""
+    largest = max((row for row in rows if row.source), key=_get_size, default=None)
+    return f" at {shorten_source(largest.source)}" if largest else ""

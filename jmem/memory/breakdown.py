@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jmem.memory import hlo, kinds
-from jmem.memory.naming import Origins, scope
-from jmem.memory.timeline import Life, Timeline, live_bytes, replay
+from jmem.memory.naming import Origins, split_scope
+from jmem.memory.timeline import Life, Timeline, count_live_bytes, replay
 from jmem.program import Program
 
 
@@ -165,7 +165,7 @@ def explain(module: hlo.Module, program: Program, analysis: Any) -> Breakdown:
         )
     if fragmentation < 0:
         raise AccountError("peak", account.timeline.max(), total)
-    return account.breakdown(fragmentation, constants)
+    return account.build_breakdown(fragmentation, constants)
 
 
 def _holds(allocation: hlo.Allocation, trace: tuple[hlo.Event, ...]) -> bool:
@@ -185,7 +185,7 @@ class _Account:
     ):
         self._module = module
         self._origins = Origins(module)
-        self._arguments = _arguments(module, program)
+        self._arguments = _list_arguments(module, program)
         by_length = sorted(traces, key=lambda pair: len(pair[0]))
         self._trace, self._lives = by_length.pop() if by_length else ((), [])
         self._backward = self._find_backward()
@@ -194,19 +194,21 @@ class _Account:
             {number: argument.kind for number, argument in self._arguments.items()},
             self._backward,
         )
-        rows = [self._fixed_row(allocation) for allocation in fixed]
+        rows = [self._build_fixed_row(allocation) for allocation in fixed]
         for trace, lives in by_length:  # other memory spaces: held at their own worst
-            event = _worst(len(trace), lives)
-            rows += [self._row(life, event) for life in lives if life.alive(event)]
+            event = _find_worst(len(trace), lives)
+            rows += [
+                self._build_row(life, event) for life in lives if life.is_alive(event)
+            ]
         self._rows = [dataclasses.replace(row, born=None, dies=None) for row in rows]
         # A buffer keeps one kind for life: what it holds when the most is alive.
-        worst = _worst(len(self._trace), self._lives)
+        worst = _find_worst(len(self._trace), self._lives)
         for life in self._lives:
-            event = worst if life.alive(worst) else life.dies - 1
-            self._rows.append(self._row(life, event))
-        self.timeline = self._timeline()
+            event = worst if life.is_alive(worst) else life.dies - 1
+            self._rows.append(self._build_row(life, event))
+        self.timeline = self._build_timeline()
 
-    def breakdown(self, fragmentation: int, constants: int) -> Breakdown:
+    def build_breakdown(self, fragmentation: int, constants: int) -> Breakdown:
         """The `Breakdown` that a report is made of."""
         timeline, peak = self.timeline, self.timeline.peak
         by_kind = {kind: live[peak] for kind, live in timeline.by_kind.items()}
@@ -217,18 +219,18 @@ class _Account:
         return Breakdown(
             timeline=timeline,
             by_kind={kind: held for kind, held in by_kind.items() if held},
-            by_label=self._by_label(host=False),
-            host_by_label=self._by_label(host=True),
-            rows=_merged(rows),
+            by_label=self._sum_by_label(host=False),
+            host_by_label=self._sum_by_label(host=True),
+            rows=_merge_rows(rows),
             lives=tuple(self._rows),
-            peak_instant=self._instant(peak),
-            collectives=_collectives(self._module),
+            peak_instant=self._describe_instant(peak),
+            collectives=_count_collectives(self._module),
             calls=dict(collections.Counter(calls)),
             sorts=sum(i.opcode == "sort" for i in instructions),
             constant_bytes=constants,
         )
 
-    def _by_label(self, host: bool) -> dict[str, int]:
+    def _sum_by_label(self, host: bool) -> dict[str, int]:
         held = collections.Counter()
         for allocation in self._module.allocations:
             argument = self._arguments.get(allocation.parameter)
@@ -243,12 +245,12 @@ class _Account:
             instruction = self._module.by_name.get(event.instruction)
             if event.kind != hlo.FREE and instruction:
                 buffer = self._module.buffers[event.buffer]
-                origin = self._origins.of(instruction, buffer.index)
+                origin = self._origins.find(instruction, buffer.index)
                 if kinds.is_backward(origin.op_name) and not origin.fill:
                     found.append(number)
         return (found[0], found[-1]) if found else None
 
-    def _holder(self, life: Life, event: int) -> hlo.Buffer:
+    def _find_holder(self, life: Life, event: int) -> hlo.Buffer:
         """The value in a buffer's bytes at an event: the last one computed there.
 
         A stack that a loop fills row by row begins with zeros: there, the value that
@@ -260,23 +262,23 @@ class _Account:
         telling = (
             value
             for value in values
-            if not self._origin(value).fill and self._origin(value).op_name
+            if not self._find_origin(value).fill and self._find_origin(value).op_name
         )
         return next(telling, values[0])
 
-    def _origin(self, buffer: hlo.Buffer):
-        return self._origins.of(
+    def _find_origin(self, buffer: hlo.Buffer):
+        return self._origins.find(
             self._module.instructions[buffer.instruction], buffer.index
         )
 
-    def _row(self, life: Life, event: int) -> Row:
-        holder = self._holder(life, event)
+    def _build_row(self, life: Life, event: int) -> Row:
+        holder = self._find_holder(life, event)
         instruction = self._module.instructions[holder.instruction]
-        origin = self._origin(holder)
-        kind = self._classify.of(
+        origin = self._find_origin(holder)
+        kind = self._classify.classify(
             instruction, holder.index, origin, life.born, life.dies
         )
-        name, op = scope(origin.op_name)
+        name, op = split_scope(origin.op_name)
         argument = self._arguments.get(origin.argument)
         if kinds.is_handle(instruction, holder.index):
             name, op = "", instruction.opcode
@@ -292,14 +294,14 @@ class _Account:
             shape=shape,
             name=name,
             op=op,
-            source=self._source(origin.frame),
-            phase=_phase(kind, origin.op_name),
+            source=self._format_source(origin.frame),
+            phase=_name_phase(kind, origin.op_name),
             born=life.born + 1,
             dies=life.dies + 1,
-            cast_from=_cast(shape, str(origin.instruction.shape)),
+            cast_from=_find_cast(shape, str(origin.instruction.shape)),
         )
 
-    def _fixed_row(self, allocation: hlo.Allocation) -> Row:
+    def _build_fixed_row(self, allocation: hlo.Allocation) -> Row:
         buffers = [self._module.buffers[b] for b in allocation.buffers]
         largest = max(buffers, key=lambda b: (b.bytes, -b.id))
         instruction = self._module.instructions[largest.instruction]
@@ -311,16 +313,16 @@ class _Account:
         else:
             kind = kinds.OUTPUTS if allocation.live_out else kinds.OTHER
             kind = kinds.CONSTANTS if allocation.constant else kind
-            origin = self._origin(largest)
-            name, op = scope(origin.op_name)
-            source = self._source(origin.frame)
+            origin = self._find_origin(largest)
+            name, op = split_scope(origin.op_name)
+            source = self._format_source(origin.frame)
         return Row(allocation.bytes, 1, kind, shape, name, op, source, "", None, None)
 
-    def _source(self, frame: int) -> str:
+    def _format_source(self, frame: int) -> str:
         file, line = self._module.frames.get(frame, ("", 0))
         return f"{file}:{line}" if file else ""
 
-    def _timeline(self) -> Timeline:
+    def _build_timeline(self) -> Timeline:
         length = len(self._trace) + 1
         lives = {kind: [] for kind in kinds.KINDS}
         for row in self._rows:
@@ -328,7 +330,7 @@ class _Account:
         by_kind = {
             kind: tuple(live)
             for kind, own in lives.items()
-            if any(live := live_bytes(own, length))
+            if any(live := count_live_bytes(own, length))
         }
         first, last = self._backward or (length, length)
         names = ("forward", "backward", "update") if self._backward else ("", "", "")
@@ -337,15 +339,15 @@ class _Account:
         )
         return Timeline(by_kind or {kinds.OTHER: (0,) * length}, phases)
 
-    def _instant(self, number: int) -> Instant:
+    def _describe_instant(self, number: int) -> Instant:
         phase = self.timeline.phases[number]
         of = len(self.timeline)
         if number == 0:
             return Instant(0, of, phase, "", "", "")
         event = self._trace[number - 1]
-        origin = self._origin(self._module.buffers[event.buffer])
-        words, op = scope(origin.op_name)
-        return Instant(number, of, phase, words, op, self._source(origin.frame))
+        origin = self._find_origin(self._module.buffers[event.buffer])
+        words, op = split_scope(origin.op_name)
+        return Instant(number, of, phase, words, op, self._format_source(origin.frame))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,21 +358,23 @@ class _Argument:
     shape: str
 
 
-def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argument]:
+def _list_arguments(
+    module: hlo.Module, program: Program
+) -> dict[int | None, _Argument]:
     """The program's flattened arguments by the number of their HLO parameter."""
     entry = [module.instructions[i] for i in module.computations[module.entry]]
     parameters = {i.parameter: i for i in entry if i.opcode == "parameter"}
-    leaves = program.leaves()
+    leaves = program.list_leaves()
     hoisted = len(parameters) - len(leaves)  # closed-over arrays JAX passes in front
     if hoisted < 0:
         raise AccountError("number of arguments", len(leaves), len(parameters))
-    names = program.argument_names()
+    names = program.name_arguments()
     found: dict[int | None, _Argument] = {
         number: _Argument(None, kinds.CONSTANTS, "closed-over array", str(p.shape))
         for number, p in parameters.items()
         if number < hoisted
     }
-    told = zip(leaves, program.leaf_labels(), kinds.classify_arguments(program))
+    told = zip(leaves, program.label_leaves(), kinds.classify_arguments(program))
     for number, ((position, path, _), label, kind) in enumerate(told, hoisted):
         name = f"{names[position]}/{path}" if path else names[position]
         shape = str(parameters[number].shape)
@@ -378,18 +382,18 @@ def _arguments(module: hlo.Module, program: Program) -> dict[int | None, _Argume
     return found
 
 
-def short(source: str) -> str:
+def shorten_source(source: str) -> str:
     """The end of a file:line, as a reader knows it: folder/file:line."""
     return "/".join(source.split("/")[-2:])
 
 
-def _cast(shape: str, computed: str) -> str:
+def _find_cast(shape: str, computed: str) -> str:
     """The 16-bit dtype of a value that is held as float32."""
     before = computed.split("[")[0]
     return before if shape.startswith("f32[") and before in ("bf16", "f16") else ""
 
 
-def _phase(kind: str, op_name: str) -> str:
+def _name_phase(kind: str, op_name: str) -> str:
     if kind == kinds.RECOMPUTATION:
         return "recomputed"
     if kinds.is_backward(op_name):
@@ -397,14 +401,14 @@ def _phase(kind: str, op_name: str) -> str:
     return "forward" if kind == kinds.SAVED else ""
 
 
-def _worst(events: int, lives: list[Life]) -> int:
+def _find_worst(events: int, lives: list[Life]) -> int:
     """The first event after which the most bytes are alive."""
     spans = ((life.born, life.dies, life.bytes) for life in lives)
-    live = live_bytes(spans, events + 1)
+    live = count_live_bytes(spans, events + 1)
     return live.index(max(live))
 
 
-def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:
+def _merge_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     """One row for each group of like rows, with their count; the largest first."""
     groups: dict[Row, list[Row]] = {}
     for row in rows:
@@ -414,7 +418,7 @@ def _merged(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(sorted(merged, key=lambda row: -row.total_bytes))
 
 
-def _collectives(module: hlo.Module) -> dict[str, dict[str, int]]:
+def _count_collectives(module: hlo.Module) -> dict[str, dict[str, int]]:
     """Count and returned bytes of collectives by opcode; one in a loop counts once."""
     found: dict[str, dict[str, int]] = {}
     moving = {

@@ -28,7 +28,7 @@ from jmem.program import Program
 from jmem.targets import Target
 
 
-def folder() -> pathlib.Path | None:
+def find_folder() -> pathlib.Path | None:
     """Where reports are kept; None keeps none."""
     chosen = os.environ.get("JMEM_CACHE_DIR")
     if chosen == "":
@@ -37,7 +37,7 @@ def folder() -> pathlib.Path | None:
     return pathlib.Path(chosen or pathlib.Path(home) / "jmem")
 
 
-def key(
+def make_key(
     program: Program,
     stablehlo: str,
     target: Target,
@@ -48,15 +48,15 @@ def key(
 
     `stablehlo` is the lowered program's text.
     """
-    names = program.argument_names()
+    names = program.name_arguments()
     parts = {
         "stablehlo": stablehlo,
         "name": program.name,
-        "written": _written(program.fn),
+        "written": _locate(program.fn),
         "leaves": [
             (names[position], path, label, kind)
             for (position, path, _), label, kind in zip(
-                program.leaves(), program.leaf_labels(), program.leaf_kinds()
+                program.list_leaves(), program.label_leaves(), program.classify_leaves()
             )
         ],
         "donate": program.donate,
@@ -65,17 +65,17 @@ def key(
         "bounds": bounds,
         "flags": os.environ.get("XLA_FLAGS", ""),
         "versions": (jax.__version__, jaxlib.version.__version__),
-        "reader": _reader(),
+        "reader": _digest_reader(),
     }
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
 def load(name: str) -> MemoryReport | None:
     """The report kept under a key, or None; a damaged one counts as none."""
-    where = folder()
+    where = find_folder()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads((where / f"{name}.json").read_text()) if where else {}
-        if entry["sources"] == _digests(entry["sources"]):
+        if entry["sources"] == _digest_files(entry["sources"]):
             report = MemoryReport.from_json(entry["report"])
             return dataclasses.replace(report, cached=True)
     return None
@@ -83,7 +83,7 @@ def load(name: str) -> MemoryReport | None:
 
 def store(name: str, report: MemoryReport) -> None:
     """Keeps a report under a key: whole, or not at all."""
-    where = folder()
+    where = find_folder()
     if where is None:
         return
     with contextlib.suppress(OSError):
@@ -93,12 +93,12 @@ def store(name: str, report: MemoryReport) -> None:
         ) as file:
             lines = {row.source for row in report.rows} | {report.peak_instant.source}
             files = {line.rsplit(":", 1)[0] for line in lines if line}
-            entry = {"sources": _digests(files), "report": report.to_json()}
+            entry = {"sources": _digest_files(files), "report": report.to_json()}
             file.write(json.dumps(entry))
         os.replace(file.name, where / f"{name}.json")
 
 
-def _digests(files: Iterable[str]) -> dict[str, str]:
+def _digest_files(files: Iterable[str]) -> dict[str, str]:
     """sha256 of each file; "" of one that is not there, as <stdin>."""
     digests = {}
     for name in files:
@@ -108,14 +108,14 @@ def _digests(files: Iterable[str]) -> dict[str, str]:
     return digests
 
 
-def _written(fn: Any) -> tuple[str, int]:
+def _locate(fn: Any) -> tuple[str, int]:
     """File and line of a function; two alike in one file must not share a report."""
     code = getattr(inspect.unwrap(fn), "__code__", None)
     return (code.co_filename, code.co_firstlineno) if code else ("", 0)
 
 
 @functools.cache
-def _reader() -> str:
+def _digest_reader() -> str:
     """Digest of the code that makes reports of XLA's plans."""
     sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

@@ -23,7 +23,7 @@ class Card:
     devices: int
 
 
-def gpu() -> Any:
+def find_gpu() -> Any:
     """The first attached GPU.
 
     Raises:
@@ -38,19 +38,19 @@ def gpu() -> Any:
         ) from error
 
 
-def attached(devices: int = 1) -> Card:
+def describe_attached(devices: int = 1) -> Card:
     """The attached GPU, with its memory as JAX's allocator may use it."""
-    device = gpu()
+    device = find_gpu()
     limit = device.memory_stats()["bytes_limit"]
-    known = described(device.device_kind)
+    known = find_described(device.device_kind)
     size = known.compiler_bytes if known else limit
     return Card(device.device_kind, size, limit, devices)
 
 
-def described(kind: str) -> Target | None:
+def find_described(kind: str) -> Target | None:
     """The described GPU that the driver calls `kind`; None for one nobody described.
 
-    >>> described("NVIDIA H200").name, described("NVIDIA T4")
+    >>> find_described("NVIDIA H200").name, find_described("NVIDIA T4")
     ('h200', None)
     """
     return next((t for t in TARGETS.values() if t.description == kind), None)

@@ -9,7 +9,7 @@ longer one, a card beside another, all read the same.
 import dataclasses
 from collections.abc import Mapping
 
-from jmem.memory.report import WIDTH, MemoryReport, sized
+from jmem.memory.report import WIDTH, MemoryReport, format_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,13 @@ class Difference:
         head = f"{'':<44}{'before':>14}{'after':>14}{'change':>16}"
         lines = [f"{self.before}  →  {self.after}", "", head, "─" * WIDTH]
         on_host = self.host.before_bytes or self.host.after_bytes
-        lines += map(_line, (self.device, *([self.host] if on_host else [])))
+        lines += map(_format_change, (self.device, *([self.host] if on_host else [])))
         for title, changes in (("by kind", self.by_kind), ("by scope", self.by_scope)):
-            lines += ["", title, "─" * WIDTH, *map(_line, changes[:top])]
+            lines += ["", title, "─" * WIDTH, *map(_format_change, changes[:top])]
             if len(changes) > top:
                 left = changes[top:]
                 lines.append(
-                    _line(
+                    _format_change(
                         Change(
                             f"{len(left)} smaller changes",
                             sum(change.before_bytes for change in left),
@@ -73,20 +73,22 @@ def diff(before: MemoryReport, after: MemoryReport) -> Difference:
         after=f"{after.name} on {after.target}",
         device=Change("device", before.device_bytes, after.device_bytes),
         host=Change("host", before.host_bytes, after.host_bytes),
-        by_kind=_changes(before.by_kind, after.by_kind),
-        by_scope=_changes(before.by_scope(), after.by_scope()),
+        by_kind=_list_changes(before.by_kind, after.by_kind),
+        by_scope=_list_changes(before.by_scope(), after.by_scope()),
     )
 
 
-def _changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[Change, ...]:
+def _list_changes(
+    before: Mapping[str, int], after: Mapping[str, int]
+) -> tuple[Change, ...]:
     names = [*before, *(name for name in after if name not in before)]
     changes = [Change(n, before.get(n, 0), after.get(n, 0)) for n in names]
     changed = (change for change in changes if change.bytes)
     return tuple(sorted(changed, key=lambda change: -abs(change.bytes)))
 
 
-def _line(change: Change) -> str:
+def _format_change(change: Change) -> str:
     name = change.name if len(change.name) < 44 else f"…{change.name[-42:]}"
-    sizes = sized(change.before_bytes), sized(change.after_bytes)
-    grown = f"{'+' if change.bytes > 0 else '-'}{sized(abs(change.bytes))}"
+    sizes = format_size(change.before_bytes), format_size(change.after_bytes)
+    grown = f"{'+' if change.bytes > 0 else '-'}{format_size(abs(change.bytes))}"
     return f"{name:<44}{sizes[0]:>14}{sizes[1]:>14}{grown:>16}"

@@ -106,7 +106,7 @@ _BITS = dict(_TYPES.values())
 
 
 @functools.cache
-def _hlo_proto():
+def _build_hlo_proto():
     """The message class of `HloProto`, from the table above."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -250,7 +250,7 @@ class Module:
                 found.setdefault(operand, []).append(instruction)
         return found
 
-    def fused(self, instruction: Instruction) -> Iterator[Instruction]:
+    def list_fused(self, instruction: Instruction) -> Iterator[Instruction]:
         """Instructions inside a fusion (or any called computation), in order."""
         for called in instruction.called:
             for id in self.computations.get(called, ()):
@@ -266,13 +266,13 @@ def read(data: bytes) -> Module:
     from google.protobuf.message import DecodeError
 
     try:
-        proto: Any = _hlo_proto().FromString(data)
+        proto: Any = _build_hlo_proto().FromString(data)
     except DecodeError as error:
         raise ValueError(f"not an HloProto ({len(data):,} bytes): {error}") from error
     if not proto.assignment.allocations:
         raise ValueError("the HloProto holds no buffer assignment.")
     instructions = {
-        i.id: _instruction(i, computation.id)
+        i.id: _read_instruction(i, computation.id)
         for computation in proto.module.computations
         for i in computation.instructions
     }
@@ -287,7 +287,7 @@ def read(data: bytes) -> Module:
         schedule={
             s.computation: tuple(s.order.ids) for s in proto.module.schedule.sequences
         },
-        frames=_frames(proto.module.frames),
+        frames=_read_frames(proto.module.frames),
         buffers={
             b.id: Buffer(
                 b.id,
@@ -319,12 +319,12 @@ def read(data: bytes) -> Module:
     )
 
 
-def _instruction(proto, computation: int) -> Instruction:
+def _read_instruction(proto, computation: int) -> Instruction:
     return Instruction(
         id=proto.id,
         name=proto.name,
         opcode=proto.opcode,
-        shape=_shape(proto.shape),
+        shape=_read_shape(proto.shape),
         op_name=proto.metadata.op_name,
         frame=proto.metadata.frame,
         operands=tuple(proto.operand_ids),
@@ -337,14 +337,14 @@ def _instruction(proto, computation: int) -> Instruction:
     )
 
 
-def _shape(proto) -> Shape:
+def _read_shape(proto) -> Shape:
     dtype, _ = _TYPES.get(proto.element_type, (f"type{proto.element_type}", 0))
-    parts = tuple(_shape(part) for part in proto.tuple_shapes)
+    parts = tuple(_read_shape(part) for part in proto.tuple_shapes)
     host = proto.layout.memory_space == HOST_COLOR
     return Shape(dtype, tuple(proto.dimensions), parts, host)
 
 
-def _frames(proto) -> dict[int, tuple[str, int]]:
+def _read_frames(proto) -> dict[int, tuple[str, int]]:
     """File and line of each stack frame; ids count from 1 and 0 means none.
 
     A frame inside an installed package stands for its nearest caller outside, so that

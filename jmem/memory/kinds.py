@@ -60,11 +60,11 @@ _WORDS = {  # the first that has one of the label's words
 }
 
 
-def of_label(label: str | None) -> str:
+def classify_label(label: str | None) -> str:
     """The kind of memory that the words of an argument's label mean.
 
-    >>> of_label("adam m"), of_label("kv cache"), of_label("weights"), of_label("codes")
-    ('optimizer', 'kv cache', 'parameters', 'other arguments')
+    >>> list(map(classify_label, ("adam m", "kv cache", "weights", "codes")))
+    ['optimizer', 'kv cache', 'parameters', 'other arguments']
     """
     said = set(re.split(r"[\s_./-]+", (label or "").lower()))
     for kind, words in _WORDS.items():
@@ -75,8 +75,8 @@ def of_label(label: str | None) -> str:
 
 def classify_arguments(program: Program) -> list[str]:
     """The kind of every flattened argument: what its label states, or its words say."""
-    labels = zip(program.leaf_labels(), program.leaf_kinds())
-    return [stated or of_label(label) for label, stated in labels]
+    labels = zip(program.label_leaves(), program.classify_leaves())
+    return [stated or classify_label(label) for label, stated in labels]
 
 
 _COLLECTIVE = re.compile(
@@ -136,7 +136,7 @@ class Classifier:
             and not _AGAIN.search(instruction.op_name)
         }
 
-    def of(
+    def classify(
         self,
         holder: Instruction,
         index: tuple[int, ...],
@@ -180,28 +180,28 @@ class Classifier:
         if holder.opcode == "custom-call":
             last = bool(index) and index[0] == len(holder.shape.parts) - 1
             return last and holder.shape.at(index).dtype in {"u8", "s8"}
-        if index and holder.opcode == "fusion" and self._is_call_s(holder, index):
+        if index and holder.opcode == "fusion" and self._is_call_scratch(holder, index):
             return True
         if not holder.name.startswith("gemm_fusion"):
             return False
         readers = self._module.users.get(holder.id, [])
-        readers = [u for r in readers for u in self._through_bitcasts(r)]
-        inside = [i for reader in readers for i in self._module.fused(reader)]
+        readers = [u for r in readers for u in self._skip_bitcasts(r)]
+        inside = [i for reader in readers for i in self._module.list_fused(reader)]
         return any(
             instruction.opcode == "reduce"
             and _SPLIT.search(self._module.names.get(instruction.called[0], ""))
             for instruction in [*readers, *inside]
         )
 
-    def _is_call_s(self, fusion: Instruction, index: tuple[int, ...]) -> bool:
+    def _is_call_scratch(self, fusion: Instruction, index: tuple[int, ...]) -> bool:
         """Whether it is scratch of a call that XLA fused with slices around it."""
         shape = fusion.shape.at(index)
         return shape.dtype in {"u8", "s8"} and any(
             call.opcode == "custom-call" and call.shape.parts[-1:] == (shape,)
-            for call in self._module.fused(fusion)
+            for call in self._module.list_fused(fusion)
         )
 
-    def _through_bitcasts(self, reader: Instruction) -> list[Instruction]:
+    def _skip_bitcasts(self, reader: Instruction) -> list[Instruction]:
         if reader.opcode not in {"bitcast", "get-tuple-element"}:
             return [reader]
         return self._module.users.get(reader.id, [])

@@ -32,9 +32,9 @@ import numpy as np
 
 from jmem.lowering import never_cached
 from jmem.memory import kinds
-from jmem.memory.card import described, gpu
-from jmem.memory.measure import ATTACHED, dumped, measure
-from jmem.memory.report import MemoryReport, Saved, sized
+from jmem.memory.card import find_described, find_gpu
+from jmem.memory.measure import ATTACHED, compile_and_dump, measure
+from jmem.memory.report import MemoryReport, Saved, format_size
 from jmem.program import HOST, Program
 
 ALIGNMENT = 256
@@ -103,7 +103,7 @@ class LiveReport(Saved):
         libraries = (kinds.WORKSPACE, kinds.FRAGMENTATION)
         return run + sum(self.plan_terms.get(kind, 0) for kind in libraries)
 
-    def off(self, *, named: bool = False) -> float:
+    def compute_error(self, *, named: bool = False) -> float:
         """The peak's distance from the predicted interval, as a share of it.
 
         0 inside of it. With `named`, `named_bytes` are taken from the peak first.
@@ -117,7 +117,7 @@ class LiveReport(Saved):
         low, high = self.interval
         return peak / min(max(peak, low), high) - 1
 
-    def compared(self, ahead: MemoryReport, plan: MemoryReport) -> "LiveReport":
+    def add_prediction(self, ahead: MemoryReport, plan: MemoryReport) -> "LiveReport":
         """The report with its prediction, and with the plan that the GPU was given.
 
         Args:
@@ -156,12 +156,12 @@ class LiveReport(Saved):
         ]
         if not self.own:
             lines.append(
-                f"The peak is not the run's own: {sized(self.earlier_peak_bytes)} were "
-                "in use before it."
+                f"The peak is not the run's own: "
+                f"{format_size(self.earlier_peak_bytes)} were in use before it."
             )
-        lines += _listed("peak - planned", self.terms)
+        lines += _format_terms("peak - planned", self.terms)
         if self.interval:
-            lines += _listed("planned - ahead of time", self.plan_terms)
+            lines += _format_terms("planned - ahead of time", self.plan_terms)
         return "\n".join(lines)
 
 
@@ -185,7 +185,7 @@ def live(
         the described shapes, which take no more memory to make than they have.
       predict: also measure the program without the GPU, if the GPU is a described one,
         and its plan with it: three more compilations, after the run.
-      sums: XLA's plan, as `plan_sums` tells it, of a program that JAX's cache holds. By
+      sums: XLA's plan, as `read_sums` tells it, of a program that JAX's cache holds. By
         default one that came out of that cache, and lost its plan there, is planned
         once more after the run.
 
@@ -193,21 +193,21 @@ def live(
       NoGPUError: there is no GPU.
     """
     program = what if isinstance(what, Program) else Program(what, args, donate, static)
-    device = gpu()
+    device = find_gpu()
     # What JAX takes at the first run of anything is not the program's.
     jax.block_until_ready(jax.jit(lambda x: x + 1)(0.0))
     gc.collect()
     start = device.memory_stats()
     compiled = program.compile()
     loaded = device.memory_stats()
-    arguments = jax.block_until_ready(made(program, key))
+    arguments = jax.block_until_ready(make_arguments(program, key))
     gc.collect()
     base = device.memory_stats()
-    taken = list(_buffers(arguments))
+    taken = list(_list_buffers(arguments))
     results = jax.block_until_ready(compiled(*arguments))
     end = device.memory_stats()
     moments = [now["bytes_in_use"] for now in (start, loaded, base, end)]
-    returned = {place: size for _, place, size in _buffers(results)}
+    returned = {place: size for _, place, size in _list_buffers(results)}
     before = {place: size for _, place, size in taken}
     freed = {
         place: size
@@ -215,10 +215,10 @@ def live(
         if array.is_deleted() and place not in returned
     }
     fresh = {place: size for place, size in returned.items() if place not in before}
-    sums = sums or plan_sums(compiled)
+    sums = sums or read_sums(compiled)
     if not sums["total_allocation_bytes"]:
         with never_cached():
-            sums = plan_sums(dumped(program.lower(), {})[1])
+            sums = read_sums(compile_and_dump(program.lower(), {})[1])
     report = LiveReport(
         name=program.name,
         device=device.device_kind,
@@ -227,7 +227,7 @@ def live(
         earlier_peak_bytes=base["peak_bytes_in_use"],
         limit_bytes=end["bytes_limit"],
         planned_bytes=sums["total_allocation_bytes"],
-        terms=terms(
+        terms=compute_terms(
             sums,
             moments,
             end["peak_bytes_in_use"],
@@ -236,13 +236,13 @@ def live(
             freed=list(freed.values()),
         ),
     )
-    known = described(device.device_kind) if predict else None
+    known = find_described(device.device_kind) if predict else None
     if known is None:
         return report
     del arguments, results, taken
     plan = measure(program, target=ATTACHED)
     target = known.name if plan.devices == 1 else f"{known.name}x{plan.devices}"
-    return report.compared(measure(program, target=target, cache=False), plan)
+    return report.add_prediction(measure(program, target=target, cache=False), plan)
 
 
 def time_runs(
@@ -255,7 +255,7 @@ def time_runs(
     `trace` is the folder of a profile of two more runs.
     """
     compiled = program.compile()
-    state, *rest = made(program, 0)
+    state, *rest = make_arguments(program, 0)
     seconds = []
     for _ in range(WARM_UP + runs):
         begin = time.perf_counter()
@@ -268,7 +268,7 @@ def time_runs(
     return tuple(seconds[WARM_UP:])
 
 
-def plan_sums(planned: Any) -> dict[str, int]:
+def read_sums(planned: Any) -> dict[str, int]:
     """XLA's planned bytes of a compiled program (or its `memory_analysis()`), by name.
 
     All 0 for a program out of JAX's persistent compilation cache, which keeps no plan.
@@ -280,7 +280,7 @@ def plan_sums(planned: Any) -> dict[str, int]:
     return {name: getattr(planned, name) for name in names}
 
 
-def terms(
+def compute_terms(
     sums: Mapping[str, int],
     moments: list[int],
     peak: int,
@@ -292,7 +292,7 @@ def terms(
     """`TERMS` of one run, which sum to `peak` less the plan's total.
 
     Args:
-      sums: XLA's plan, as `plan_sums` tells it.
+      sums: XLA's plan, as `read_sums` tells it.
       moments: bytes in use at start, loaded, base and end.
       peak: the most bytes in use, up to the end.
       arguments: bytes of every array on the device.
@@ -307,27 +307,29 @@ def terms(
         - sums["alias_size_in_bytes"]
         + temporary
     )
-    rounding = [_rounding(size) for size in arguments]
-    kept = end - base + sum(map(_rounded, freed)) - sum(map(_rounded, results))
+    rounding = [_compute_rounding(size) for size in arguments]
+    kept = end - base + sum(map(_round_up, freed)) - sum(map(_round_up, results))
     found = {
         START: start,
         ARGUMENTS: base - loaded - sum(rounding) - sums["argument_size_in_bytes"],
-        ROUNDING: sum(rounding) + sum(map(_rounding, results)) + _rounding(temporary),
+        ROUNDING: sum(rounding)
+        + sum(map(_compute_rounding, results))
+        + _compute_rounding(temporary),
         LOADED: loaded - start + kept - constants,
     }
     rest = peak - planned - sum(found.values())
     return found | {UNEXPLAINED: rest}
 
 
-def _rounded(size: int) -> int:
+def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _rounding(size: int) -> int:
-    return _rounded(size) - size
+def _compute_rounding(size: int) -> int:
+    return _round_up(size) - size
 
 
-def _buffers(tree: Any) -> Iterator[tuple[jax.Array, int, int]]:
+def _list_buffers(tree: Any) -> Iterator[tuple[jax.Array, int, int]]:
     """Array, address and bytes of a tree's arrays in the memory of one device."""
     for array in jax.tree.leaves(tree):
         plain = array
@@ -338,15 +340,15 @@ def _buffers(tree: Any) -> Iterator[tuple[jax.Array, int, int]]:
             yield array, shard.unsafe_buffer_pointer(), shard.on_device_size_in_bytes()
 
 
-def made(program: Program, key: int | None) -> list[Any]:
+def make_arguments(program: Program, key: int | None) -> list[Any]:
     """Makes the program's arguments, without static ones, where it wants them placed.
 
     From its own `make`; zeros, one array at a time, where it or `key` is None.
     """
-    described, *_ = program.placed(None)
+    described, *_ = program.place_arguments(None)
     wanted = [d for n, d in enumerate(described) if n not in program.static]
     if program.make is None or key is None:
-        return jax.tree.map(_zeros, wanted)
+        return jax.tree.map(_make_zeros, wanted)
     drawn = jax.jit(program.make)(jax.random.key(key))
     given = [a for n, a in enumerate(drawn) if n not in program.static]
     return jax.tree.map(
@@ -358,7 +360,7 @@ def made(program: Program, key: int | None) -> list[Any]:
     )
 
 
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+def _make_zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         keys = jax.random.split(jax.random.key(0), math.prod(like.shape))
         return keys.reshape(like.shape)
@@ -368,7 +370,7 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(like.shape, like.dtype, device=like.sharding)
 
 
-def _listed(title: str, terms: dict[str, int]) -> list[str]:
+def _format_terms(title: str, terms: dict[str, int]) -> list[str]:
     """A small table of terms, with their sum."""
     total = sum(terms.values())
     rows = [*terms.items(), ("together", total)] if terms else [("nothing", 0)]

@@ -35,7 +35,7 @@ from jmem.memory import breakdown, hlo, kinds, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
 from jmem.memory.breakdown import Contents
-from jmem.memory.card import attached, gpu
+from jmem.memory.card import describe_attached, find_gpu
 from jmem.memory.report import MemoryReport
 from jmem.program import Labels, Lowered, Place, Program, ProgramError, is_described
 from jmem.targets import NoCompilerError, Target
@@ -112,7 +112,7 @@ def _measure(
 ) -> MemoryReport:
     started = time.monotonic()
     if card is None:
-        gpu()
+        find_gpu()
     lowered = program.lower(card)
     text = lowered.as_text()
     if card and "python_gpu_callback" in text:
@@ -121,21 +121,23 @@ def _measure(
             "time.\nTake the callback out; it holds no device memory."
         )
     bounds = bounds and options != options | NO_TRITON  # else both ends are the same
-    key = cached.key(program, text, card, options, bounds) if card and cache else ""
+    key = (
+        cached.make_key(program, text, card, options, bounds) if card and cache else ""
+    )
     if key and (kept := cached.load(key)):
         return kept
     # XLA compiles on little more than one core: the second runs beside the first.
     apart = never_cached() if card is None else ahead_of_time()
-    with apart, _without_noise(), futures.ThreadPoolExecutor(1) as beside:
+    with apart, _hide_noise(), futures.ThreadPoolExecutor(1) as beside:
         plain = beside.submit(lowered.compile, options | NO_TRITON) if bounds else None
-        content, analysis = dumped(lowered, options)
+        content, analysis = compile_and_dump(lowered, options)
         module = hlo.read(content)
         ends = [analysis.total_allocation_bytes]
         if plain:
             other: Any = plain.result().memory_analysis()
             ends.append(other.total_allocation_bytes)
     parts = breakdown.explain(module, program, analysis)
-    held = card or attached(lowered.device_count)
+    held = card or describe_attached(lowered.device_count)
     host = (
         analysis.host_argument_size_in_bytes
         + analysis.host_output_size_in_bytes
@@ -156,10 +158,10 @@ def _measure(
         output_bytes=analysis.output_size_in_bytes,
         alias_bytes=analysis.alias_size_in_bytes,
         temp_bytes=analysis.temp_size_in_bytes,
-        flags=_flags(parts, card),
+        flags=_list_flags(parts, card),
         advice=advise(Evidence(program, parts, held.compiler_bytes)),
         versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
-        stablehlo_hash=stablehlo_hash(text),
+        stablehlo_hash=hash_stablehlo(text),
         options=options,
         compile_seconds=round(time.monotonic() - started, 3),
         cached=False,
@@ -170,7 +172,7 @@ def _measure(
     return report
 
 
-def dumped(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
+def compile_and_dump(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
     """Compiles: the HloProto with XLA's buffer plan, and XLA's own sums of it."""
     with tempfile.TemporaryDirectory(prefix="jmem-") as folder:
         dump = {
@@ -191,7 +193,7 @@ def dumped(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, Any]:
 
 
 @contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
+def _hide_noise() -> Iterator[None]:
     """Keeps back what XLA writes to stderr about a program too large for the card.
 
     It calls that an error in its calculation and goes on; the verdict says it better.
@@ -219,7 +221,7 @@ _NOISE = (
 )
 
 
-def stablehlo_hash(text: str) -> str:
+def hash_stablehlo(text: str) -> str:
     """sha256 of a lowered program, the same in every process.
 
     A Mosaic kernel's payload and its own hash are left out: they hold lines and paths.
@@ -240,7 +242,7 @@ _KERNEL_HASH = re.compile(r'kernel_hash = "(?:[^"\\]|\\.)*", ')
 _PAYLOAD = re.compile(r'"(?:[^"\\]|\\.){200,}"')
 
 
-def _flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, ...]:
+def _list_flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, ...]:
     """Sentences on what a reader should know of the numbers (`MemoryReport.flags`)."""
     flags = []
     if card and any(call.startswith("__cudnn$conv") for call in parts.calls):
@@ -270,23 +272,23 @@ def as_program(
                 "measure: a Program brings its arguments, donation, statics and labels "
                 "with it; give nothing but the target."
             )
-        return _labelled(what, what.labels or None)
+        return _add_labels(what, what.labels or None)
     if hasattr(what, "trace") and not (donate or static):
-        donate, static = _jitted(what, args)
-    return _labelled(Program(what, args, donate, static), labels)
+        donate, static = _find_jit_arguments(what, args)
+    return _add_labels(Program(what, args, donate, static), labels)
 
 
-def _labelled(program: Program, labels: Labels | None) -> Program:
+def _add_labels(program: Program, labels: Labels | None) -> Program:
     """The program with these labels; with its arguments' own names for None."""
     if labels is None:
         labels = {}
-        for position, name in enumerate(program.argument_names()):
+        for position, name in enumerate(program.name_arguments()):
             if position not in program.static:
-                labels |= _own_labels(position, name, program.args[position])
+                labels |= _name_labels(position, name, program.args[position])
     return dataclasses.replace(program, labels=labels)
 
 
-def _own_labels(position: int, name: str, value: Any) -> dict[str, Place]:
+def _name_labels(position: int, name: str, value: Any) -> dict[str, Place]:
     """An argument's name as its label, or the names inside it when they say more."""
     inside = {
         jax.tree_util.keystr(path[:1], simple=True)
@@ -294,16 +296,16 @@ def _own_labels(position: int, name: str, value: Any) -> dict[str, Place]:
         if path
     }
     telling = sorted(
-        word for word in inside if kinds.of_label(word) != kinds.OTHER_ARGUMENTS
+        word for word in inside if kinds.classify_label(word) != kinds.OTHER_ARGUMENTS
     )
-    if kinds.of_label(name) != kinds.OTHER_ARGUMENTS or not telling:
+    if kinds.classify_label(name) != kinds.OTHER_ARGUMENTS or not telling:
         return {name: (position, "")}
     return {name: (position, "")} | {
         f"{name}.{word}": (position, word) for word in telling
     }
 
 
-def _is_info_of(info: Any, value: Any) -> bool:
+def _is_described_by(info: Any, value: Any) -> bool:
     """Whether JAX's description of a traced argument can be that of `value`."""
     leaves, structure = jax.tree.flatten(value)
     described, other = jax.tree.flatten(info)
@@ -313,13 +315,15 @@ def _is_info_of(info: Any, value: Any) -> bool:
     )
 
 
-def _jitted(fn: Any, args: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _find_jit_arguments(
+    fn: Any, args: tuple
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The positions that a jitted function donates, and those that are static."""
     infos = fn.trace(*args).args_info[0]
     missing = len(args) - len(infos)
     for static in itertools.combinations(range(len(args)), missing):
         kept = [n for n in range(len(args)) if n not in static]
-        if all(_is_info_of(info, args[n]) for n, info in zip(kept, infos)):
+        if all(_is_described_by(info, args[n]) for n, info in zip(kept, infos)):
             donate = tuple(
                 n
                 for n, info in zip(kept, infos)

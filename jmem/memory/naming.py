@@ -2,7 +2,7 @@
 
 XLA names a buffer by the instruction that first touches it. That is often a zero fill
 shared by many (the stacks that `scan` saves), a loop's state or a layout copy, none of
-which a user knows. `Origins.of` walks from there to the instruction that computed the
+which a user knows. `Origins.find` walks from there to the instruction that computed the
 value: through tuples, loops, branches and fusions, from an update of a stack to the
 value it writes, and from a sum over a loop's rounds to what is added.
 """
@@ -59,64 +59,68 @@ class Origins:
         }
         self._found: dict[tuple[int, tuple[int, ...]], Origin] = {}
 
-    def of(self, instruction: Instruction, index: tuple[int, ...] = ()) -> Origin:
+    def find(self, instruction: Instruction, index: tuple[int, ...] = ()) -> Origin:
         """The origin of an instruction's result, or of one part of a tuple result."""
         place = instruction.id, index
         if place not in self._found:
-            self._found[place] = self._origin(self._trail(instruction, index))
+            self._found[place] = self._build_origin(
+                self._trace_back(instruction, index)
+            )
         return self._found[place]
 
-    def _origin(self, trail: list[Instruction]) -> Origin:
+    def _build_origin(self, trail: list[Instruction]) -> Origin:
         end = trail[-1]
         opcodes = [i.opcode for i in trail]
         updates = "dynamic-update-slice" in opcodes
         place = opcodes.index("dynamic-update-slice") if updates else 0
         read = "dynamic-slice" in opcodes[:place]
         named = next((i for i in reversed(trail) if i.op_name), None)
-        named = named or self._named_input(end)
+        named = named or self._find_named_input(end)
         return Origin(
             instruction=end,
             op_name=named.op_name.split(";")[0],
             frame=next((i.frame for i in reversed(trail) if i.frame), named.frame),
-            argument=self._argument(end),
+            argument=self._find_argument(end),
             fill=end.opcode in _FILLS,
             stack="" if not updates else "read" if read else "filled",
-            updates=self._argument(self._start(trail[place])) if updates else None,
-            computation=self._home(end),
+            updates=self._find_argument(self._find_start(trail[place]))
+            if updates
+            else None,
+            computation=self._find_home(end),
         )
 
-    def _argument(self, at: Instruction) -> int | None:
+    def _find_argument(self, at: Instruction) -> int | None:
         """Number of the program's argument that an instruction is; None for others."""
         entry = at.computation == self._module.entry
         return at.parameter if entry and at.opcode == "parameter" else None
 
-    def _start(self, update: Instruction) -> Instruction:
+    def _find_start(self, update: Instruction) -> Instruction:
         """What was in a buffer before the first of its rows was replaced."""
-        at, index = self._operand(update, 0)
+        at, index = self._get_operand(update, 0)
         for _ in range(100):
             caller = self._callers.get(at.computation)
             if at.opcode == "dynamic-update-slice":
-                before = self._operand(at, 0)
+                before = self._get_operand(at, 0)
             elif at.opcode == "while":
-                before = self._operand(at, 0, index)
+                before = self._get_operand(at, 0, index)
             elif at.opcode == "parameter" and caller and caller.opcode == "while":
-                before = self._operand(caller, 0, index)
+                before = self._get_operand(caller, 0, index)
             elif at.opcode in {"conditional", "add"}:
                 break
             else:
-                before = self._before(at, index)
+                before = self._step_back(at, index)
             if before is None:
                 break
             at, index = before
         return at
 
-    def _home(self, at: Instruction) -> int:
+    def _find_home(self, at: Instruction) -> int:
         """Id of the loop body, branch or program around an instruction, no fusion's."""
         while (caller := self._callers.get(at.computation)) and caller.opcode in _CALLS:
             at = caller
         return at.computation
 
-    def _trail(
+    def _trace_back(
         self, instruction: Instruction, index: tuple, seen: frozenset = frozenset()
     ) -> list[Instruction]:
         """From a value to the instruction that computed it, step by step."""
@@ -127,67 +131,70 @@ class Origins:
             trail.append(value[0])
             if value[0].opcode == "conditional":
                 branches = [
-                    self._trail(*self._root(called, value[1]), seen)
+                    self._trace_back(*self._get_root(called, value[1]), seen)
                     for called in value[0].called
                 ]
                 # A branch that hands the value on says nothing about it.
                 return trail + max(branches, key=_computes)
-            value = self._before(*value)
+            value = self._step_back(*value)
         return trail
 
-    def _before(self, at: Instruction, index: tuple) -> Value | None:
+    def _step_back(self, at: Instruction, index: tuple) -> Value | None:
         """The value that this one merely passes on; None where it is computed."""
         if at.opcode == "get-tuple-element":
-            return self._operand(at, 0, (at.tuple_index, *index))
+            return self._get_operand(at, 0, (at.tuple_index, *index))
         if at.opcode == "tuple" and index:
-            return self._operand(at, index[0], index[1:])
+            return self._get_operand(at, index[0], index[1:])
         if at.opcode in _PASSING:
-            return self._operand(at, 0, index)
-        if at.opcode == "broadcast" and self._operand(at, 0)[0].opcode != "constant":
-            return self._operand(at, 0)
+            return self._get_operand(at, 0, index)
+        if (
+            at.opcode == "broadcast"
+            and self._get_operand(at, 0)[0].opcode != "constant"
+        ):
+            return self._get_operand(at, 0)
         if at.opcode == "dynamic-update-slice":
-            return self._operand(at, 1)
+            return self._get_operand(at, 1)
         if at.opcode == "while":
-            return self._looped(at, index)
+            return self._find_in_loop(at, index)
         if at.opcode in _CALLS and at.called:
-            return self._root(at.called[0], index)
+            return self._get_root(at.called[0], index)
         if at.opcode == "parameter":
-            return self._given(at, index)
+            return self._find_passed(at, index)
         if at.opcode == "add":
-            summands = [self._operand(at, n) for n in (0, 1)]
+            summands = [self._get_operand(at, n) for n in (0, 1)]
             fresh = [value for value in summands if not self._is_state(*value)]
             return fresh[0] if len(fresh) == 1 else None
         return None
 
-    def _operand(self, at: Instruction, number: int, index: tuple = ()) -> Value:
+    def _get_operand(self, at: Instruction, number: int, index: tuple = ()) -> Value:
         return self._module.instructions[at.operands[number]], index
 
-    def _root(self, computation: int, index: tuple) -> Value:
+    def _get_root(self, computation: int, index: tuple) -> Value:
         return self._module.instructions[self._module.roots[computation]], index
 
-    def _looped(self, loop: Instruction, index: tuple) -> Value:
+    def _find_in_loop(self, loop: Instruction, index: tuple) -> Value:
         """What a loop's result holds: what its body writes, or what was put in."""
-        written = self._root(loop.called[0], index)
-        passed = self._through(*written)
+        written = self._get_root(loop.called[0], index)
+        passed = self._look_through(*written)
         kept = passed[0].opcode == "parameter" and passed[1] == index
-        return self._operand(loop, 0, index) if kept else written
+        return self._get_operand(loop, 0, index) if kept else written
 
-    def _given(self, parameter: Instruction, index: tuple) -> Value | None:
+    def _find_passed(self, parameter: Instruction, index: tuple) -> Value | None:
         """The value passed for a computation's parameter, or held as loop state."""
         caller = self._callers.get(parameter.computation)
         if caller is None or parameter.computation == self._module.entry:
             return None
         if caller.opcode == "while":
-            return self._looped(caller, index)
+            return self._find_in_loop(caller, index)
         if caller.opcode == "conditional":
-            return self._operand(
+            return self._get_operand(
                 caller, 1 + caller.called.index(parameter.computation), index
             )
         if caller.opcode in _CALLS:
-            return self._operand(caller, parameter.parameter, index)
+            return self._get_operand(caller, parameter.parameter, index)
         return None
 
-    def _through(self, at: Instruction, index: tuple) -> Value:
+    def _look_through(self, at: Instruction, index: tuple) -> Value:
         """The value behind tuples, copies and fusions of `at`, within the same loop."""
         for _ in range(100):
             loops = at.opcode in {"while", "conditional", "add", "dynamic-update-slice"}
@@ -195,7 +202,7 @@ class Origins:
             outermost = caller is None or caller.opcode not in _CALLS
             if loops or (at.opcode == "parameter" and outermost):
                 break
-            before = self._before(at, index)
+            before = self._step_back(at, index)
             if before is None:
                 break
             at, index = before
@@ -203,21 +210,21 @@ class Origins:
 
     def _is_state(self, at: Instruction, index: tuple) -> bool:
         """Whether a value is the state of the loop it is in."""
-        at, _ = self._through(at, index)
+        at, _ = self._look_through(at, index)
         caller = self._callers.get(at.computation)
         return at.opcode == "parameter" and getattr(caller, "opcode", "") == "while"
 
-    def _named_input(self, at: Instruction) -> Instruction:
+    def _find_named_input(self, at: Instruction) -> Instruction:
         """The nearest instruction with a name among those a value is computed from."""
         for _ in range(16):
-            inside = [i for i in self._module.fused(at) if i.op_name]
+            inside = [i for i in self._module.list_fused(at) if i.op_name]
             if at.op_name:
                 break
             if inside:
                 at = inside[-1]
             elif at.operands:
-                at, _ = self._operand(at, 0)
-            elif at.opcode == "parameter" and (given := self._given(at, ())):
+                at, _ = self._get_operand(at, 0)
+            elif at.opcode == "parameter" and (given := self._find_passed(at, ())):
                 at, _ = given
             else:
                 break
@@ -229,12 +236,12 @@ def _computes(trail: list[Instruction]) -> bool:
     return bool(trail) and trail[-1].opcode not in _FILLS | handed_on
 
 
-def scope(op_name: str) -> tuple[str, str]:
+def split_scope(op_name: str) -> tuple[str, str]:
     """The user's own scopes and the primitive of an op name, JAX's wrapping removed.
 
-    >>> scope("jit(step)/transpose(jvp(Block))/while/body/attention/dot_general")
+    >>> split_scope("jit(step)/transpose(jvp(Block))/while/body/attention/dot_general")
     ('Block/attention', 'dot_general')
-    >>> scope("jit(f)/while/body/vmap(bij,bjk->bik)/dot_general")
+    >>> split_scope("jit(f)/while/body/vmap(bij,bjk->bik)/dot_general")
     ('bij,bjk->bik', 'dot_general')
     """
     *scopes, primitive = _split(op_name)

@@ -9,7 +9,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
 
-from jmem.memory.report import GiB, MemoryReport, sized
+from jmem.memory.report import GiB, MemoryReport, format_size
 
 TOP = 20
 """Rows of each table; what is smaller is summed in the last one."""
@@ -18,39 +18,47 @@ Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """(title, column headings, rows)."""
 
 
-def markdown(report: MemoryReport, reserve: int = GiB) -> str:
+def write_markdown(report: MemoryReport, reserve: int = GiB) -> str:
     """The report as Markdown: heading, verdict, advice, and tables."""
-    lines = [f"# {_cell(report.name)} on {report.target}", "", _summary(report), ""]
+    lines = [
+        f"# {_escape_cell(report.name)} on {report.target}",
+        "",
+        _write_summary(report),
+        "",
+    ]
     lines += [f"    {line}" for line in str(report.fits(reserve)).splitlines()] + [""]
     for advice in report.advice:
-        lines.append(f"- **{sized(advice.saves_bytes)} could go**: {advice.text}")
+        lines.append(f"- **{format_size(advice.saves_bytes)} could go**: {advice.text}")
     lines += [f"- {flag}" for flag in report.flags]
-    for title, heads, rows in _tables(report):
+    for title, heads, rows in _build_tables(report):
         lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |"]
         lines.append(f"|{' --- |' * len(heads)}")
-        lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+        lines += [f"| {' | '.join(map(_escape_cell, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def page(report: MemoryReport, reserve: int = GiB) -> str:
+def write_html(report: MemoryReport, reserve: int = GiB) -> str:
     """The report as one HTML file, with its timeline as a picture."""
     with tempfile.TemporaryDirectory() as folder:
         png = report.plot(pathlib.Path(folder) / "timeline.png", reserve=reserve)
         picture = base64.b64encode(png.read_bytes()).decode()
     text = html.escape
     title = text(f"{report.name} on {report.target}")
-    parts = [f"<h1>{title}</h1>", f"<p>{text(_summary(report))}</p>"]
+    parts = [f"<h1>{title}</h1>", f"<p>{text(_write_summary(report))}</p>"]
     parts.append(f"<pre>{text(str(report.fits(reserve)))}</pre>")
     said = [
-        f"<b>{sized(a.saves_bytes)} could go</b>: {text(a.text)}" for a in report.advice
+        f"<b>{format_size(a.saves_bytes)} could go</b>: {text(a.text)}"
+        for a in report.advice
     ]
     said += [text(flag) for flag in report.flags]
     if said:
         parts.append("<ul>" + "".join(f"<li>{line}</li>" for line in said) + "</ul>")
     parts.append(f'<img alt="live bytes" src="data:image/png;base64,{picture}">')
-    for name, heads, rows in _tables(report):
-        parts.append(f"<h2>{text(name)}</h2><table><tr>{_cells('th', heads)}</tr>")
-        parts += [f"<tr>{_cells('td', row)}</tr>" for row in rows]
+    for name, heads, rows in _build_tables(report):
+        parts.append(
+            f"<h2>{text(name)}</h2><table><tr>{_write_cells('th', heads)}</tr>"
+        )
+        parts += [f"<tr>{_write_cells('td', row)}</tr>" for row in rows]
         parts.append("</table>")
     body = "\n".join(parts)
     return (
@@ -68,25 +76,30 @@ _STYLE = (
 )
 
 
-def _summary(report: MemoryReport) -> str:
-    low, high = map(sized, report.interval)
+def _write_summary(report: MemoryReport) -> str:
+    low, high = map(format_size, report.interval)
     between = f" (between {low} and {high})" if low != high else ""
-    host = f", {sized(report.host_bytes)} in host memory" if report.host_bytes else ""
+    host = (
+        f", {format_size(report.host_bytes)} in host memory"
+        if report.host_bytes
+        else ""
+    )
     how = "compiled for the attached GPU" if report.attached else "ahead of time"
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    return (
-        f"{sized(report.device_bytes)} on the device{between}{host}; {how}, {versions}"
-    )
+    device = f"{format_size(report.device_bytes)} on the device"
+    return f"{device}{between}{host}; {how}, {versions}"
 
 
-def _tables(report: MemoryReport) -> Iterable[Table]:
+def _build_tables(report: MemoryReport) -> Iterable[Table]:
     total = report.device_bytes
 
     def shares(sums: dict[str, int], unnamed: str) -> list[tuple[str, ...]]:
         listed = list(sums.items())[:TOP]
         if left := list(sums.items())[TOP:]:
             listed.append((f"{len(left)} smaller", sum(held for _, held in left)))
-        return [(sized(h), f"{h / total:.1%}", name or unnamed) for name, h in listed]
+        return [
+            (format_size(h), f"{h / total:.1%}", name or unnamed) for name, h in listed
+        ]
 
     by_kind = dict(sorted(report.by_kind.items(), key=lambda item: -item[1]))
     size = ("size", "share")
@@ -96,7 +109,7 @@ def _tables(report: MemoryReport) -> Iterable[Table]:
     yield "By line", (*size, "line"), lines
     rows = [
         (
-            sized(row.total_bytes),
+            format_size(row.total_bytes),
             str(row.count),
             row.kind,
             row.shape,
@@ -109,9 +122,9 @@ def _tables(report: MemoryReport) -> Iterable[Table]:
     yield "Largest buffers at the peak", heads, rows
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _cells(tag: str, words: Iterable[str]) -> str:
+def _write_cells(tag: str, words: Iterable[str]) -> str:
     return "".join(f"<{tag}>{html.escape(word)}</{tag}>" for word in words)

@@ -93,7 +93,7 @@ def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.P
         fontweight="bold",
         color=INK,
     )
-    _phases(axes, timeline.phases)
+    _draw_phases(axes, timeline.phases)
     axes.set_xlim(0, len(timeline))
     axes.set_ylim(0, ceiling)
     axes.set_ylabel(unit, color=INK)
@@ -126,7 +126,7 @@ def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.P
     return path
 
 
-def _phases(axes, phases: tuple[str, ...]) -> None:
+def _draw_phases(axes, phases: tuple[str, ...]) -> None:
     """Names what runs when, above the picture, with a hairline between."""
     starts = [n for n, phase in enumerate(phases) if n == 0 or phases[n - 1] != phase]
     ends = [*starts[1:], len(phases)]

@@ -23,14 +23,14 @@ import jax
 import jaxlib.version
 
 from jmem.memory import worker
-from jmem.memory.card import attached, gpu
-from jmem.memory.live import LiveReport, live, plan_sums, time_runs
+from jmem.memory.card import describe_attached, find_gpu
+from jmem.memory.live import LiveReport, live, read_sums, time_runs
 from jmem.memory.measure import ATTACHED, measure
-from jmem.memory.report import MemoryReport, sized
+from jmem.memory.report import MemoryReport, format_size
 from jmem.memory.worker import StageError, call
 from jmem.program import Program
 
-__all__ = ["StageError", "call", "confirm", "environment", "probe"]
+__all__ = ["StageError", "call", "confirm", "make_environment", "probe"]
 
 FRACTION = 0.95
 """Share of the GPU's memory that JAX takes when one of these processes starts."""
@@ -62,20 +62,20 @@ def confirm(
       StageError: a stage failed; where the program is too large for the GPU, that is
         said first.
     """
-    build = worker.dotted(builder), arguments
+    build = worker.write_name(builder), arguments
     own = tempfile.TemporaryDirectory(prefix="jmem-protocol-")
     with own as empty, futures.ThreadPoolExecutor(1) as beside:
         folder = empty if cache is None else cache
         predicted = beside.submit(run_stage, predict, *build, target)
         try:
-            planned = run_stage(plan, *build, cache=folder, share=share)
+            planned = run_stage(plan_attached, *build, cache=folder, share=share)
             given = *build, planned["sums"], runs, trace
             ran = run_stage(run, *given, cache=folder, share=share)
         except StageError as error:
             raise StageError(f"{_explain(predicted)}{error}") from error
         ahead = MemoryReport.from_json(predicted.result())
     report = MemoryReport.from_json(planned["report"])
-    return LiveReport.from_json(ran).compared(ahead, report)
+    return LiveReport.from_json(ran).add_prediction(ahead, report)
 
 
 def _explain(prediction: futures.Future[str]) -> str:
@@ -83,7 +83,7 @@ def _explain(prediction: futures.Future[str]) -> str:
     if prediction.exception() is None:
         ahead = MemoryReport.from_json(prediction.result())
         if not ahead.fits(0):
-            return f"does not fit: {sized(ahead.interval[0])} are predicted\n"
+            return f"does not fit: {format_size(ahead.interval[0])} are predicted\n"
     return ""
 
 
@@ -93,13 +93,13 @@ def probe() -> dict[str, Any]:
     Raises:
       NoGPUError: there is none.
     """
-    return call(describe, environment=environment("probe", ""))
+    return call(describe, environment=make_environment("probe", ""))
 
 
 def describe() -> dict[str, Any]:
     """What `probe` returns, of the GPU that this process holds."""
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.version.__version__}
-    return {"device": attached().name, "versions": versions}
+    return {"device": describe_attached().name, "versions": versions}
 
 
 # Stages: each in a process of its own, given the builder's name and arguments ---------
@@ -107,15 +107,15 @@ def describe() -> dict[str, Any]:
 
 def predict(builder: str, arguments: list, target: str) -> str:
     """The report for a described GPU, as JSON."""
-    program = worker.imported(builder)(*arguments)
+    program = worker.import_name(builder)(*arguments)
     return measure(program, target=target, cache=False).to_json()
 
 
-def plan(builder: str, arguments: list) -> dict[str, Any]:
+def plan_attached(builder: str, arguments: list) -> dict[str, Any]:
     """XLA's sums of the program that JAX's cache now holds, and its report, as JSON."""
-    gpu()  # before anything is built
-    program = worker.imported(builder)(*arguments)
-    sums = plan_sums(program.compile())
+    find_gpu()  # before anything is built
+    program = worker.import_name(builder)(*arguments)
+    sums = read_sums(program.compile())
     return {"sums": sums, "report": measure(program, target=ATTACHED).to_json()}
 
 
@@ -123,8 +123,8 @@ def run(
     builder: str, arguments: list, sums: dict[str, int], runs: int, trace: str | None
 ) -> str:
     """The report of a run, as JSON; of `runs` more, if any, their seconds besides."""
-    gpu()
-    program = worker.imported(builder)(*arguments)
+    find_gpu()
+    program = worker.import_name(builder)(*arguments)
     report = live(program, key=None, predict=False, sums=sums)
     if runs:
         seconds = time_runs(program, runs, trace)
@@ -150,15 +150,15 @@ def run_stage(
     """
     name = stage.__name__
     said = " ".join(map(str, (builder, *arguments)))
-    given, told = [builder, arguments, *more], environment(name, cache, share)
+    given, told = [builder, arguments, *more], make_environment(name, cache, share)
     return worker.ask(stage, given, told, f"stage {name!r} of {said}")
 
 
-def environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
+def make_environment(stage: str, cache: str, share: float = 1.0) -> dict[str, str]:
     """Environment variables of a stage's process, which gets `share` of the GPU."""
     kept = {
         name: value
-        for name, value in worker.environment().items()
+        for name, value in worker.make_environment().items()
         # Two spellings of one setting are an error in JAX.
         if name not in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_COMPILATION_CACHE_DIR")
     }

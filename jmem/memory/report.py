@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
-from jmem.memory.breakdown import Contents, Row, short
+from jmem.memory.breakdown import Contents, Row, shorten_source
 
 GiB = 2**30
 DEFAULT_FRACTION = 0.75
@@ -49,10 +49,11 @@ class Verdict:
         room = self.usable_bytes - self.reserve_bytes - self.needed_bytes
         head = "fits" if self.fits else "does not fit"
         lines = [
-            f"{head} {self.target}: {sized(abs(room))} "
+            f"{head} {self.target}: {format_size(abs(room))} "
             f"{'to spare' if room >= 0 else 'too much'}",
-            f"  needs {sized(self.needed_bytes)}, usable {sized(self.usable_bytes)}, "
-            f"of which {sized(self.reserve_bytes)} kept in reserve",
+            f"  needs {format_size(self.needed_bytes)}, usable "
+            f"{format_size(self.usable_bytes)}, of which "
+            f"{format_size(self.reserve_bytes)} kept in reserve",
         ]
         if self.memory_fraction:
             lines.append(
@@ -162,7 +163,7 @@ class MemoryReport(Contents, Saved):
                 return "/".join(row.name.split("/")[:2]) or row.kind
             return f"{row.phase} {row.name}".strip() or row.kind
 
-        return _summed((scope(row), row.total_bytes) for row in self.rows)
+        return _sum_by_name((scope(row), row.total_bytes) for row in self.rows)
 
     def by_layer(self) -> dict[str, int]:
         """Device bytes at the peak by numbered layer, in order; "" holds the rest.
@@ -170,16 +171,18 @@ class MemoryReport(Contents, Saved):
         For models whose layers are modules of their own, as flax numbers them. Layers
         that a scan walks share one name, and are in the rest.
         """
-        held = _summed((layer_of(row.name), row.total_bytes) for row in self.rows)
+        held = _sum_by_name(
+            (find_layer(row.name), row.total_bytes) for row in self.rows
+        )
         last = {"": held.pop("", 0)}
-        return {name: held[name] for name in sorted(held, key=_by_number)} | last
+        return {name: held[name] for name in sorted(held, key=_split_number)} | last
 
     def by_source(self) -> dict[str, int]:
         """Device bytes at the peak by the line that made them, the largest first.
 
         "" holds arguments, and what no line of the program made.
         """
-        return _summed((row.source, row.total_bytes) for row in self.rows)
+        return _sum_by_name((row.source, row.total_bytes) for row in self.rows)
 
     def fits(self, reserve: int = GiB) -> Verdict:
         """Whether the upper end of the interval leaves `reserve` bytes on the card.
@@ -211,50 +214,52 @@ class MemoryReport(Contents, Saved):
         """The report as text of 88 columns: kinds, largest buffers, verdict."""
         return "\n".join(
             [
-                *self._heading(),
+                *self._format_heading(),
                 "",
-                *self._kinds(),
+                *self._format_kinds(),
                 "",
-                *self._largest(top),
+                *self._format_largest(top),
                 "",
                 *(
                     textwrap.fill(line, WIDTH, subsequent_indent="      ")
-                    for line in self._remarks()
+                    for line in self._format_remarks()
                 ),
                 *([""] if self.flags or self.advice else []),
                 str(self.fits(reserve)),
             ]
         )
 
-    def _remarks(self) -> list[str]:
-        saving = (f"{sized(a.saves_bytes)} could go: {a.text}" for a in self.advice)
+    def _format_remarks(self) -> list[str]:
+        saving = (
+            f"{format_size(a.saves_bytes)} could go: {a.text}" for a in self.advice
+        )
         return [*(f"note: {flag}" for flag in self.flags), *saving]
 
-    def _heading(self) -> list[str]:
+    def _format_heading(self) -> list[str]:
         how = "compiled for the attached GPU" if self.attached else "ahead of time"
         jax, jaxlib = self.versions["jax"], self.versions["jaxlib"]
-        unit = _unit(self.device_bytes)
-        low, high = (_size(end, unit) for end in self.interval)
+        unit = _choose_unit(self.device_bytes)
+        low, high = (_format_number(end, unit) for end in self.interval)
         each = " a device" if self.devices > 1 else ""
         lines = [
             f"{self.name} on {self.target}",
             f"{how}, jax {jax}, jaxlib {jaxlib}, "
             + ("from the cache" if self.cached else f"{self.compile_seconds:.1f} s"),
             "",
-            f"device  {_size(self.device_bytes, unit):>9} {unit}{each}"
+            f"device  {_format_number(self.device_bytes, unit):>9} {unit}{each}"
             f"   {self.device_bytes:,} bytes",
         ]
         if low != high:
             lines.append(f"between {low:>9} and {high} {unit}, with and without Triton")
         if self.host_bytes:
             lines.append(
-                f"host    {_size(self.host_bytes, unit):>9} {unit}{each}"
+                f"host    {_format_number(self.host_bytes, unit):>9} {unit}{each}"
                 f"   {self.host_bytes:,} bytes, pinned"
             )
         return lines
 
-    def _kinds(self) -> list[str]:
-        unit = _unit(self.device_bytes)
+    def _format_kinds(self) -> list[str]:
+        unit = _choose_unit(self.device_bytes)
         lines = [f"{'what fills the peak':<28}{unit:>10}{'%':>8}", "─" * WIDTH]
         shares = {k: held / self.device_bytes for k, held in self.by_kind.items()}
         small = [kind for kind, share in shares.items() if share < SMALL]
@@ -263,34 +268,38 @@ class MemoryReport(Contents, Saved):
             listed["all else"] = sum(self.by_kind[kind] for kind in small)
         for kind, held in listed.items():
             share = held / self.device_bytes
-            line = f"{kind:<28}{_size(held, unit):>10}{share:>8.1%}  {_bar(share, 40)}"
-            lines.append(line.rstrip())
+            number, bar = _format_number(held, unit), _draw_bar(share, 40)
+            lines.append(f"{kind:<28}{number:>10}{share:>8.1%}  {bar}".rstrip())
         lines.append("─" * WIDTH)
-        lines.append(f"{'total':<28}{_size(self.device_bytes, unit):>10}{1:>8.1%}")
+        lines.append(
+            f"{'total':<28}{_format_number(self.device_bytes, unit):>10}{1:>8.1%}"
+        )
         return lines
 
-    def _largest(self, top: int) -> list[str]:
+    def _format_largest(self, top: int) -> list[str]:
         at = self.peak_instant
         doing = " · ".join(word for word in (at.phase, at.scope, at.op) if word)
-        where = f"  {short(at.source)}" if at.source else ""
+        where = f"  {shorten_source(at.source)}" if at.source else ""
         doing = _clip(doing or "the arguments and results", WIDTH - 13 - len(where))
         lines = [f"at the peak: {doing}{where}", "─" * WIDTH]
         for row in self.top(top):
             many = f"{row.count} × " if row.count > 1 else ""
-            unit = _unit(row.bytes)
-            size = f"{many}{_size(row.bytes, unit)} {unit}"
+            unit = _choose_unit(row.bytes)
+            size = f"{many}{_format_number(row.bytes, unit)} {unit}"
             head = f"{size:>16}  {row.kind:<18}  {_clip(row.shape, 24):<24}  "
             if row.op:  # computed: where, by what, on which line
                 what = f"{row.name} · {row.op}" if row.name else row.op
-                lines.append(f"{head}{short(row.source)}".rstrip())
+                lines.append(f"{head}{shorten_source(row.source)}".rstrip())
                 lines.append(_clip(f"{'':>16}  {what}", WIDTH))
             else:
-                lines.append(f"{head}{_end(row.name, WIDTH - len(head))}".rstrip())
+                lines.append(
+                    f"{head}{_clip_start(row.name, WIDTH - len(head))}".rstrip()
+                )
         left = self.rows[top:]
         if left:
             held = sum(row.total_bytes for row in left)
-            unit = _unit(held)
-            size = f"{_size(held, unit)} {unit}"
+            unit = _choose_unit(held)
+            size = f"{_format_number(held, unit)} {unit}"
             count = sum(row.count for row in left)
             lines.append(f"{size:>16}  in {count} smaller buffers")
         return lines
@@ -302,12 +311,12 @@ class MemoryReport(Contents, Saved):
         return plot(self, pathlib.Path(path), reserve=reserve)
 
 
-def layer_of(name: str) -> str:
+def find_layer(name: str) -> str:
     """The outermost numbered part of a scope or an argument's path; "" without one.
 
-    >>> layer_of("GPT/Block_3/Dense_0"), layer_of("state/0/mu/layers/11/up/kernel")
+    >>> find_layer("GPT/Block_3/Dense_0"), find_layer("state/0/mu/layers/11/up/kernel")
     ('Block_3', 'layers/11')
-    >>> layer_of("blocks/mlp")
+    >>> find_layer("blocks/mlp")
     ''
     """
     found = _NUMBERED.search(name)
@@ -317,12 +326,12 @@ def layer_of(name: str) -> str:
 _NUMBERED = re.compile(r"(?:^|/)((?:blocks?|layers?|h)[/.]\d+|[A-Za-z]\w*_\d+)(?=/|$)")
 
 
-def _by_number(name: str) -> tuple[str, int]:
+def _split_number(name: str) -> tuple[str, int]:
     word, number = re.split(r"[/._](?=\d+$)", name)
     return word, int(number)
 
 
-def _summed(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+def _sum_by_name(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
     sums: collections.Counter[str] = collections.Counter()
     for key, held in pairs:
         sums[key] += held
@@ -361,26 +370,26 @@ def _check(holds: bool, where: str, wanted: Any, value: Any) -> None:
         raise ValueError(f"{where}: need {wanted}, found {str(value)[:40]!r}.")
 
 
-def _unit(size: int) -> str:
+def _choose_unit(size: int) -> str:
     return "GiB" if size >= GiB else "MiB" if size >= 2**20 else "KiB"
 
 
-def _size(size: int, unit: str) -> str:
+def _format_number(size: int, unit: str) -> str:
     value = size / {"GiB": GiB, "MiB": 2**20, "KiB": 2**10}[unit]
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def sized(size: int) -> str:
+def format_size(size: int) -> str:
     """A size in bytes as text, in the largest unit of which it has at least one.
 
-    >>> sized(3 * 2**30), sized(1536)
+    >>> format_size(3 * 2**30), format_size(1536)
     ('3.00 GiB', '1.50 KiB')
     """
-    unit = _unit(size)
-    return f"{_size(size, unit)} {unit}"
+    unit = _choose_unit(size)
+    return f"{_format_number(size, unit)} {unit}"
 
 
-def _bar(share: float, width: int) -> str:
+def _draw_bar(share: float, width: int) -> str:
     """A bar of eighths of a character; empty below half of one."""
     eighths = round(share * width * 8)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
@@ -390,5 +399,5 @@ def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _end(text: str, width: int) -> str:
+def _clip_start(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]

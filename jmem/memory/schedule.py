@@ -35,9 +35,9 @@ class Copy:
     """Kernels that run between its start and what waits for it; 0 if it blocks."""
 
 
-def copies(module: Module) -> tuple[Copy, ...]:
+def list_copies(module: Module) -> tuple[Copy, ...]:
     """Every copy between host and device, in the order in which they are started."""
-    times = dict(_times(module, module.entry, 1))
+    times = dict(_count_runs(module, module.entry, 1))
     found = []
     for computation, order in module.schedule.items():
         instructions = [module.instructions[id] for id in order]
@@ -46,16 +46,17 @@ def copies(module: Module) -> tuple[Copy, ...]:
             kernels.append(kernels[-1] + _is_kernel(instruction))
         place = {instruction.id: n for n, instruction in enumerate(instructions)}
         for n, instruction in enumerate(instructions):
-            copied = _copied(module, instruction)
+            copied = _find_copy(module, instruction)
             if copied is None or computation not in times:
                 continue
             to, size = copied
-            done = _done(module, instruction)
+            done = _find_done(module, instruction)
             between = kernels[place[done.id]] - kernels[n + 1] if done else 0
             found.append(
                 Copy(
                     name=instruction.name,
-                    op_name=instruction.op_name or _inner_name(module, instruction),
+                    op_name=instruction.op_name
+                    or _find_inner_name(module, instruction),
                     to=to,
                     bytes=size,
                     times=times[computation],
@@ -70,7 +71,7 @@ def _is_kernel(instruction: Instruction) -> bool:
     return not (opcode in _NO_KERNEL or opcode.endswith(("-start", "-done", "-update")))
 
 
-def _copied(module: Module, instruction: Instruction):
+def _find_copy(module: Module, instruction: Instruction):
     """(where to, bytes) of an instruction that moves data between host and device."""
     opcode = instruction.opcode
     moves_nothing = _NO_KERNEL | {"while", "conditional", "call", "custom-call"}
@@ -80,7 +81,7 @@ def _copied(module: Module, instruction: Instruction):
     result = instruction.shape
     if opcode.endswith("-start"):  # (operands, result, context), or (result, operand)
         result = result.parts[0 if opcode == "copy-start" else 1]
-    read, made = _leaves(given), _leaves([result])
+    read, made = _list_leaves(given), _list_leaves([result])
     if any(leaf.host for leaf in made):
         moved = [leaf for leaf in read if not leaf.host and leaf.dims]
         if not moved:
@@ -91,32 +92,34 @@ def _copied(module: Module, instruction: Instruction):
     return None
 
 
-def _leaves(shapes: list[Shape]) -> list[Shape]:
+def _list_leaves(shapes: list[Shape]) -> list[Shape]:
     return [
         leaf
         for shape in shapes
-        for leaf in (_leaves(list(shape.parts)) if shape.parts else [shape])
+        for leaf in (_list_leaves(list(shape.parts)) if shape.parts else [shape])
     ]
 
 
-def _done(module: Module, start: Instruction) -> Instruction | None:
+def _find_done(module: Module, start: Instruction) -> Instruction | None:
     """The instruction that waits for a copy's start; None where the copy blocks."""
     if not start.opcode.endswith("-start"):
         return None
     for user in module.users.get(start.id, []):
         if user.opcode.endswith("-update"):
-            return _done(module, user)
+            return _find_done(module, user)
         if user.opcode.endswith("-done"):
             return user
     return None
 
 
-def _inner_name(module: Module, instruction: Instruction) -> str:
-    names = [inner.op_name for inner in module.fused(instruction) if inner.op_name]
+def _find_inner_name(module: Module, instruction: Instruction) -> str:
+    names = [inner.op_name for inner in module.list_fused(instruction) if inner.op_name]
     return names[-1] if names else ""
 
 
-def _times(module: Module, computation: int, times: int) -> Iterator[tuple[int, int]]:
+def _count_runs(
+    module: Module, computation: int, times: int
+) -> Iterator[tuple[int, int]]:
     """(id, times run) of a computation that runs `times` times, and of all it calls.
 
     Those that are part of a kernel are left out.
@@ -130,4 +133,4 @@ def _times(module: Module, computation: int, times: int) -> Iterator[tuple[int, 
                 known = json.loads(instruction.config).get("known_trip_count", {})
                 trips = int(known.get("n", 1))
             for called in instruction.called:
-                yield from _times(module, called, times * trips)
+                yield from _count_runs(module, called, times * trips)

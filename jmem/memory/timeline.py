@@ -23,7 +23,7 @@ class Life:
     holders: tuple[tuple[int, int, int], ...]
     """Values that lay in these bytes: (buffer, first event, last event)."""
 
-    def alive(self, event: int) -> bool:
+    def is_alive(self, event: int) -> bool:
         """Whether the bytes are taken after that event."""
         return self.born <= event < self.dies
 
@@ -72,7 +72,7 @@ def replay(trace: tuple[Event, ...], buffers: Mapping[int, Buffer]) -> list[Life
     return sorted(lives, key=lambda life: life.born)
 
 
-def live_bytes(lives: Iterable[tuple[int, int, int]], instants: int) -> list[int]:
+def count_live_bytes(lives: Iterable[tuple[int, int, int]], instants: int) -> list[int]:
     """Bytes alive at each of `instants` instants.
 
     A life is (first, end, bytes): it begins at instant `first`, and `end` is the first

@@ -64,9 +64,9 @@ def measure(
     """
     try:
         text = ask(
-            answer,
+            measure_request,
             [_describe(program, card), dataclasses.asdict(card), how],
-            environment() | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
+            make_environment() | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
             "the worker process",
         )
     except (_UnsendableError, StageError) as error:
@@ -83,13 +83,13 @@ def measure(
 
 
 def _describe(program: Program, card: Target) -> dict[str, Any]:
-    """What `answer` needs in order to build the program, as JSON can hold it."""
-    args, out_shardings, *_ = program.placed(card)
+    """What `measure_request` builds the program from, as JSON can hold it."""
+    args, out_shardings, *_ = program.place_arguments(card)
     labels = {name: Label.read(given) for name, given in program.labels.items()}
     return {
-        "fn": dotted(program.fn),
+        "fn": write_name(program.fn),
         "args": [
-            _encode(value) if n not in program.static else _plain(value)
+            _encode(value) if n not in program.static else _check_plain(value)
             for n, value in enumerate(args)
         ],
         "donate": program.donate,
@@ -100,14 +100,16 @@ def _describe(program: Program, card: Target) -> dict[str, Any]:
     }
 
 
-def answer(request: dict[str, Any], card: dict[str, Any], how: dict[str, Any]) -> str:
+def measure_request(
+    request: dict[str, Any], card: dict[str, Any], how: dict[str, Any]
+) -> str:
     """Measures the program of `_describe` on a card; returns the report as JSON."""
     from jmem.memory import measure as measuring
 
     for name, value in request["settings"].items():
         jax.config.update(name, value)
     program = Program(
-        imported(request["fn"]),
+        import_name(request["fn"]),
         tuple(_decode(value) for value in request["args"]),
         tuple(request["donate"]),
         tuple(request["static"]),
@@ -130,7 +132,7 @@ def call(function: Callable, *arguments: Any, environment: dict[str, str]) -> An
       NoGPUError: it raised that.
       StageError: the process failed; the end of what it wrote.
     """
-    what = f"{dotted(function)} of {' '.join(map(str, arguments))}"
+    what = f"{write_name(function)} of {' '.join(map(str, arguments))}"
     return ask(function, arguments, environment, what)
 
 
@@ -140,7 +142,7 @@ def ask(
     """As `call`; `what` begins the message of an error."""
     done = subprocess.run(
         [sys.executable, "-m", "jmem.memory.worker"],
-        input=json.dumps([dotted(function), arguments]),
+        input=json.dumps([write_name(function), arguments]),
         env=environment,
         capture_output=True,
         text=True,
@@ -160,14 +162,14 @@ def main() -> int:
     """Answers `ask`; exit status `_NO_GPU` where the function finds none."""
     name, arguments = json.load(sys.stdin)
     try:
-        print(json.dumps(imported(name)(*arguments)))
+        print(json.dumps(import_name(name)(*arguments)))
     except NoGPUError as error:
         print(error)
         return _NO_GPU
     return 0
 
 
-def environment() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     """The environment and import path of this process, for one that imports alike."""
     path = os.pathsep.join(path or os.getcwd() for path in sys.path)
     return os.environ | {"PYTHONPATH": path}
@@ -176,10 +178,10 @@ def environment() -> dict[str, str]:
 # Functions ----------------------------------------------------------------------------
 
 
-def dotted(thing: Any) -> str:
+def write_name(thing: Any) -> str:
     """`module:qualified.name` of something that can be imported by it."""
     module, name = getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
-    found = _found(sys.modules[module], name) if module in sys.modules else None
+    found = _look_up(sys.modules[module], name) if module in sys.modules else None
     # What `jax.jit` adds to a function is in the program by now.
     if found is not None and found in (thing, getattr(thing, "__wrapped__", None)):
         if module == "__main__":  # of `python -m package.module`; a script has no name
@@ -192,12 +194,12 @@ def dotted(thing: Any) -> str:
     )
 
 
-def _found(module: Any, name: str) -> Any:
+def _look_up(module: Any, name: str) -> Any:
     return functools.reduce(lambda at, n: getattr(at, n, None), name.split("."), module)
 
 
-def imported(name: str) -> Any:
-    """The object that a name from `dotted` stands for."""
+def import_name(name: str) -> Any:
+    """The object that a name from `write_name` stands for."""
     return pkgutil.resolve_name(name)
 
 
@@ -212,10 +214,10 @@ def _encode(tree: Any) -> Any:
     if tree is None:
         return None
     if isinstance(tree, dict):
-        return ["dict", *([_plain(k), _encode(v)] for k, v in tree.items())]
+        return ["dict", *([_check_plain(k), _encode(v)] for k, v in tree.items())]
     if isinstance(tree, tuple | list):
         named = hasattr(tree, "_fields")
-        kind = dotted(type(tree)) if named else type(tree).__name__
+        kind = write_name(type(tree)) if named else type(tree).__name__
         return [kind, *map(_encode, tree)]
     if isinstance(tree, NamedSharding):
         axes = list(tree.mesh.shape.items())
@@ -228,7 +230,7 @@ def _encode(tree: Any) -> Any:
     raise _UnsendableError(f"an argument holds a {type(tree).__name__}.")
 
 
-def _plain(value: Any) -> Any:
+def _check_plain(value: Any) -> Any:
     """A static value as JSON; only what JSON gives back as it was."""
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -254,7 +256,7 @@ def _decode(value: Any) -> Any:
         )
     items = map(_decode, held)
     if ":" in kind:
-        return imported(kind)(*items)
+        return import_name(kind)(*items)
     return list(items) if kind == "list" else tuple(items)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jmem import targets
-from jmem.memory.measure import as_program, dumped
+from jmem.memory.measure import as_program, compile_and_dump
 from jmem.program import Program
 from jmem.targets import Target
 
@@ -42,7 +42,7 @@ def export_xprof(
     """
     program = as_program(what, args, **options)
     lowered = program.lower(targets.resolve(target))
-    content, _ = dumped(lowered, {})
+    content, _ = compile_and_dump(lowered, {})
     place = pathlib.Path(folder) / "plugins" / "profile" / RUN
     place.mkdir(parents=True, exist_ok=True)
     (place / "host.xplane.pb").touch()  # without one xprof lists no run

@@ -31,7 +31,7 @@ from jmem.models.contract import Aux
 from jmem.models.next_token import next_token_loss
 from jmem.nn import quantised
 from jmem.nn.attention import Attention, Implementation, causal, choose
-from jmem.nn.chunk import by_chunks
+from jmem.nn.chunk import apply_by_chunks
 from jmem.nn.linear import dense
 from jmem.nn.mlp import MLP
 from jmem.nn.norm import Norm, normalise
@@ -91,13 +91,13 @@ class Block(nn.Module):
         out, carry = attention(normal, positions, layer, ops, carry)
         x = x + out
         if self.chunk is not None and x.shape[1] > self.chunk:
-            return self._fed_by_chunks(mlp, x, normal, ops), carry, {}
+            return self._feed_by_chunks(mlp, x, normal, ops), carry, {}
         if not config.parallel:
             normal = norm("mlp_norm", x)
         out, aux = mlp(normal, ops)
         return x + out, carry, aux
 
-    def _fed_by_chunks(self, mlp: MLP, x, normal, ops: Ops):
+    def _feed_by_chunks(self, mlp: MLP, x, normal, ops: Ops):
         """`x` plus the MLP's output, of `chunk` tokens at a time.
 
         Inside the loop over chunks flax allows no module to be bound, so the MLP is
@@ -114,8 +114,8 @@ class Block(nn.Module):
             return feed(x, normalise(config.norm, leaf, x, config.rms_eps))
 
         if config.parallel:
-            return by_chunks(feed, x, normal, size=self.chunk)
-        return by_chunks(normalised, x, size=self.chunk)
+            return apply_by_chunks(feed, x, normal, size=self.chunk)
+        return apply_by_chunks(normalised, x, size=self.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +201,8 @@ class Decoder:
             return Ops(attend, self.linear, self.feed)
 
         def divided(q, k, v, *others):
-            out, carry = attend(*map(layout.heads, (q, k, v)), *others)
-            return layout.heads(out), carry
+            out, carry = attend(*map(layout.divide_heads, (q, k, v)), *others)
+            return layout.divide_heads(out), carry
 
         return Ops(divided, self.linear, self.feed)
 
@@ -271,7 +271,7 @@ class Decoder:
                 positions = jnp.arange(length, dtype=jnp.int32)[None]
             rows += params["embed"]["positions"].astype(jnp.float32)[positions]
         rows = rows.astype(self.dtype)
-        return rows if self.layout is None else self.layout.rows(rows)
+        return rows if self.layout is None else self.layout.divide_rows(rows)
 
     def block(
         self,
@@ -288,14 +288,14 @@ class Decoder:
             return self.stacked_block.apply({"params": layer_params}, x, *others)
 
         def run(layer_params, x) -> Any:
-            params = layout.gathered(layer_params)
+            params = layout.gather(layer_params)
             return self.stacked_block.apply({"params": params}, x, *others)
 
         if self.remat == "none":  # gathered weights are not kept: that is all of them
             keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
             run = jax.checkpoint(run, policy=keep, prevent_cse=False)
-        x, carry, aux = run(layer_params, layout.batch(x))
-        return layout.batch(x), carry, aux
+        x, carry, aux = run(layer_params, layout.divide_batch(x))
+        return layout.divide_batch(x), carry, aux
 
     def head_params(self, params: dict) -> dict:
         """The part of `params` that `head` reads: a small tree to differentiate."""
@@ -304,7 +304,7 @@ class Decoder:
             head |= {"embed": {"embedding": params["embed"]["embedding"]}}
         else:
             head |= {"head": params["head"]}
-        return head if self.layout is None else self.layout.by_vocabulary(head)
+        return head if self.layout is None else self.layout.divide_by_vocabulary(head)
 
     def head(
         self, params: dict, x: Float[Array, "*N M"], ops: Ops

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
-from jmem.sharding import Layout, layout_of
+from jmem.sharding import Layout, find_layout
 
 CHUNK = 256
 """Tokens (of a device) whose logits exist at the same time."""
@@ -35,38 +35,38 @@ def _cut(array: jax.Array) -> jax.Array:
     return array.reshape(-1, size, *array.shape[1:])
 
 
-def _chunks(layout: Layout | None, array: jax.Array) -> jax.Array:
+def _cut_by_device(layout: Layout | None, array: jax.Array) -> jax.Array:
     """`_cut`; on a mesh every chunk has CHUNK tokens of each device."""
     if layout is None:
         return _cut(array)
-    devices = layout.token_parts(array.shape[0])
-    array = layout.tokens(array).reshape(devices, -1, *array.shape[1:])
+    devices = layout.count_token_parts(array.shape[0])
+    array = layout.divide_tokens(array).reshape(devices, -1, *array.shape[1:])
     chunks = jax.vmap(_cut, out_axes=1)(array)
     return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
 
 
-def _joined(layout: Layout | None, chunks: jax.Array, length: int) -> jax.Array:
-    """The inverse of `_chunks`: [N, M], of `length` tokens, from its chunks."""
+def _join(layout: Layout | None, chunks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_cut_by_device`: [N, M], of `length` tokens, from its chunks."""
     width = chunks.shape[-1]
     if layout is None:
         return chunks.reshape(-1, width)[:length]
-    devices = layout.token_parts(length)
+    devices = layout.count_token_parts(length)
     split = chunks.reshape(chunks.shape[0], devices, -1, width).swapaxes(0, 1)
     split = split.reshape(devices, -1, width)[:, : length // devices]
     return split.reshape(length, width)
 
 
-def _chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
-    layout = layout_of(model)
+def _compute_chunk_loss(model, ops, head_params, x, targets, weights) -> jax.Array:
+    layout = find_layout(model)
     with jax.named_scope("head_loss"):
         if layout is not None:
-            x, targets, weights = map(layout.whole, (x, targets, weights))
+            x, targets, weights = map(layout.replicate, (x, targets, weights))
         logits = model.head(head_params, x, ops)
         if layout is None:
             logits = logits.astype(jnp.float32)
             picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         else:  # a lookup in divided logits would gather them
-            logits = layout.divided(logits, -1).astype(jnp.float32)
+            logits = layout.divide(logits, -1).astype(jnp.float32)
             own = targets[:, None] == jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
             picked = jnp.sum(jnp.where(own, logits, 0), axis=-1)
         return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked))
@@ -87,9 +87,9 @@ def head_loss(
     """
 
     def step(total, chunk):
-        return total + _chunk_loss(model, ops, head_params, *chunk), None
+        return total + _compute_chunk_loss(model, ops, head_params, *chunk), None
 
-    chunks = tuple(_chunks(layout_of(model), a) for a in (x, targets, weights))
+    chunks = tuple(_cut_by_device(find_layout(model), a) for a in (x, targets, weights))
     return jax.lax.scan(step, jnp.float32(0), chunks)[0]
 
 
@@ -98,16 +98,17 @@ def _head_loss_forward(model, ops, head_params, x, targets, weights):
         total, sums = state
         x, targets, weights = chunk
         loss, gradients = jax.value_and_grad(
-            lambda p, x: _chunk_loss(model, ops, p, x, targets, weights), argnums=(0, 1)
+            lambda p, x: _compute_chunk_loss(model, ops, p, x, targets, weights),
+            argnums=(0, 1),
         )(head_params, x)
         sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, gradients[0])
         return (total + loss, sums), gradients[1]
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head_params)
-    layout = layout_of(model)
-    chunks = tuple(_chunks(layout, a) for a in (x, targets, weights))
+    layout = find_layout(model)
+    chunks = tuple(_cut_by_device(layout, a) for a in (x, targets, weights))
     (total, sums), dx = jax.lax.scan(step, (jnp.float32(0), zeros), chunks)
-    dx = _joined(layout, dx, x.shape[0])
+    dx = _join(layout, dx, x.shape[0])
     d_head = jax.tree.map(lambda s, p: s.astype(p.dtype), sums, head_params)
     return total, (d_head, dx)
 

@@ -10,7 +10,7 @@ from jmem.models.config import DecoderConfig
 from jmem.nn.rope import Llama3Scaling
 
 
-def _sized(layers, hidden, intermediate, heads, kv_heads=None, **more) -> DecoderConfig:
+def _build(layers, hidden, intermediate, heads, kv_heads=None, **more) -> DecoderConfig:
     fields = {
         "vocab_size": 32_000,
         "max_positions": 4096,
@@ -55,27 +55,27 @@ _OPT = _LEARNED | {"vocab_size": 50_272, "max_positions": 2048, "activation": "r
 _SMOLLM2 = {"vocab_size": 49_152, "max_positions": 8192, "tied": True}
 
 MODELS: dict[str, DecoderConfig] = {
-    "smollm2-135m": _sized(30, 576, 1536, 9, 3, rope_theta=100_000.0, **_SMOLLM2),
-    "smollm2-360m": _sized(32, 960, 2560, 15, 5, rope_theta=100_000.0, **_SMOLLM2),
-    "smollm2-1.7b": _sized(24, 2048, 8192, 32, rope_theta=130_000.0, **_SMOLLM2),
-    "tinyllama-1.1b": _sized(22, 2048, 5632, 32, 4, max_positions=2048),
-    "llama-7b": _sized(32, 4096, 11_008, 32, **_LLAMA1),
-    "llama-13b": _sized(40, 5120, 13_824, 40, **_LLAMA1),
-    "llama-30b": _sized(60, 6656, 17_920, 52, **_LLAMA1),
-    "llama-65b": _sized(80, 8192, 22_016, 64, **_LLAMA1),
-    "llama2-7b": _sized(32, 4096, 11_008, 32),
-    "llama2-13b": _sized(40, 5120, 13_824, 40),
-    "llama2-70b": _sized(80, 8192, 28_672, 64, 8),
-    "llama3-8b": _sized(32, 4096, 14_336, 32, 8, **_LLAMA3),
-    "llama3-70b": _sized(80, 8192, 28_672, 64, 8, **_LLAMA3),
-    "llama3.1-8b": _sized(32, 4096, 14_336, 32, 8, **_LLAMA31),
-    "llama3.1-70b": _sized(80, 8192, 28_672, 64, 8, **_LLAMA31),
-    "llama3.2-1b": _sized(16, 2048, 8192, 32, 8, **_LLAMA32),
-    "llama3.2-3b": _sized(28, 3072, 8192, 24, 8, **_LLAMA32),
-    "mistral-7b": _sized(  # v0.1, the one with a window
+    "smollm2-135m": _build(30, 576, 1536, 9, 3, rope_theta=100_000.0, **_SMOLLM2),
+    "smollm2-360m": _build(32, 960, 2560, 15, 5, rope_theta=100_000.0, **_SMOLLM2),
+    "smollm2-1.7b": _build(24, 2048, 8192, 32, rope_theta=130_000.0, **_SMOLLM2),
+    "tinyllama-1.1b": _build(22, 2048, 5632, 32, 4, max_positions=2048),
+    "llama-7b": _build(32, 4096, 11_008, 32, **_LLAMA1),
+    "llama-13b": _build(40, 5120, 13_824, 40, **_LLAMA1),
+    "llama-30b": _build(60, 6656, 17_920, 52, **_LLAMA1),
+    "llama-65b": _build(80, 8192, 22_016, 64, **_LLAMA1),
+    "llama2-7b": _build(32, 4096, 11_008, 32),
+    "llama2-13b": _build(40, 5120, 13_824, 40),
+    "llama2-70b": _build(80, 8192, 28_672, 64, 8),
+    "llama3-8b": _build(32, 4096, 14_336, 32, 8, **_LLAMA3),
+    "llama3-70b": _build(80, 8192, 28_672, 64, 8, **_LLAMA3),
+    "llama3.1-8b": _build(32, 4096, 14_336, 32, 8, **_LLAMA31),
+    "llama3.1-70b": _build(80, 8192, 28_672, 64, 8, **_LLAMA31),
+    "llama3.2-1b": _build(16, 2048, 8192, 32, 8, **_LLAMA32),
+    "llama3.2-3b": _build(28, 3072, 8192, 24, 8, **_LLAMA32),
+    "mistral-7b": _build(  # v0.1, the one with a window
         32, 4096, 14_336, 32, 8, max_positions=32_768, sliding_window=4096
     ),
-    "mistral-7b-v0.3": _sized(
+    "mistral-7b-v0.3": _build(
         32,
         4096,
         14_336,
@@ -85,7 +85,7 @@ MODELS: dict[str, DecoderConfig] = {
         rope_theta=1_000_000.0,
         max_positions=32_768,
     ),
-    "mistral-nemo-12b": _sized(
+    "mistral-nemo-12b": _build(
         40,
         5120,
         14_336,
@@ -96,21 +96,21 @@ MODELS: dict[str, DecoderConfig] = {
         rope_theta=1_000_000.0,
         max_positions=128_000,
     ),
-    "qwen2-0.5b": _sized(24, 896, 4864, 14, 2, tied=True, **_QWEN2),
-    "qwen2-1.5b": _sized(28, 1536, 8960, 12, 2, tied=True, **_QWEN2),
-    "qwen2-7b": _sized(28, 3584, 18_944, 28, 4, **(_QWEN2 | {"vocab_size": 152_064})),
-    "qwen2-72b": _sized(80, 8192, 29_568, 64, 8, **(_QWEN2 | {"vocab_size": 152_064})),
-    "qwen2.5-3b": _sized(
+    "qwen2-0.5b": _build(24, 896, 4864, 14, 2, tied=True, **_QWEN2),
+    "qwen2-1.5b": _build(28, 1536, 8960, 12, 2, tied=True, **_QWEN2),
+    "qwen2-7b": _build(28, 3584, 18_944, 28, 4, **(_QWEN2 | {"vocab_size": 152_064})),
+    "qwen2-72b": _build(80, 8192, 29_568, 64, 8, **(_QWEN2 | {"vocab_size": 152_064})),
+    "qwen2.5-3b": _build(
         36, 2048, 11_008, 16, 2, tied=True, **(_QWEN2 | {"max_positions": 32_768})
     ),
-    "gpt2": _sized(12, 768, 3072, 12, **_GPT2),
-    "gpt2-medium": _sized(24, 1024, 4096, 16, **_GPT2),
-    "gpt2-large": _sized(36, 1280, 5120, 20, **_GPT2),
-    "gpt2-xl": _sized(48, 1600, 6400, 25, **_GPT2),
-    "opt-125m": _sized(12, 768, 3072, 12, **_OPT),
-    "opt-1.3b": _sized(24, 2048, 8192, 32, **_OPT),
-    "opt-6.7b": _sized(32, 4096, 16_384, 32, **_OPT),
-    "phi-2": _sized(
+    "gpt2": _build(12, 768, 3072, 12, **_GPT2),
+    "gpt2-medium": _build(24, 1024, 4096, 16, **_GPT2),
+    "gpt2-large": _build(36, 1280, 5120, 20, **_GPT2),
+    "gpt2-xl": _build(48, 1600, 6400, 25, **_GPT2),
+    "opt-125m": _build(12, 768, 3072, 12, **_OPT),
+    "opt-1.3b": _build(24, 2048, 8192, 32, **_OPT),
+    "opt-6.7b": _build(32, 4096, 16_384, 32, **_OPT),
+    "phi-2": _build(
         32,
         2560,
         10_240,

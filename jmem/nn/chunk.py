@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
-def by_chunks(
+def apply_by_chunks(
     fn: Callable[..., jax.Array],
     x: Shaped[Array, "B T *N"],
     *others: Shaped[Array, "B T ..."],

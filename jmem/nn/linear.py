@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from jmem.nn.ops import LinearMap
 
 
-def along_last(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
+def expand_to(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
     """`vector` with leading axes of one, so that it broadcasts against `like`."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
@@ -27,7 +27,7 @@ def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     if leaf["kernel"].dtype != x.dtype:
         product = jax.checkpoint(product, prevent_cse=False)
     y = product(x, leaf["kernel"])
-    return y + along_last(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
+    return y + expand_to(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
 
 
 class Linear(nn.Module):

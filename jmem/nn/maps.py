@@ -21,7 +21,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jmem.targets import nearest
+from jmem.targets import suggest
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 """Short names of a decoder block's maps. As a setting, the default: those of them that
@@ -34,7 +34,7 @@ _DECODER = (
 _BLOCKS = "blocks/"
 
 
-def matches(pattern: str, path: str) -> bool:
+def is_match(pattern: str, path: str) -> bool:
     """Whether a pattern means the path: itself, or something that it lies below."""
     return any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"{pattern}/*"))
 
@@ -110,7 +110,9 @@ def choose_maps(
     def find(pattern: str) -> set[str]:
         pattern = pattern.removeprefix(_BLOCKS)
         ends = f"*/{pattern}" if pattern in MAPS else pattern
-        return {name for name in names if matches(pattern, name) or matches(ends, name)}
+        return {
+            name for name in names if is_match(pattern, name) or is_match(ends, name)
+        }
 
     found = {pattern: find(pattern) for pattern in patterns}
     every = set().union(*found.values())
@@ -119,7 +121,7 @@ def choose_maps(
         words = {part for name in names for part in (name, *name.split("/"))}
         raise ValueError(
             f"{setting} names {missing}, which these blocks don't have; choose among "
-            f"{', '.join(names)}{nearest(missing[0].removeprefix(_BLOCKS), words)}"
+            f"{', '.join(names)}{suggest(missing[0].removeprefix(_BLOCKS), words)}"
         )
     return tuple(name for name in names if name in every)
 

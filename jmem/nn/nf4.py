@@ -41,28 +41,30 @@ _BETWEEN = (_TABLE[1:] + _TABLE[:-1]) / 2
 
 def encode(values: Float[Array, "*N in"]) -> UInt8[Array, "*N bytes"]:
     """Packs values into rows of NF4; `in` is a multiple of `BLOCK`."""
-    blocks = _blocks(values)
+    blocks = _cut_blocks(values)
     scale = jnp.max(jnp.abs(blocks), axis=-1)
-    return _bytes(_codes(blocks, scale), jax.lax.bitcast_convert_type(scale, jnp.uint8))
+    return _join_bytes(
+        _choose_codes(blocks, scale), jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    )
 
 
 def decode(rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in"]:
     """The float32 values of rows of NF4."""
-    codes, scales = _parts(rows, rows.shape[-1] // 36, 4)
-    return _values(codes, jax.lax.bitcast_convert_type(scales, jnp.float32))
+    codes, scales = _split_rows(rows, rows.shape[-1] // 36, 4)
+    return _look_up_values(codes, jax.lax.bitcast_convert_type(scales, jnp.float32))
 
 
 def encode_double(values: Float[Array, "*N in"]) -> UInt8[Array, "*N bytes"]:
     """Packs values into rows of NF4_DOUBLE; `in` is a multiple of `BLOCK`."""
-    blocks = _blocks(values)
+    blocks = _cut_blocks(values)
     exact = jnp.max(jnp.abs(blocks), axis=-1)
     least = jnp.min(exact, axis=-1, keepdims=True)
     step = (jnp.max(exact, axis=-1, keepdims=True) - least) / 255
     level = jnp.round((exact - least) / jnp.where(step > 0, step, 1))
     level = jnp.clip(level, 0, 255).astype(jnp.uint8)
     ends = jnp.concatenate([least, step], axis=-1)
-    return _bytes(
-        _codes(blocks, _scale(level, ends)),
+    return _join_bytes(
+        _choose_codes(blocks, _read_scale(level, ends)),
         level[..., None],
         jax.lax.bitcast_convert_type(ends, jnp.uint8),
     )
@@ -71,21 +73,21 @@ def encode_double(values: Float[Array, "*N in"]) -> UInt8[Array, "*N bytes"]:
 def decode_double(rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in"]:
     """The float32 values of rows of NF4_DOUBLE."""
     blocks = (rows.shape[-1] - 8) // 33
-    codes, level = _parts(rows[..., :-8], blocks, 1)
+    codes, level = _split_rows(rows[..., :-8], blocks, 1)
     ends = rows[..., -8:].reshape(*rows.shape[:-1], 2, 4)
     ends = jax.lax.bitcast_convert_type(ends, jnp.float32)
-    return _values(codes, _scale(level[..., 0], ends))
+    return _look_up_values(codes, _read_scale(level[..., 0], ends))
 
 
-def _scale(level: jax.Array, ends: jax.Array) -> jax.Array:
+def _read_scale(level: jax.Array, ends: jax.Array) -> jax.Array:
     return ends[..., :1] + ends[..., 1:] * level.astype(jnp.float32)
 
 
-def _blocks(values: jax.Array) -> jax.Array:
+def _cut_blocks(values: jax.Array) -> jax.Array:
     return values.astype(jnp.float32).reshape(*values.shape[:-1], -1, BLOCK)
 
 
-def _codes(blocks: jax.Array, scale: jax.Array) -> jax.Array:
+def _choose_codes(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     """Numbers of the nearest levels, two a byte: [..., blocks, 32].
 
     A block of zeros has the level that is zero.
@@ -98,12 +100,14 @@ def _codes(blocks: jax.Array, scale: jax.Array) -> jax.Array:
     return code[..., : BLOCK // 2] | (code[..., BLOCK // 2 :] << 4)
 
 
-def _bytes(codes: jax.Array, scales: jax.Array, *tail: jax.Array) -> jax.Array:
+def _join_bytes(codes: jax.Array, scales: jax.Array, *tail: jax.Array) -> jax.Array:
     parts = [part.reshape(*part.shape[:-2], -1) for part in (codes, scales, *tail)]
     return jnp.concatenate(parts, axis=-1)
 
 
-def _parts(rows: jax.Array, blocks: int, width: int) -> tuple[jax.Array, jax.Array]:
+def _split_rows(
+    rows: jax.Array, blocks: int, width: int
+) -> tuple[jax.Array, jax.Array]:
     """Codes [..., blocks, 32] and scales [..., blocks, width] of whole rows."""
     end = blocks * BLOCK // 2
     codes, scales = rows[..., :end], rows[..., end:]
@@ -111,7 +115,7 @@ def _parts(rows: jax.Array, blocks: int, width: int) -> tuple[jax.Array, jax.Arr
     return codes.reshape(*lead, BLOCK // 2), scales.reshape(*lead, width)
 
 
-def _values(codes: jax.Array, scale: jax.Array) -> jax.Array:
+def _look_up_values(codes: jax.Array, scale: jax.Array) -> jax.Array:
     shifts = np.array([[0], [4]], np.uint8)
     shifts = shifts.reshape((1,) * (codes.ndim - 1) + (2, 1))
     code = (codes[..., None, :] >> shifts) & np.uint8(15)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jmem.nn.linear import along_last
+from jmem.nn.linear import expand_to
 
 NormKind = Literal["rms", "layer"]
 
@@ -22,7 +22,7 @@ def rms_norm(x: jax.Array, scale: Float[Array, " M"], eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normal = (wide * jax.lax.rsqrt(mean_square + eps)).astype(x.dtype)
-    return normal * along_last(scale.astype(x.dtype), x)
+    return normal * expand_to(scale.astype(x.dtype), x)
 
 
 def layer_norm(
@@ -37,7 +37,7 @@ def layer_norm(
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     normal = centred * jax.lax.rsqrt(variance + eps)
-    scale, bias = (along_last(v.astype(jnp.float32), x) for v in (scale, bias))
+    scale, bias = (expand_to(v.astype(jnp.float32), x) for v in (scale, bias))
     return (normal * scale + bias).astype(x.dtype)
 
 

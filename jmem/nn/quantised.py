@@ -37,71 +37,75 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from jmem.nn import nf4
-from jmem.nn.linear import along_last, dense
+from jmem.nn.linear import dense, expand_to
 from jmem.nn.maps import choose_maps, find_dicts, find_maps, replace_maps
 from jmem.offload import fetch
 from jmem.program import by_key
 
 
-def _half(pair: jax.Array) -> jax.Array:
+def _read_half(pair: jax.Array) -> jax.Array:
     """The float16 of two bytes, low one first, in float32: [..., 2] to [..., 1]."""
     low, high = (pair[..., i : i + 1].astype(jnp.uint16) for i in (0, 1))
     bits = low | (high << 8)
     return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
-def _fields(data: jax.Array, width: int) -> jax.Array:
+def _split_bits(data: jax.Array, width: int) -> jax.Array:
     """Fields of `width` bits, lowest first: [..., n] bytes to [..., 8 / width, n]."""
     shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
     shifts = shifts.reshape((1,) * (data.ndim - 1) + (-1, 1))
     return (data[..., None, :] >> shifts) & (2**width - 1)
 
 
-def _signed(data: jax.Array) -> jax.Array:
+def _read_signed(data: jax.Array) -> jax.Array:
     """Bytes as int8, in float32."""
     return jax.lax.bitcast_convert_type(data, jnp.int8).astype(jnp.float32)
 
 
-def _joined(blocks: jax.Array, axes: int = 2) -> jax.Array:
+def _join(blocks: jax.Array, axes: int = 2) -> jax.Array:
     """The last `axes` axes as one."""
     return blocks.reshape(*blocks.shape[:-axes], -1)
 
 
-def _four(data: jax.Array) -> jax.Array:
+def _read_four_bits(data: jax.Array) -> jax.Array:
     """The 32 four-bit values in 16 bytes: all low halves, then all high ones."""
-    return _joined(_fields(data, 4))
+    return _join(_split_bits(data, 4))
 
 
-def _fifth(data: jax.Array) -> jax.Array:
+def _read_fifth_bits(data: jax.Array) -> jax.Array:
     """The fifth bits of 32 values, from 4 bytes, each where it is added (16 or 0)."""
-    bits = jnp.swapaxes(_fields(data, 1), -1, -2)
-    return _joined(bits) << 4
+    bits = jnp.swapaxes(_split_bits(data, 1), -1, -2)
+    return _join(bits) << 4
 
 
-def _q8_0(b: jax.Array) -> jax.Array:
-    return _half(b[..., :2]) * _signed(b[..., 2:])
+def _decode_q8_0(b: jax.Array) -> jax.Array:
+    return _read_half(b[..., :2]) * _read_signed(b[..., 2:])
 
 
-def _q4_0(b: jax.Array) -> jax.Array:
-    return _half(b[..., :2]) * (_four(b[..., 2:]).astype(jnp.float32) - 8)
+def _decode_q4_0(b: jax.Array) -> jax.Array:
+    return _read_half(b[..., :2]) * (
+        _read_four_bits(b[..., 2:]).astype(jnp.float32) - 8
+    )
 
 
-def _q4_1(b: jax.Array) -> jax.Array:
-    q = _four(b[..., 4:]).astype(jnp.float32)
-    return _half(b[..., :2]) * q + _half(b[..., 2:4])
+def _decode_q4_1(b: jax.Array) -> jax.Array:
+    q = _read_four_bits(b[..., 4:]).astype(jnp.float32)
+    return _read_half(b[..., :2]) * q + _read_half(b[..., 2:4])
 
 
-def _q5_0(b: jax.Array) -> jax.Array:
-    q = _four(b[..., 6:]) | _fifth(b[..., 2:6])
-    return _half(b[..., :2]) * (q.astype(jnp.float32) - 16)
+def _decode_q5_0(b: jax.Array) -> jax.Array:
+    q = _read_four_bits(b[..., 6:]) | _read_fifth_bits(b[..., 2:6])
+    return _read_half(b[..., :2]) * (q.astype(jnp.float32) - 16)
 
 
-def _q5_1(b: jax.Array) -> jax.Array:
-    q = (_four(b[..., 8:]) | _fifth(b[..., 4:8])).astype(jnp.float32)
-    return _half(b[..., :2]) * q + _half(b[..., 2:4])
+def _decode_q5_1(b: jax.Array) -> jax.Array:
+    q = (_read_four_bits(b[..., 8:]) | _read_fifth_bits(b[..., 4:8])).astype(
+        jnp.float32
+    )
+    return _read_half(b[..., :2]) * q + _read_half(b[..., 2:4])
 
 
-def _steps(b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _read_steps(b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scale and minimum of a block's 8 groups of 32 values, each [..., 8, 1].
 
     Twelve bytes hold them in six bits each: the first four scales, then the first four
@@ -112,36 +116,37 @@ def _steps(b: jax.Array) -> tuple[jax.Array, jax.Array]:
     scales = [scale & 63, (rest & 15) | ((scale >> 2) & 48)]
     minima = [minimum & 63, (rest >> 4) | ((minimum >> 2) & 48)]
     d, least = (
-        _half(b[..., at : at + 2]) * jnp.concatenate(six, axis=-1).astype(jnp.float32)
+        _read_half(b[..., at : at + 2])
+        * jnp.concatenate(six, axis=-1).astype(jnp.float32)
         for at, six in ((0, scales), (2, minima))
     )
     return d[..., None], least[..., None]
 
 
-def _groups(data: jax.Array) -> jax.Array:
+def _read_groups(data: jax.Array) -> jax.Array:
     """The low four bits of 256 values, from 128 bytes: [..., 8, 32]."""
-    q = _fields(data.reshape(*data.shape[:-1], 4, 32), 4)
+    q = _split_bits(data.reshape(*data.shape[:-1], 4, 32), 4)
     return q.reshape(*data.shape[:-1], 8, 32)
 
 
-def _q4_k(b: jax.Array) -> jax.Array:
-    d, least = _steps(b)
-    return _joined(d * _groups(b[..., 16:]).astype(jnp.float32) - least)
+def _decode_q4_k(b: jax.Array) -> jax.Array:
+    d, least = _read_steps(b)
+    return _join(d * _read_groups(b[..., 16:]).astype(jnp.float32) - least)
 
 
-def _q5_k(b: jax.Array) -> jax.Array:
-    d, least = _steps(b)
-    q = _groups(b[..., 48:]) | (_fields(b[..., 16:48], 1) << 4)
-    return _joined(d * q.astype(jnp.float32) - least)
+def _decode_q5_k(b: jax.Array) -> jax.Array:
+    d, least = _read_steps(b)
+    q = _read_groups(b[..., 48:]) | (_split_bits(b[..., 16:48], 1) << 4)
+    return _join(d * q.astype(jnp.float32) - least)
 
 
-def _q6_k(b: jax.Array) -> jax.Array:
-    low = _fields(b[..., :128].reshape(*b.shape[:-1], 2, 64), 4)
-    high = _fields(b[..., 128:192].reshape(*b.shape[:-1], 2, 32), 2)
+def _decode_q6_k(b: jax.Array) -> jax.Array:
+    low = _split_bits(b[..., :128].reshape(*b.shape[:-1], 2, 64), 4)
+    high = _split_bits(b[..., 128:192].reshape(*b.shape[:-1], 2, 32), 2)
     low, high = (x.reshape(*b.shape[:-1], 16, 16) for x in (low, high))
     q = (low | (high << 4)).astype(jnp.float32) - 32
-    d = _half(b[..., 208:210]) * _signed(b[..., 192:208])
-    return _joined(d[..., None] * q)
+    d = _read_half(b[..., 208:210]) * _read_signed(b[..., 192:208])
+    return _join(d[..., None] * q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +172,14 @@ class Kind:
 
 
 GGUF: Mapping[str, Kind] = {
-    "Q4_0": Kind(32, 18, _q4_0),
-    "Q4_1": Kind(32, 20, _q4_1),
-    "Q5_0": Kind(32, 22, _q5_0),
-    "Q5_1": Kind(32, 24, _q5_1),
-    "Q8_0": Kind(32, 34, _q8_0),
-    "Q4_K": Kind(256, 144, _q4_k),
-    "Q5_K": Kind(256, 176, _q5_k),
-    "Q6_K": Kind(256, 210, _q6_k),
+    "Q4_0": Kind(32, 18, _decode_q4_0),
+    "Q4_1": Kind(32, 20, _decode_q4_1),
+    "Q5_0": Kind(32, 22, _decode_q5_0),
+    "Q5_1": Kind(32, 24, _decode_q5_1),
+    "Q8_0": Kind(32, 34, _decode_q8_0),
+    "Q4_K": Kind(256, 144, _decode_q4_k),
+    "Q5_K": Kind(256, 176, _decode_q5_k),
+    "Q6_K": Kind(256, 210, _decode_q6_k),
 }
 """The types of a file that can stay packed, by llama.cpp's names."""
 
@@ -197,7 +202,7 @@ def dequantise(kind: str, rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in
     if found.encode is not None:
         return found.decode(rows)
     blocks = rows.reshape(*rows.shape[:-1], -1, found.nbytes)
-    return _joined(found.decode(blocks))
+    return _join(found.decode(blocks))
 
 
 def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
@@ -212,43 +217,43 @@ def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
     """
     if "packed" not in leaf:
         return dense(name, leaf, x)
-    inputs, _ = kernel_shape(leaf)[-2:]
+    inputs, _ = find_kernel_shape(leaf)[-2:]
     if x.shape[-1] != inputs:
         raise ValueError(
             f"linear: the input of map {name!r} is {x.shape[-1]} wide, but its rows of "
             f"{leaf['packed'].shape[-1]} bytes hold {inputs} values of "
             f"{' and '.join(sorted(leaf['kind']))}. They are another model's."
         )
-    y = _product(x, leaf["packed"], leaf["kind"])
-    return y + along_last(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
+    y = _multiply(x, leaf["packed"], leaf["kind"])
+    return y + expand_to(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
 
 
-def kernel_shape(leaf: dict) -> tuple[int, ...]:
+def find_kernel_shape(leaf: dict) -> tuple[int, ...]:
     """[..., in, out] of the kernel that a packed leaf stands for."""
     *stacked, outputs, row_bytes = leaf["packed"].shape
     widest = max((KINDS[k] for k in leaf["kind"]), key=lambda k: k.row_bytes(256))
     return (*stacked, widest.row_values(row_bytes), outputs)
 
 
-def described_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf's kernel; if packed, of what `unpacked` would make."""
+def describe_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a leaf's kernel; if packed, of what `unpack` would make."""
     if "packed" in leaf:
-        return jax.ShapeDtypeStruct(kernel_shape(leaf), dtype)
+        return jax.ShapeDtypeStruct(find_kernel_shape(leaf), dtype)
     return jax.ShapeDtypeStruct(leaf["kernel"].shape, leaf["kernel"].dtype)
 
 
-def unpacked_dtype(blocks: dict) -> jnp.dtype:
+def find_unpacked_dtype(blocks: dict) -> jnp.dtype:
     """The dtype that packed maps of these blocks are dequantised to: their norms'."""
     scales = (v.dtype for path, v in by_key(blocks).items() if path.endswith("/scale"))
     return next(scales, jnp.dtype("float32"))
 
 
-def unpacked(tree: dict, dtype: DTypeLike) -> dict:
+def unpack(tree: dict, dtype: DTypeLike) -> dict:
     """`tree` with every stacked packed leaf dequantised: kernels [L, in, out]."""
 
     def unpack_map(leaf: dict) -> dict:
         kernel = jax.lax.map(  # one layer's float32 values at a time
-            lambda row: _chosen(lambda values: values.T.astype(dtype), *row),
+            lambda row: _use_values(lambda values: values.T.astype(dtype), *row),
             (leaf["packed"], leaf["kind"]),
         )
         kept = {name: leaf[name] for name in leaf.keys() - {"packed", "kind"}}
@@ -282,7 +287,7 @@ def pack(params: dict, kind: str = "NF4") -> dict:
         check_blocks("pack", name, kind, leaf["kernel"].shape[1])
         kept = {key: part for key, part in leaf.items() if key != "kernel"}
         flags = {kind: jnp.ones(leaf["kernel"].shape[:1], jnp.bool)}
-        return kept | {"packed": _packed(kind, leaf["kernel"]), "kind": flags}
+        return kept | {"packed": _pack_stack(kind, leaf["kernel"]), "kind": flags}
 
     blocks = params["blocks"]
     maps = {name: pack_map(name, leaf) for name, leaf in find_maps(blocks).items()}
@@ -323,19 +328,19 @@ def check_blocks(who: str, name: str, kind: str, inputs: int) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _packed(kind: str, kernel: jax.Array) -> jax.Array:
+def _pack_stack(kind: str, kernel: jax.Array) -> jax.Array:
     """Rows [L, out, bytes] of kernels [L, in, out], a layer at a time."""
-    return jax.lax.map(lambda w: packed_rows(kind, fetch(w).T), kernel)
+    return jax.lax.map(lambda w: pack_rows(kind, fetch(w).T), kernel)
 
 
-def packed_rows(kind: str, values: Float[Array, "out in"]) -> UInt8[Array, "out bytes"]:
+def pack_rows(kind: str, values: Float[Array, "out in"]) -> UInt8[Array, "out bytes"]:
     """The values of one layer quantised to `kind`, one of `PACKERS`."""
     encode = KINDS[kind].encode
     assert encode is not None  # of PACKERS
     return encode(values)
 
 
-def squares(leaf: dict) -> Float[Array, "L out"]:
+def sum_squares(leaf: dict) -> Float[Array, "L out"]:
     """The sum over `in` of each column's squares, float32, of a stacked leaf.
 
     Summed as they are dequantised or widened: no kernel is made for it.
@@ -345,7 +350,9 @@ def squares(leaf: dict) -> Float[Array, "L out"]:
         return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)
 
     def packed_row(packed, flags):
-        return _chosen(lambda values: jnp.sum(jnp.square(values), -1), packed, flags)
+        return _use_values(
+            lambda values: jnp.sum(jnp.square(values), -1), packed, flags
+        )
 
     if "packed" in leaf:
         rows = leaf["packed"], leaf["kind"]
@@ -367,9 +374,9 @@ def refuse_packed(who: str, params: dict) -> None:
             )
 
 
-def _chosen(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
+def _use_values(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
     """Calls `use` with a layer's float32 values [out, in], of the type flagged."""
-    inputs, _ = kernel_shape({"packed": packed, "kind": flags})
+    inputs, _ = find_kernel_shape({"packed": packed, "kind": flags})
 
     def branch(kind: str):
         rows = packed[:, : KINDS[kind].row_bytes(inputs)]
@@ -383,7 +390,7 @@ def _chosen(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
     return jax.lax.switch(which, branches)
 
 
-def _after(x: jax.Array, packed: jax.Array) -> jax.Array:
+def _tie(x: jax.Array, packed: jax.Array) -> jax.Array:
     """`packed`, tied to `x` so that XLA cannot use it before `x` is computed.
 
     Left free, XLA dequantises every map of a block at its start (seen in 0.12), and it
@@ -395,7 +402,7 @@ def _after(x: jax.Array, packed: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _product(x, packed, flags):
+def _multiply(x, packed, flags):
     """The product of x [..., in] and a layer's packed values [out, in]: [..., out]."""
 
     def multiply(values):
@@ -406,20 +413,20 @@ def _product(x, packed, flags):
             return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
         return jnp.einsum("...i,oi->...o", x, values.astype(x.dtype))
 
-    return _chosen(multiply, _after(x, packed), flags)
+    return _use_values(multiply, _tie(x, packed), flags)
 
 
-def _product_forward(x, packed, flags):
-    return _product(x, packed, flags), (packed, flags)
+def _multiply_forward(x, packed, flags):
+    return _multiply(x, packed, flags), (packed, flags)
 
 
-def _product_backward(stored, dy):
+def _multiply_backward(stored, dy):
     packed, flags = stored
-    dx = _chosen(lambda w: dy @ w.astype(dy.dtype), _after(dy, packed), flags)
+    dx = _use_values(lambda w: dy @ w.astype(dy.dtype), _tie(dy, packed), flags)
     return dx, None, None
 
 
-_product.defvjp(_product_forward, _product_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 Q4_K_M: Mapping[str, str | tuple[str, ...]] = {
@@ -453,11 +460,11 @@ def abstract(params: dict, kind: str | Mapping[str, str | tuple[str, ...]]) -> d
     for pattern, types in ({"*": kind} if isinstance(kind, str) else kind).items():
         types = (types,) if isinstance(types, str) else types
         for name in choose_maps((pattern,), maps, "abstract: kind"):
-            packed[name] = _described(name, maps[name], types)
+            packed[name] = _describe_packed(name, maps[name], types)
     return params | {"blocks": replace_maps(blocks, packed)}
 
 
-def _described(name: str, leaf: dict, kinds: tuple[str, ...]) -> dict:
+def _describe_packed(name: str, leaf: dict, kinds: tuple[str, ...]) -> dict:
     layers, inputs, outputs = leaf["kernel"].shape
     for kind in kinds:
         if kind not in KINDS:

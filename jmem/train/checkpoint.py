@@ -43,7 +43,7 @@ class Checkpoints:
         for unfinished in self.folder.glob("*.partial"):
             shutil.rmtree(unfinished)
 
-    def steps(self) -> tuple[int, ...]:
+    def list_steps(self) -> tuple[int, ...]:
         """Steps of the complete checkpoints, ascending."""
         names = (entry.name for entry in self.folder.iterdir())
         return tuple(sorted(int(name) for name in names if name.isdecimal()))
@@ -56,8 +56,8 @@ class Checkpoints:
         """
         from orbax import checkpoint
 
-        leaves = _named(state)
-        arrays = {name: _raw(leaf) for name, leaf in leaves.items() if leaf.size}
+        leaves = _name_leaves(state)
+        arrays = {name: _unwrap_key(leaf) for name, leaf in leaves.items() if leaf.size}
         partial = self.folder / f"{step}.partial"
         handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
         try:
@@ -67,20 +67,20 @@ class Checkpoints:
                 "format": FORMAT,
                 "step": step,
                 "data": data,
-                "leaves": _layout(state),
-                "files": _digests(partial / "state"),
+                "leaves": _describe_leaves(state),
+                "files": _digest_files(partial / "state"),
             }
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
             os.rename(partial, self.folder / str(step))
         except Exception as error:  # Orbax and TensorStore have no error class
             shutil.rmtree(partial, ignore_errors=True)  # the room may be needed
-            kept = self.steps()
+            kept = self.list_steps()
             raise CheckpointError(
                 f"step {step}: the checkpoint could not be written to {self.folder}: "
-                f"{_first_line(error)}\n"
+                f"{_take_first_line(error)}\n"
                 + (f"The last complete one is of step {kept[-1]}." if kept else "")
             ) from error
-        for old in self.steps()[: -self.keep]:
+        for old in self.list_steps()[: -self.keep]:
             self.remove(old)
 
     def restore(self, like: Any, *, data: str) -> tuple[int, Any]:
@@ -95,8 +95,8 @@ class Checkpoints:
             that differs is named) or of other data; or no checkpoint is intact.
         """
         damaged = {}
-        for step in reversed(self.steps()):
-            manifest, why = self._manifest(step)
+        for step in reversed(self.list_steps()):
+            manifest, why = self._read_manifest(step)
             if why:
                 damaged[step] = why
                 continue
@@ -118,31 +118,33 @@ class Checkpoints:
         os.rename(self.folder / str(step), partial)
         shutil.rmtree(partial)
 
-    def _manifest(self, step: int) -> tuple[dict, str]:
+    def _read_manifest(self, step: int) -> tuple[dict, str]:
         """A checkpoint's manifest, and what is wrong with its files ("" if nothing)."""
         where = self.folder / str(step)
         try:
             manifest = json.loads((where / "manifest.json").read_text())
             files, written = manifest["files"], manifest["format"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            return {}, f"manifest.json: {_first_line(error)}"
+            return {}, f"manifest.json: {_take_first_line(error)}"
         if written != FORMAT:
             raise CheckpointError(
                 f"{where}: format={written!r}; this version reads format {FORMAT}.\n"
                 "Resume with the version that wrote it, or start in a new folder."
             )
-        found = _digests(where / "state")
+        found = _digest_files(where / "state")
         for name in sorted(files.keys() | found.keys()):
             if files.get(name) != found.get(name):
                 return manifest, (
-                    f"state/{name} is {_file_words(found.get(name))} and was written "
-                    f"as {_file_words(files.get(name))}"
+                    f"state/{name} is {_describe_file(found.get(name))} and was "
+                    f"written as {_describe_file(files.get(name))}"
                 )
         return manifest, ""
 
     def _check(self, step: int, manifest: Mapping, like: Any, data: str) -> None:
         where = self.folder / str(step)
-        if changed := _first_difference(manifest["leaves"], _layout(like)):
+        if changed := _find_first_difference(
+            manifest["leaves"], _describe_leaves(like)
+        ):
             name, before, after = changed
             raise CheckpointError(
                 f"{where}: leaf {name!r} is {before}, and this run's is {after}.\n"
@@ -159,8 +161,10 @@ class Checkpoints:
     def _read(self, step: int, like: Any) -> Any:
         from orbax import checkpoint
 
-        templates = _named(like)
-        raw = {n: _raw_template(leaf) for n, leaf in templates.items() if leaf.size}
+        templates = _name_leaves(like)
+        raw = {
+            n: _describe_unwrapped(leaf) for n, leaf in templates.items() if leaf.size
+        }
         told = checkpoint.checkpoint_utils.construct_restore_args(raw)
         wanted = checkpoint.args.PyTreeRestore(item=raw, restore_args=told)
         handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
@@ -172,7 +176,7 @@ class Checkpoints:
             if leaf is None:
                 leaf = jnp.zeros(template.shape, template.dtype)
             if _is_key(template):
-                leaf = _wrap(leaf, template)
+                leaf = _wrap_key(leaf, template)
             leaf = jax.device_put(leaf, template.sharding)
             if template.sharding.memory_kind == HOST:
                 # Its placement is right, its type says device (Orbax 0.12): a program
@@ -182,7 +186,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _digests(folder: pathlib.Path) -> dict[str, list[int]]:
+def _digest_files(folder: pathlib.Path) -> dict[str, list[int]]:
     """Size and CRC-32 of every file below `folder`."""
     digests = {}
     for path in sorted(folder.rglob("*")):
@@ -195,7 +199,7 @@ def _digests(folder: pathlib.Path) -> dict[str, list[int]]:
     return digests
 
 
-def _file_words(digest: list[int] | None) -> str:
+def _describe_file(digest: list[int] | None) -> str:
     return f"{digest[0]} bytes, CRC {digest[1]:08x}" if digest else "absent"
 
 
@@ -209,32 +213,32 @@ def abstract(state: Any) -> Any:
     )
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _name_leaves(tree: Any) -> dict[str, Any]:
     named = by_key(tree)
     count = len(jax.tree.leaves(tree))
     assert len(named) == count, "two leaves of the state share a key path"
     return named
 
 
-def _words(leaf: Any) -> str:
+def _describe_leaf(leaf: Any) -> str:
     """A leaf's layout in words, as `float32[2,3]`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _layout(tree: Any) -> dict[str, str]:
-    return {name: _words(leaf) for name, leaf in _named(tree).items()}
+def _describe_leaves(tree: Any) -> dict[str, str]:
+    return {name: _describe_leaf(leaf) for name, leaf in _name_leaves(tree).items()}
 
 
-def difference(first: Any, second: Any) -> tuple[str, str, str] | None:
+def find_difference(first: Any, second: Any) -> tuple[str, str, str] | None:
     """Path and both layouts of a leaf that two trees do not have alike, or None.
 
-    >>> difference({"m": jnp.ones(3)}, {"m": jnp.ones(4)})
+    >>> find_difference({"m": jnp.ones(3)}, {"m": jnp.ones(4)})
     ('m', 'float32[3]', 'float32[4]')
     """
-    return _first_difference(_layout(first), _layout(second))
+    return _find_first_difference(_describe_leaves(first), _describe_leaves(second))
 
 
-def _first_difference(
+def _find_first_difference(
     first: dict[str, str], second: dict[str, str]
 ) -> tuple[str, str, str] | None:
     for name in sorted(first.keys() | second.keys()):
@@ -247,21 +251,21 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _wrap(words: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _wrap_key(words: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     found = []  # an abstract key tells its implementation only to a traced function
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
     return jax.random.wrap_key_data(words, impl=found[0])
 
 
-def _raw(leaf: jax.Array) -> jax.Array:
+def _unwrap_key(leaf: jax.Array) -> jax.Array:
     """A typed random key as its words; every other leaf as it is."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _raw_template(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    words = jax.eval_shape(_raw, leaf)
+def _describe_unwrapped(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    words = jax.eval_shape(_unwrap_key, leaf)
     return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=leaf.sharding)
 
 
-def _first_line(error: BaseException) -> str:
+def _take_first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -41,10 +41,10 @@ class Best:
         self.step, self._loss, self._since = 0, math.inf, 0
         for row in read(folder) if (folder / NAME).exists() else []:
             if "held_out_loss" in row and row["step"] <= start:
-                self.improves(row["step"], row["held_out_loss"])
+                self.record(row["step"], row["held_out_loss"])
         self._folder = folder / "best"
         if self._folder.exists():  # a better one of updates that are done again
-            for step in (kept := Checkpoints(self._folder)).steps():
+            for step in (kept := Checkpoints(self._folder)).list_steps():
                 if step != self.step:
                     kept.remove(step)
 
@@ -52,13 +52,13 @@ class Best:
         """Keeps the state of the best step, and no other."""
         Checkpoints(self._folder, keep=1).save(self.step, state, data=data)
 
-    def improves(self, step: int, loss: float) -> bool:
+    def record(self, step: int, loss: float) -> bool:
         """Takes the loss after `step` updates; returns whether it is the best."""
         self._since += 1
         if loss < self._loss:
             self.step, self._loss, self._since = step, loss, 0
         return self._since == 0
 
-    def exhausted(self, patience: int) -> bool:
+    def is_exhausted(self, patience: int) -> bool:
         """Whether the last `patience` evaluations were no better; 0: never."""
         return 0 < patience <= self._since

@@ -52,7 +52,7 @@ class Log:
         recent_count, recent_seconds = map(sum, zip(*self._recent))
         self._lines.update(step, named["loss"], recent_count / recent_seconds)
 
-    def held_out(self, step: int, loss: float) -> None:
+    def write_held_out(self, step: int, loss: float) -> None:
         """Write the held-out loss after `step` updates."""
         self._check(step, {"held_out_loss": loss})
         self._file.write({"step": step, "held_out_loss": loss})
@@ -65,7 +65,7 @@ class Log:
     def _check(self, step: int, values: Mapping[str, Any]) -> None:
         for name in ("loss", "grad_norm", "held_out_loss"):
             if not math.isfinite(values.get(name, 0.0)):
-                kept = self._checkpoints.steps()
+                kept = self._checkpoints.list_steps()
                 raise DivergedError(
                     f"update {step}: {name}={values[name]} is not finite.\n"
                     "Lower the learning rate, clip the gradient, or look at the data "
@@ -86,13 +86,13 @@ class Trace:
         self._folder, self._steps = folder, range(first, min(first + steps, stop))
         self._running = False
 
-    def before(self, step: int) -> None:
+    def start_before(self, step: int) -> None:
         """Start the profiler if `step`, about to run, is the first that is traced."""
         if self._steps and step == self._steps.start:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._running = True
 
-    def ends(self, done: int) -> bool:
+    def is_over(self, done: int) -> bool:
         """Whether the last step to be traced is the one just done."""
         return self._running and done == self._steps.stop
 

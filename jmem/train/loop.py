@@ -132,12 +132,12 @@ def train[State](
             f"train: patience={patience} and keep_best={keep_best} go by the held-out "
             "loss; give held_out batches, and evaluate_every."
         )
-    state = jax.tree.map(_on_device, state)
+    state = jax.tree.map(_copy_to_jax, state)
     like = abstract(state)
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder / "checkpoints", keep=keep)
         start = 0
-        if resume and checkpoints.steps():
+        if resume and checkpoints.list_steps():
             jax.tree.map(lambda leaf: leaf.delete(), state)
             start, state = checkpoints.restore(like, data=data.digest)
         elif not resume:
@@ -148,7 +148,7 @@ def train[State](
                 "Ask for more steps, or start in a new folder."
             )
         best = Best(folder, start)
-        if start == steps or best.exhausted(patience):
+        if start == steps or best.is_exhausted(patience):
             return state
         _check_room(
             folder, like, checkpoints, steps - start, checkpoint_every, keep_best
@@ -182,8 +182,8 @@ def train[State](
         def evaluated(done: int) -> bool:
             """Writes the held-out loss; returns whether it is the best so far."""
             loss = held_out_loss(state)
-            log.held_out(done, loss)
-            return best.improves(done, loss)
+            log.write_held_out(done, loss)
+            return best.record(done, loss)
 
         if start:
             lines.note(f"resumed after update {start}")
@@ -193,21 +193,21 @@ def train[State](
         for done in range(start + 1, steps + 1):  # updates done when this one is
             batch = data.batch(done - 1)
             check_batch(batch, first, done - 1)
-            trace.before(done - 1)
+            trace.start_before(done - 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=done - 1):
                 state, metrics = step(state, place(batch))
             log.step(done, metrics, batch)
 
             asked = stop.is_set()
-            saving = asked or done == steps or _due(done, checkpoint_every)
-            evaluating = held_out and (done == steps or _due(done, evaluate_every))
-            if saving or evaluating or trace.ends(done):
+            saving = asked or done == steps or _is_due(done, checkpoint_every)
+            evaluating = held_out and (done == steps or _is_due(done, evaluate_every))
+            if saving or evaluating or trace.is_over(done):
                 log.flush()
-                if trace.ends(done):
+                if trace.is_over(done):
                     trace.stop()
                 if evaluating and evaluated(done) and keep_best:
                     best.save(state, data=data.digest)
-                if best.exhausted(patience):
+                if best.is_exhausted(patience):
                     saving = True
                     lines.note(
                         f"no better held-out loss since update {best.step}; stopping"
@@ -216,7 +216,7 @@ def train[State](
                     file.sync()
                     checkpoints.save(done, state, data=data.digest)
                 log.restart_clock()
-            if best.exhausted(patience):
+            if best.is_exhausted(patience):
                 break
             if asked and done < steps:
                 raise Interrupted(
@@ -226,12 +226,12 @@ def train[State](
     return state
 
 
-def _on_device(leaf: Any) -> jax.Array:
+def _copy_to_jax(leaf: Any) -> jax.Array:
     """A copy of what is no JAX array: memory shared with NumPy cannot be donated."""
     return leaf if isinstance(leaf, jax.Array) else jnp.array(leaf)
 
 
-def _due(done: int, every: int) -> bool:
+def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
@@ -264,7 +264,7 @@ def _check_arguments(**least: tuple[int, int]) -> None:
 
 
 def _check_unused(folder: pathlib.Path, checkpoints: Checkpoints) -> None:
-    if checkpoints.steps() or (folder / "metrics.jsonl").exists():
+    if checkpoints.list_steps() or (folder / "metrics.jsonl").exists():
         raise TrainingError(
             f"train: folder={str(folder)!r} already holds a run.\n"
             "resume=True continues it; choose another folder to start afresh."
@@ -276,7 +276,7 @@ def _check_room(
 ) -> None:
     """Refuse a disk that is going to be full before the last checkpoint is written."""
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-    now = len(checkpoints.steps())
+    now = len(checkpoints.list_steps())
     saves = -(-steps // every) if every else 1
     more = max(min(checkpoints.keep + 1, now + saves) - now, 1) + 2 * keep_best
     require_free(

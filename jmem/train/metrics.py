@@ -57,7 +57,7 @@ class MetricsFile:
         self.path = folder / NAME
         kept = [r for r in read(folder) if r["step"] <= step] if step else []
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, kept)))
+        partial.write_text("".join(map(_write_line, kept)))
         os.replace(partial, self.path)
         self._file = self.path.open("ab", buffering=0)
 
@@ -68,7 +68,7 @@ class MetricsFile:
           FolderError: the disk is full, or gone.
         """
         try:
-            self._file.write(_line(row).encode())
+            self._file.write(_write_line(row).encode())
         except OSError as error:
             raise FolderError(
                 f"{self.path}: the row of step {row['step']} could not be written: "
@@ -83,10 +83,13 @@ class MetricsFile:
         self._file.close()
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({name: _finite(value) for name, value in row.items()}) + "\n"
+def _write_line(row: Mapping[str, Any]) -> str:
+    return (
+        json.dumps({name: _replace_non_finite(value) for name, value in row.items()})
+        + "\n"
+    )
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     """JSON knows no NaN: what is not finite is written as null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -39,10 +39,10 @@ def choose(
     return kind(name, steps, start=start, unit=unit, stream=stream)
 
 
-def clock(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Seconds as text: minutes and seconds, with hours from the first hour on.
 
-    >>> clock(75.4), clock(3 * 3600 + 65)
+    >>> format_time(75.4), format_time(3 * 3600 + 65)
     ('1:15', '3:01:05')
     """
     minutes, seconds = divmod(int(seconds), 60)
@@ -79,7 +79,8 @@ class Lines(Progress):
         mean = (now - self._began) / max(step - self._first, 1)
         self.note(
             f"step {step}/{self.steps}  loss {loss:.4f}  "
-            f"{rate:,.0f} {self._unit}/s  {clock((self.steps - step) * mean)} left"
+            f"{rate:,.0f} {self._unit}/s  {format_time((self.steps - step) * mean)} "
+            "left"
         )
 
     def note(self, text: str) -> None:

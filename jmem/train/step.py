@@ -5,17 +5,17 @@ from typing import Any
 
 import jax
 
-from jmem.memory.measure import stablehlo_hash
+from jmem.memory.measure import hash_stablehlo
 from jmem.models.contract import Batch
 from jmem.program import by_key
-from jmem.sharding import layout_of
-from jmem.train.checkpoint import difference
+from jmem.sharding import find_layout
+from jmem.train.checkpoint import find_difference
 from jmem.train.errors import TrainingError
 
 
 def choose_placement(model, state) -> Callable[[Batch], Batch]:
     """What puts a batch where `state` is: onto its mesh, if the model has a layout."""
-    if (layout := layout_of(model)) is None:
+    if (layout := find_layout(model)) is None:
         return lambda batch: batch
     wanted = dict(layout.described.shape)
     meshes = {
@@ -37,7 +37,7 @@ def choose_placement(model, state) -> Callable[[Batch], Batch]:
 def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, str]:
     """`finetuner.step` for this model, state donated: an executable, not a jit.
 
-    Also the hash of what it was compiled from (`jmem.memory.measure.stablehlo_hash`).
+    Also the hash of what it was compiled from (`jmem.memory.measure.hash_stablehlo`).
     Lowered for the arrays themselves: of a description JAX (0.12) forgets host memory.
     """
 
@@ -45,13 +45,13 @@ def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, s
         return finetuner.step(model, state, batch)
 
     placed: dict[str, Any] = {}
-    if layout_of(model) is not None:  # else XLA chooses, perhaps another placement
+    if find_layout(model) is not None:  # else XLA chooses, perhaps another placement
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         placed = {"out_shardings": (shardings, None)}
     jitted = jax.jit(train_step, donate_argnums=0, keep_unused=True, **placed)
     lowered = jitted.lower(state, batch)
     following, metrics = lowered.out_info
-    if changed := difference(state, following):
+    if changed := find_difference(state, following):
         name, before, after = changed
         raise TrainingError(
             f"{type(finetuner).__name__}.step: leaf {name!r} of the state is {before} "
@@ -63,7 +63,7 @@ def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, s
         raise TrainingError(
             f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
         )
-    return lowered.compile(), stablehlo_hash(lowered.as_text())
+    return lowered.compile(), hash_stablehlo(lowered.as_text())
 
 
 def describe_plan(step: jax.stages.Compiled, program: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def check_batch(batch: Batch, first: Batch, number: int, what: str = "data") -> 
     Raises:
       TrainingError: names the array that differs, and `what` the batches are.
     """
-    if changed := difference(first, batch):
+    if changed := find_difference(first, batch):
         name, before, after = changed
         raise TrainingError(
             f"{what}: {name} of batch {number} is {after}, and the first one's is "

@@ -324,7 +324,7 @@ class TestExport:
 
     def test_a_shard_that_fails_leaves_no_folder(self, tmp_path):
         """The last array is gone; files of the others were written by then."""
-        assert layout.leaves(TINY)[-1].path == "head/kernel"
+        assert layout.list_leaves(TINY)[-1].path == "head/kernel"
         params = random_params(TINY)
         params["head"]["kernel"] = jnp.asarray(params["head"]["kernel"])
         params["head"]["kernel"].delete()
@@ -403,7 +403,7 @@ def test_the_table_of_leaves_is_the_decoders_for_every_model():
     for config in (*tiny.VARIANTS.values(), *map(zoo.get, ("qwen2-7b", "llama3.2-1b"))):
         table = {
             leaf.path: (config.layers, *leaf.shape) if leaf.stacked else leaf.shape
-            for leaf in layout.leaves(config)
+            for leaf in layout.list_leaves(config)
         }
         tree = jax.tree.leaves_with_path(Decoder(config).abstract())
         assert table == {

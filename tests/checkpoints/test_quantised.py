@@ -15,10 +15,10 @@ from jmem.checkpoints import layout
 from jmem.checkpoints.files import CheckpointError
 from jmem.generate.decode import decode_step
 from jmem.generate.reading import prefill
-from jmem.kvcache.cache import empty
+from jmem.kvcache.cache import make_empty
 from jmem.kvcache.full import Full
 from jmem.models.decoder import Decoder
-from jmem.nn.quantised import pack, unpacked
+from jmem.nn.quantised import pack, unpack
 
 from . import tiny
 
@@ -61,7 +61,7 @@ def test_values_are_those_of_the_dequantised_parameters(tmp_path, variant):
     np.testing.assert_array_equal(mlp["down"]["kind"]["Q4_1"], [0, 1, 1, 0, 1])
     assert mlp["up"].keys() == {"kernel"}  # a layer of F16: dequantised
     assert "kernel" in packed["head"]
-    opened = packed | {"blocks": unpacked(packed["blocks"], jnp.float32)}
+    opened = packed | {"blocks": unpack(packed["blocks"], jnp.float32)}
     assert jax.tree.structure(opened) == jax.tree.structure(params)
     for found, expected in zip(*map(jax.tree.leaves, (opened, params)), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -76,7 +76,9 @@ def test_prompts_and_new_tokens_have_the_dequantised_model_s_logits(tmp_path):
 
     def read(params, count):
         lengths = jnp.full((1,), count, jnp.int32)
-        return prefill(model, params, tokens, lengths, (empty(plan),), plans=(plan,))
+        return prefill(
+            model, params, tokens, lengths, (make_empty(plan),), plans=(plan,)
+        )
 
     expected, _ = read(params, 6)
     found, _ = read(packed, 6)

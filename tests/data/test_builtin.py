@@ -42,7 +42,7 @@ class TestSplit:
 
     def test_topics_without_the_cut_do_overlap(self):
         """Otherwise the test above would prove nothing."""
-        topics = builtin._topics()
+        topics = builtin._read_topics()
         training = [{"text": t} for n, t in topics.items() if n != "comparisons"]
         assert runs(training, 20) & runs([{"text": topics["comparisons"]}], 20)
 
@@ -84,7 +84,7 @@ class TestCut:
             Document(text="\n\n".join(draw.sample(pool, 15)), source=str(i))
             for i in range(4)
         ]
-        kept = list(builtin._news(documents, set()))
+        kept = list(builtin._drop_repeats(documents, set()))
         assert sum(len(d["text"]) for d in kept) < sum(
             len(d["text"]) for d in documents
         )
@@ -99,8 +99,8 @@ class TestCut:
         old = " ".join(f"old{i}" for i in range(builtin.RUN))
         fresh = " ".join(f"new{i}" for i in range(40))
         text = f"Title\n*****\n\n\n{fresh}\n\n   So: {old}.\n\n   The end."
-        seen = set(builtin._runs(builtin.words_of(old)))
-        assert builtin._without(text, seen) == (
+        seen = set(builtin._list_runs(builtin.split_words(old)))
+        assert builtin._cut_repeats(text, seen) == (
             f"Title\n*****\n\n{fresh}\n\n   The end.\n"
         )
 
@@ -163,7 +163,7 @@ class TestModules:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(textwrap.dedent(self.SOURCE))
         monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-        page = builtin._module("toys")
+        page = builtin._document_module("toys")
         assert page == {"text": textwrap.dedent(self.PAGE), "source": "module:toys"}
 
 
@@ -183,7 +183,7 @@ class TestMissing:
             python_reference()
 
     def test_one_topic(self, monkeypatch):
-        topics = {k: v for k, v in builtin._topics().items() if k != "del"}
+        topics = {k: v for k, v in builtin._read_topics().items() if k != "del"}
         monkeypatch.setattr("pydoc_data.topics.topics", topics)
         with pytest.raises(DataError, match="without the topic 'del'"):
             python_reference()

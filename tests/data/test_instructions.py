@@ -6,12 +6,12 @@ import pytest
 
 from jmem.data.builtin import RUN
 from jmem.data.document import DataError
-from jmem.data.instructions import INSTRUCTIONS, prompts
+from jmem.data.instructions import INSTRUCTIONS, make_prompts
 from jmem.data.longbench import TASKS
 
 
 def test_each_data_set_has_its_share_and_form():
-    found = prompts(3, seed=0)
+    found = make_prompts(3, seed=0)
     assert [name for name, _ in found] == [*TASKS] * 3
     for name, text in found:
         assert "{" + "input}" not in text
@@ -22,15 +22,15 @@ def test_each_data_set_has_its_share_and_form():
 
 
 def test_a_seed_fixes_them():
-    assert prompts(2, seed=3) == prompts(2, seed=3)
-    assert prompts(2, seed=3) != prompts(2, seed=4)
+    assert make_prompts(2, seed=3) == make_prompts(2, seed=3)
+    assert make_prompts(2, seed=3) != make_prompts(2, seed=4)
 
 
 def test_held_out_documents_are_others():
     """No run of words in common, of the length that `builtin` promises."""
 
     def runs(held_out: bool) -> set[tuple[str, ...]]:
-        found = prompts(
+        found = make_prompts(
             60,
             seed=5,
             held_out=held_out,
@@ -70,4 +70,4 @@ def test_templates_to_judge_by_are_not_in_the_training():
 )
 def test_refusals(arguments, message):
     with pytest.raises(DataError, match=message):
-        prompts(**({"count": 1, "seed": 0} | arguments))
+        make_prompts(**({"count": 1, "seed": 0} | arguments))

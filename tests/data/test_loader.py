@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from jmem.data.batch import Batch
 from jmem.data.document import DataError
-from jmem.data.loader import Joint, Loader, in_order, order
+from jmem.data.loader import Joint, Loader, draw_order, in_order
 from jmem.train.loop import Data
 
 sizes = st.integers(1, 40).flatmap(
@@ -43,7 +43,7 @@ class TestBatch:
     def test_a_fresh_loader_resumes_anywhere(self, size, seed, step):
         rows, batch_size = size
         before = Loader(make(rows), batch_size, seed).batch(step)
-        order.cache_clear()
+        draw_order.cache_clear()
         loader = Loader(make(rows), batch_size, seed)
         loader.batch(0)
         for old, new in zip(before, loader.batch(step)):
@@ -60,7 +60,7 @@ class TestBatch:
 
     def test_last_batch_is_completed_from_the_next_epoch(self, numbered):
         loader = Loader(numbered(5), batch_size=3, seed=9)
-        line = np.concatenate([order(9, 0, 5), order(9, 1, 5)])
+        line = np.concatenate([draw_order(9, 0, 5), draw_order(9, 1, 5)])
         np.testing.assert_array_equal(loader.batch(1).tokens[:, 0], line[3:6])
 
     def test_shape_is_static_and_fields_stay_together(self, numbered):
@@ -71,12 +71,12 @@ class TestBatch:
             np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
 
     def test_epochs_and_seeds_differ(self):
-        orders = [order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+        orders = [draw_order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
         assert len({tuple(o) for o in orders}) == 4
 
     def test_order_is_pinned(self):
         """Another NumPy must not change what a resumed run reads."""
-        assert order(0, 0, 8).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
+        assert draw_order(0, 0, 8).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
 
     def test_batches_do_not_alias_the_data(self, numbered):
         data = numbered(4)

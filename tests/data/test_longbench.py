@@ -11,9 +11,9 @@ from mutations import count, outcomes
 from jmem.data.document import DataError
 from jmem.data.longbench import (
     TASKS,
-    prompt_tokens,
+    cut_middle,
+    encode_prompt,
     read_longbench,
-    without_middle,
 )
 
 ROW = {
@@ -201,7 +201,7 @@ def template(name: str) -> str:
 class TestLength:
     @pytest.mark.parametrize("limit", range(8))
     def test_both_ends_stay(self, limit):
-        kept = without_middle([*range(6)], limit)
+        kept = cut_middle([*range(6)], limit)
         first, last = -(-limit // 2), limit // 2
         expected = [0, 1, 2, 3, 4, 5]
         if limit < 6:
@@ -214,19 +214,19 @@ class TestLength:
         whole = encode(row.prompt()).ids
         assert len(whole) > 70
         chat = ("sat on", "the cat")
-        cut = prompt_tokens(row, word_tokenizer, limit=30, chat=chat)
+        cut = encode_prompt(row, word_tokenizer, limit=30, chat=chat)
         assert len(cut) == 30
-        assert cut == [3, 4, *without_middle(whole, 26), 1, 2]
-        assert prompt_tokens(row, word_tokenizer, limit=99) == whole
+        assert cut == [3, 4, *cut_middle(whole, 26), 1, 2]
+        assert encode_prompt(row, word_tokenizer, limit=99) == whole
 
     def test_text_to_be_continued_gets_no_chat(self, example, word_tokenizer):
         row = example(dataset="lcc")
-        tokens = prompt_tokens(row, word_tokenizer, limit=99, chat=("sat", "sat"))
+        tokens = encode_prompt(row, word_tokenizer, limit=99, chat=("sat", "sat"))
         assert tokens == word_tokenizer.encode(row.prompt()).ids
 
     def test_no_room(self, example, word_tokenizer):
         message = re.escape("limit=4 leaves no room for a message between the 3 and 1")
         with pytest.raises(DataError, match=message):
-            prompt_tokens(
+            encode_prompt(
                 example(), word_tokenizer, limit=4, chat=("the cat sat", "on")
             )

@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from jmem.data.builtin import python_reference
 from jmem.data.document import DataError
-from jmem.data.needle import NAMES, Haystack, Wording, hit, needle_prompt
+from jmem.data.needle import NAMES, Haystack, Wording, is_hit, make_needle_prompt
 
 END = re.compile(r"[.!?](?=\s+[A-Z])")
 
@@ -54,7 +54,7 @@ DEPTHS = (0, 0.1, 0.5, 0.9, 1)
 class TestPrompt:
     @pytest.mark.parametrize("depth", DEPTHS)
     def test_is_the_text_with_a_needle_and_a_question(self, haystack, length, depth):
-        case = needle_prompt(haystack, length=length, depth=depth, seed=3)
+        case = make_needle_prompt(haystack, length=length, depth=depth, seed=3)
         before, needle, after = pieces(haystack, case)
         assert len(case.tokens) == case.length == length
         name = next(name for name in NAMES if f" of {name} is" in needle)
@@ -68,7 +68,7 @@ class TestPrompt:
 
     @pytest.mark.parametrize("depth", DEPTHS)
     def test_it_stands_at_the_nearest_end_of_a_sentence(self, haystack, length, depth):
-        case = needle_prompt(haystack, length=length, depth=depth, seed=4)
+        case = make_needle_prompt(haystack, length=length, depth=depth, seed=4)
         before, _, after = pieces(haystack, case)
         text = (before + after).rpartition("\n\n")[0]
         ends = [0, *(match.end() for match in END.finditer(text))]
@@ -77,10 +77,12 @@ class TestPrompt:
 
     def test_a_seed_fixes_all_but_the_depth(self, haystack, length):
         cases = [
-            needle_prompt(haystack, length=length, depth=depth, seed=5)
+            make_needle_prompt(haystack, length=length, depth=depth, seed=5)
             for depth in DEPTHS
         ]
-        assert cases[2] == needle_prompt(haystack, length=length, depth=0.5, seed=5)
+        assert cases[2] == make_needle_prompt(
+            haystack, length=length, depth=0.5, seed=5
+        )
         parts = [pieces(haystack, case) for case in cases]
         assert len({before + after for before, _, after in parts}) == 1
         assert len({needle for _, needle, _ in parts}) == 1
@@ -90,7 +92,7 @@ class TestPrompt:
 
     def test_seeds_differ(self, haystack, length):
         cases = [
-            needle_prompt(haystack, length=length, depth=0.5, seed=seed)
+            make_needle_prompt(haystack, length=length, depth=0.5, seed=seed)
             for seed in range(4)
         ]
         assert len({case.answer for case in cases}) == 4
@@ -102,7 +104,7 @@ class TestTokenizers:
         """Llama 3's tokens for a full stop hold the line ends behind it."""
         tokenizer = byte_tokenizer((".", "Ċ"), ("Ġ", "T"))
         haystack = Haystack(tokenizer, "One ends.\nTwo is here. Three. " * 20)
-        case = needle_prompt(haystack, length=200, depth=0, seed=0)
+        case = make_needle_prompt(haystack, length=200, depth=0, seed=0)
         before, needle, after = pieces(haystack, case)
         assert before == ""
         assert needle.endswith(f"{case.answer}.")
@@ -117,7 +119,9 @@ class TestTokenizers:
         )
         haystack = Haystack(tokenizer, "One is. Two is. " * 30)
         wording = Wording(header="user: ")
-        case = needle_prompt(haystack, length=150, depth=0, seed=0, wording=wording)
+        case = make_needle_prompt(
+            haystack, length=150, depth=0, seed=0, wording=wording
+        )
         assert len(case.tokens) == 150
         assert case.tokens[0] == begin
         assert case.tokens.count(begin) == 1
@@ -128,11 +132,11 @@ class TestTokenizers:
         numbers = [str(number) for number in range(10_000, 100_000)]
         text = "One. Two. " + " ".join(n for n in numbers if n != "48213")
         haystack = Haystack(byte_tokenizer(), text)
-        case = needle_prompt(haystack, length=90, depth=0, seed=0)
+        case = make_needle_prompt(haystack, length=90, depth=0, seed=0)
         assert case.answer == "48213"
         haystack = Haystack(byte_tokenizer(), text + " 48213")
         with pytest.raises(DataError, match="holds every number of 5 digits"):
-            needle_prompt(haystack, length=90, depth=1, seed=0)
+            make_needle_prompt(haystack, length=90, depth=1, seed=0)
 
 
 class TestRefusals:
@@ -148,13 +152,13 @@ class TestRefusals:
     )
     def test_arguments(self, haystack, changed, message):
         with pytest.raises(DataError, match=message):
-            needle_prompt(
+            make_needle_prompt(
                 haystack, **({"length": 500, "depth": 0, "seed": 0} | changed)
             )
 
     def test_the_bounds_it_names_are_possible(self, haystack):
         def attempt(length):
-            return needle_prompt(haystack, length=length, depth=0.5, seed=0)
+            return make_needle_prompt(haystack, length=length, depth=0.5, seed=0)
 
         with pytest.raises(DataError) as caught:
             attempt(1)
@@ -196,7 +200,7 @@ class TestRefusals:
     ],
 )
 def test_hit(produced, expected):
-    assert hit("48213", produced) is expected
+    assert is_hit("48213", produced) is expected
 
 
 def test_every_name_is_one_word_of_its_own():

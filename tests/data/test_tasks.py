@@ -124,7 +124,9 @@ class TestSplit:
             {
                 run
                 for document in part
-                for run in builtin._runs(builtin.words_of("".join(parts(document)[1:])))
+                for run in builtin._list_runs(
+                    builtin.split_words("".join(parts(document)[1:]))
+                )
             }
             for part in found[name]
         )
@@ -198,7 +200,9 @@ class TestMembers:
         source = textwrap.dedent(self.SOURCE).replace("NAMES", names)
         (tmp_path / "toys.py").write_text(source)
         monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-        members = {m.name: (m.definition, m.summary) for m in tasks._members(["toys"])}
+        members = {
+            m.name: (m.definition, m.summary) for m in tasks._list_members(["toys"])
+        }
         play = "def play(self, hours: float=1.5, *more, loud=False) -> None:"
         assert members == {
             "Toy": (
@@ -220,8 +224,11 @@ class TestMembers:
         ]
         fresh = tasks._Member("b", "open", "def open(self):", "Open the file.")
         seen: set[str] = set()
-        assert list(tasks._distinct([first, *others, fresh], seen)) == [first, fresh]
-        assert not list(tasks._distinct([fresh], seen))
+        assert list(tasks._drop_repeats([first, *others, fresh], seen)) == [
+            first,
+            fresh,
+        ]
+        assert not list(tasks._drop_repeats([fresh], seen))
 
 
 class TestPassages:
@@ -229,7 +236,7 @@ class TestPassages:
 
     def passages(self, *paragraphs: str) -> list[Document]:
         document = Document(text="\n\n".join(paragraphs), source="topic:toys")
-        return list(tasks._passages([document]))
+        return list(tasks._cut_passages([document]))
 
     def test_neighbours_are_joined_until_they_are_enough(self):
         made = self.passages("Title", *[self.PROSE] * 13)

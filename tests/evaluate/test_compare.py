@@ -12,8 +12,12 @@ from tiny_decoder import TINY, random_params
 
 from jmem.evaluate import compare as comparing
 from jmem.evaluate.compare import collect, compare, join
-from jmem.evaluate.contenders import at_equal_bytes, share_of_full, split_contenders
-from jmem.evaluate.decoding import answers
+from jmem.evaluate.contenders import (
+    at_equal_bytes,
+    find_share_of_full,
+    split_contenders,
+)
+from jmem.evaluate.decoding import answer_prompts
 from jmem.evaluate.programs import build_programs, plan_caches
 from jmem.evaluate.task import Summary, Task
 from jmem.kvcache.full import Full
@@ -117,7 +121,7 @@ class TestContenders:
             # WindowKV takes whole windows, and PyramidKV's steps are rounded.
             most = {"windowkv": 8, "pyramidkv": 2, "gem windows": 4}
             assert room < 1.1 * most.get(contender.method, 1) * slot, name
-            assert share_of_full(found, name) == contender.plan.bytes() / whole
+            assert find_share_of_full(found, name) == contender.plan.bytes() / whole
 
     def test_a_filter_keeps_what_a_full_cache_of_those_bytes_holds(self):
         found = contend()
@@ -220,6 +224,6 @@ def test_a_comparison_is_what_each_answers_alone():
     tokens = np.asarray(task.rows, np.int32)
     for part in (slice(0, 2), slice(1, 3)):
         given = plans, tokens[part], np.array([60, 60], np.int32)
-        alone = answers(MODEL, params, *given, steps=9, filters=filters)
+        alone = answer_prompts(MODEL, params, *given, steps=9, filters=filters)
         for name, rows in alone.items():
             np.testing.assert_array_equal(found[name][part], rows)

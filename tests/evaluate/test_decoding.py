@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 from tiny_decoder import TINY, random_params
 
-from jmem.evaluate.decoding import answers, continue_text, losses, read_all
+from jmem.evaluate.decoding import (
+    answer_prompts,
+    continue_text,
+    measure_losses,
+    read_all,
+)
 from jmem.generate import decode, reading
 from jmem.generate.decode import generate
 from jmem.kvcache.full import Full
@@ -59,7 +64,7 @@ def plans(**more: Any) -> dict:
 def test_answers_are_those_of_generate():
     tokens = prompts()
     rows = [tokens[row, :length].tolist() for row, length in enumerate(LENGTHS)]
-    found = answers(MODEL, params(), plans(), tokens, LENGTHS, steps=STEPS)
+    found = answer_prompts(MODEL, params(), plans(), tokens, LENGTHS, steps=STEPS)
     assert list(found) == list(POLICIES)
     for name, policy in POLICIES.items():
         alone = generate(MODEL, params(), rows, max_new_tokens=STEPS, policy=policy)
@@ -71,7 +76,7 @@ def test_losses_of_everything_kept_are_those_of_the_whole_text():
     """Teacher-forced decoding equals one forward pass over prompt and continuation."""
     tokens, random = prompts(), np.random.default_rng(5)
     after = random.integers(0, TINY.vocab_size, (2, STEPS)).astype(np.int32)
-    found = losses(MODEL, params(), plans(), tokens, LENGTHS, after)
+    found = measure_losses(MODEL, params(), plans(), tokens, LENGTHS, after)
 
     @jax.jit
     def logits(params, tokens):
@@ -96,17 +101,17 @@ def test_one_prefill_and_one_loop_a_plan_are_compiled():
     def compiled():
         return reading._prefill._cache_size(), decode.extend._cache_size()
 
-    answers(MODEL, params(), plans(), prompts(), LENGTHS, steps=STEPS)
+    answer_prompts(MODEL, params(), plans(), prompts(), LENGTHS, steps=STEPS)
     before = compiled()
-    answers(MODEL, params(), plans(), prompts(1), LENGTHS, steps=STEPS)
+    answer_prompts(MODEL, params(), plans(), prompts(1), LENGTHS, steps=STEPS)
     assert compiled() == before
 
 
 def test_rows_read_one_by_one_are_rows_read_together():
     few, filters = {"snapkv": plans()["snapkv"]}, {"few": FILTERS["few"]}
     given = MODEL, params(), few, prompts(), LENGTHS
-    together = answers(*given, steps=STEPS, filters=filters)
-    apart = answers(*given, steps=STEPS, filters=filters, rows=1)
+    together = answer_prompts(*given, steps=STEPS, filters=filters)
+    apart = answer_prompts(*given, steps=STEPS, filters=filters, rows=1)
     assert list(apart) == ["snapkv", "few"]
     for name, rows in together.items():
         np.testing.assert_array_equal(apart[name], rows)
@@ -118,7 +123,9 @@ def test_a_filter_s_answers_are_those_of_generate(name):
     tokens = prompts()
     rows = [tokens[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     filters = {name: FILTERS[name]}
-    found = answers(MODEL, params(), {}, tokens, LENGTHS, steps=STEPS, filters=filters)
+    found = answer_prompts(
+        MODEL, params(), {}, tokens, LENGTHS, steps=STEPS, filters=filters
+    )
     alone = generate(MODEL, params(), rows, max_new_tokens=STEPS, shorten=FILTERS[name])
     assert found[name].tolist() == alone
 
@@ -126,7 +133,9 @@ def test_a_filter_s_answers_are_those_of_generate(name):
 def test_a_filter_that_keeps_all_has_the_losses_of_the_full_cache():
     after = prompts(5)[:, :STEPS]
     filters = {"all": GemFilter(layer=1, tokens=50), "few": FILTERS["few"]}
-    found = losses(MODEL, params(), plans(), prompts(), LENGTHS, after, filters=filters)
+    found = measure_losses(
+        MODEL, params(), plans(), prompts(), LENGTHS, after, filters=filters
+    )
     np.testing.assert_allclose(found["all"], found["full"], atol=2e-5)
     assert np.abs(found["few"] - found["full"])[:, 0].min() > 1e-3
 
@@ -178,4 +187,4 @@ def test_refuses(changed, message):
     given = {"plans": plans(), "lengths": LENGTHS, "steps": STEPS} | changed
     places = given.pop("plans"), prompts(), given.pop("lengths")
     with pytest.raises(ValueError, match=message):
-        answers(MODEL, params(), *places, **given)
+        answer_prompts(MODEL, params(), *places, **given)

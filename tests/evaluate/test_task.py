@@ -16,7 +16,7 @@ from jmem.evaluate.contenders import at_equal_bytes
 from jmem.evaluate.continuation import Continuations, take_passages
 from jmem.evaluate.interval import wilson
 from jmem.evaluate.longbench import LongBench
-from jmem.evaluate.needle import Needles, grid
+from jmem.evaluate.needle import Needles, make_grid
 from jmem.evaluate.recall import Questions
 from jmem.evaluate.task import Summary
 from jmem.kvcache.streaming_llm import StreamingLLM
@@ -131,7 +131,7 @@ def test_an_answer_of_longbench_ends_at_an_end_token():
 
 def _cases(lengths):
     haystack = Haystack(TOKENIZER, "One is here. Two is there, and so on. " * 8)
-    return grid(haystack, lengths=lengths, depths=(0.5,), seeds=(0,))
+    return make_grid(haystack, lengths=lengths, depths=(0.5,), seeds=(0,))
 
 
 REFUSED = {

@@ -17,7 +17,7 @@ from experiments import claims
 from experiments.harness import check, record, tables
 from experiments.harness.claim import Claim, Claims, ClaimsError, Relation, read
 from experiments.harness.run import Run
-from jmem.memory.measure import stablehlo_hash
+from jmem.memory.measure import hash_stablehlo
 from jmem.program import Program
 from jmem.targets import Target, resolve
 
@@ -196,44 +196,46 @@ class TestRelation:
 class TestVerdict:
     def test_it_holds_when_all_relations_do(self, root):
         found, records = measured(root, lisa=19.2, full=75.7)
-        assert tables.verdict(found.by_name["lisa"], found, records) == "holds"
-        assert tables.verdict(found.by_name["full"], found, records) == "holds"
+        assert tables.judge(found.by_name["lisa"], found, records) == "holds"
+        assert tables.judge(found.by_name["full"], found, records) == "holds"
 
     def test_it_names_the_relation_that_fails(self, root):
         found, records = measured(root, lisa=24.0)
-        words = tables.verdict(found.by_name["lisa"], found, records)
+        words = tables.judge(found.by_name["lisa"], found, records)
         assert words.startswith("**fails**")
         assert "`ours <= paper`" in words
 
     def test_it_waits_for_the_number_of_another_claim_or_a_margin(self, root):
         found, records = measured(root, full=75.7, loss=0.2)
-        assert "open" in tables.verdict(found.by_name["full"], found, records)
-        assert "open" in tables.verdict(found.by_name["loss"], found, records)
+        assert "open" in tables.judge(found.by_name["full"], found, records)
+        assert "open" in tables.judge(found.by_name["loss"], found, records)
 
     def test_a_margin_is_a_bar(self, root):
         found, records = measured(root, loss=0.2)
         for margin, word in ((0.1, "holds"), (0.3, "**fails**")):
             claim = dataclasses.replace(found.by_name["loss"], margin=margin)
-            assert tables.verdict(claim, found, records).startswith(word)
+            assert tables.judge(claim, found, records).startswith(word)
 
     def test_a_number_of_another_program_is_stale(self, root):
         found, records = measured(root, lisa=19.2, full=75.7)
         edited = dataclasses.replace(found.by_name["lisa"], flags=())
         found.by_name["lisa"] = edited
-        assert "stale" in tables.verdict(edited, found, records)
-        assert "open" in tables.verdict(found.by_name["full"], found, records)
+        assert "stale" in tables.judge(edited, found, records)
+        assert "open" in tables.judge(found.by_name["full"], found, records)
 
     def test_it_says_what_is_not_measured_and_what_cannot_be(self, root):
         found, records = measured(root)
-        assert tables.verdict(found.by_name["lisa"], found, records) == "not measured"
-        words = tables.verdict(found.by_name["phi2"], found, records)
+        assert tables.judge(found.by_name["lisa"], found, records) == "not measured"
+        words = tables.judge(found.by_name["phi2"], found, records)
         assert words == "not checkable: no such model"
 
 
 class TestTables:
     def test_a_row_has_the_papers_number_ours_and_how_it_was_measured(self, root):
         found, records = measured(root, lisa=19.2)
-        row = next(r for r in tables.table(found, records).splitlines() if "LISA" in r)
+        row = next(
+            r for r in tables.format_table(found, records).splitlines() if "LISA" in r
+        )
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert cells == [
             "Small model, LISA",
@@ -255,21 +257,21 @@ class TestTables:
     def test_a_number_of_another_program_or_none_is_marked(self, root, doubt, words):
         found, records = measured(root, lisa=19.2)
         records["lisa"] = dataclasses.replace(records["lisa"], **doubt)
-        assert words in tables.table(found, records)
+        assert words in tables.format_table(found, records)
 
     def test_an_interval_is_shown_where_its_ends_differ(self, root):
         found, records = measured(root, lisa=19.2)
         bounds = (int(19.1 * GIB), int(19.25 * GIB))
         records["lisa"] = dataclasses.replace(records["lisa"], interval=bounds)
-        assert "19.20 GiB (19.10 to 19.25)" in tables.table(found, records)
+        assert "19.20 GiB (19.10 to 19.25)" in tables.format_table(found, records)
 
     def test_an_unconfirmed_number_of_the_paper_is_marked(self, root):
         found, records = measured(root)
-        assert "28G (table 1, unconfirmed)" in tables.table(found, records)
+        assert "28G (table 1, unconfirmed)" in tables.format_table(found, records)
 
     def test_the_page_begins_with_counts_and_with_what_fails(self, root):
         measured(root, lisa=24.0, full=75.7)
-        text = tables.page(tables.load(root))
+        text = tables.format_page(tables.load(root))
         counted, failing, rest = text.split("\n\n## ")
         assert "| [lisa](#lisa) | 4 | 1 | 1 | 0 | 0 | 1 | 1 |" in counted
         assert failing.startswith("The 1 that fail")
@@ -278,7 +280,7 @@ class TestTables:
 
     def test_the_readme_counts_what_fails_by_method(self, root):
         measured(root, lisa=24.0, full=75.7)
-        words = tables.summary(tables.load(root)).replace("\n", " ")
+        words = tables.summarise(tables.load(root)).replace("\n", " ")
         assert words.startswith(
             "Of 4 claims, 1 hold, 1 fail (lisa 1), 0 open, 0 stale, 1 not measured and"
             " 1 not checkable. 0 numbers are of an earlier program"
@@ -298,7 +300,7 @@ class TestChoices:
             more = f'{head}choice = ["7B", "{method}", "all"]\n'
             path.write_text(text.replace(head, more))
         measured(root, lisa=20.0, full=59.0)
-        lines = tables.choices(tables.load(root)).splitlines()
+        lines = tables.format_choices(tables.load(root)).splitlines()
         assert lines[2:] == [
             "| 7B | LISA | all | 20.0 GiB | 24 GB, 48 GB, 80 GB, 141 GB |",
             "| 7B | everything | all | 59.0 GiB | 80 GB, 141 GB |",
@@ -434,7 +436,7 @@ def hash_toy() -> dict[str, str]:
     """Of the toy experiment's program, by name."""
     target = resolve("h200")
     programs = toy_programs(ToyConfig(), target)
-    return {n: stablehlo_hash(p.lower(target).as_text()) for n, p in programs.items()}
+    return {n: hash_stablehlo(p.lower(target).as_text()) for n, p in programs.items()}
 
 
 def change(monkeypatch) -> None:
@@ -462,7 +464,7 @@ class TestMeasuring:
         assert found["add"].interval == (2**23, 2**23)
         assert [len(text) for text in (found["add"].programs or {}).values()] == [64]
         assert claims.main(claims.Command(check=True), toy) == 0
-        rows = tables.table(*tables.load(toy)[0]).splitlines()[2:]
+        rows = tables.format_table(*tables.load(toy)[0]).splitlines()[2:]
         assert [row.split(" | ")[5] for row in rows] == [
             "holds",
             "holds",

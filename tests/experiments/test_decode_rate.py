@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from tiny_decoder import TINY, random_params
 
 from experiments import decode_rate
-from experiments.decode_rate import Command, Rate, below, programs, rates, settings
+from experiments.decode_rate import (
+    Command,
+    Rate,
+    find_slow,
+    programs,
+    settings,
+    time_rates,
+)
 from experiments.harness import timed
 from experiments.harness.timed import POINTS, POLICIES, Point
 from jmem.models.decoder import Decoder
@@ -29,7 +36,7 @@ def test_every_policy_is_timed_against_the_full_cache(monkeypatch):
     params = jax.tree.map(jnp.asarray, random_params(MODEL.config))
     point = Point(prompt=64, batch=2, expect=1.0)
     given = {"limit": 2**40, "steps": 4}
-    found = {r.policy: r for r in rates(MODEL, params, "small", point, **given)}
+    found = {r.policy: r for r in time_rates(MODEL, params, "small", point, **given)}
     assert list(found) == list(SMALL)
     assert found["full"].ratio == 1.0
     assert found["windowkv"].cache_bytes < found["full"].cache_bytes
@@ -39,10 +46,12 @@ def test_every_policy_is_timed_against_the_full_cache(monkeypatch):
         assert one.tokens_per_second > 0
         table = params["embed"]["embedding"].nbytes
         assert one.read_bytes == one.cache_bytes + everything - table
-        assert decode_rate.line(one, point, 1e12).endswith(f"{one.ratio:.2f}")
-    full = {r.policy: r for r in rates(MODEL, params, "small", point, limit=0, steps=4)}
+        assert decode_rate.format_row(one, point, 1e12).endswith(f"{one.ratio:.2f}")
+    full = {
+        r.policy: r for r in time_rates(MODEL, params, "small", point, limit=0, steps=4)
+    }
     assert all(r.tokens_per_second is None and r.ratio is None for r in full.values())
-    assert decode_rate.line(full["full"], point, 1e12).endswith("does not fit")
+    assert decode_rate.format_row(full["full"], point, 1e12).endswith("does not fit")
 
 
 def test_a_ratio_below_what_is_expected_is_told():
@@ -56,7 +65,7 @@ def test_a_ratio_below_what_is_expected_is_told():
             ("128k-b6", "windowkv", None),
         )
     ]
-    (words,) = below(found)
+    (words,) = find_slow(found)
     assert "32k-b16: windowkv is 3.90 times" in words
 
 
@@ -76,7 +85,7 @@ def test_records_are_written_point_by_point(monkeypatch, attached, capsys, tmp_p
         def memory_stats(self):
             return {"bytes_limit": 2**40}
 
-    monkeypatch.setattr(decode_rate, "gpu", Device)
+    monkeypatch.setattr(decode_rate, "find_gpu", Device)
     monkeypatch.setattr(decode_rate, "copy_bandwidth", lambda: 4.3e12)
     monkeypatch.setattr(timed, "build_reader", lambda target: MODEL)
     monkeypatch.setattr(timed, "POLICIES", {"full": SMALL["full"]})

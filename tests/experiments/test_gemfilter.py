@@ -90,7 +90,9 @@ def cases(config, lengths, seeds):
     tokenizer = jmem.checkpoints.load(config.model).tokenizer
     assert tokenizer is not None
     haystack = Haystack(tokenizer, text)
-    return needle.grid(haystack, lengths=lengths, depths=config.depths, seeds=seeds)
+    return needle.make_grid(
+        haystack, lengths=lengths, depths=config.depths, seeds=seeds
+    )
 
 
 def run_without_the_rest(config, tmp_path, **more):
@@ -121,7 +123,7 @@ def test_a_run_of_ones_own_checkpoint(config, finished):
     layer = gemfilter.choose_layer(recall)
 
     rows = found["Needles answered"]
-    kinds = ("snapkv", *gemfilter.variants(config, layer=0, tokens=16))
+    kinds = ("snapkv", *gemfilter.make_variants(config, layer=0, tokens=16))
     assert set(rows) == {"full", *(f"{kind} 50 %" for kind in kinds)}
     assert {row["of"] for row in rows.values()} == {2}
     asked = cases(config, config.lengths, config.seeds)
@@ -140,7 +142,7 @@ def test_a_run_of_ones_own_checkpoint(config, finished):
 
 def test_a_finished_run_asks_nothing_twice(config, finished, tmp_path, monkeypatch):
     again = shutil.copytree(finished, tmp_path / "again")
-    monkeypatch.setattr(gemfilter, "layer_recall", None)
+    monkeypatch.setattr(gemfilter, "measure_layer_recall", None)
     monkeypatch.setattr(compare, "read_all", None)
     assert run_without_the_rest(config, tmp_path, resume=again) == again
     assert tables(again) == tables(finished)

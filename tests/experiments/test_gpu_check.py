@@ -14,7 +14,13 @@ import jax
 import pytest
 
 from experiments import decode_rate, gpu_check
-from experiments.gpu_check import Command, check_memory, faults, holds, table
+from experiments.gpu_check import (
+    Command,
+    check_memory,
+    find_faults,
+    format_table,
+    holds,
+)
 from experiments.harness.claim import read
 from experiments.harness.record import Record
 from jmem.finetune.samples import SAMPLES
@@ -72,7 +78,7 @@ def test_twelve_programs():
     ids=["good", "below", "slightly above", "autotuned", "unforeseen", "named"],
 )
 def test_a_peak_is_judged_against_its_bounds(report, says):
-    assert faults(report) == says
+    assert find_faults(report) == says
 
 
 def test_three_of_twelve_may_need_the_named_terms():
@@ -83,7 +89,7 @@ def test_three_of_twelve_may_need_the_named_terms():
 
 
 def test_the_table_has_a_line_for_each_program_and_both_counts():
-    text = table({"forward": GOOD, "full": LOADS})
+    text = format_table({"forward": GOOD, "full": LOADS})
     assert [line.split()[0] for line in text.splitlines()[2:4]] == ["forward", "full"]
     assert "within 3% of the prediction: 1 of 2 as they are, 2 less the named" in text
 

@@ -574,7 +574,7 @@ class TestRun:
             for name, own in memories().items():
                 run.record(own, name)
             memory.tabulate_kinds(run)
-            run.plot("memory", lambda: plots.memory(run.memory))
+            run.plot("memory", lambda: plots.draw_memory(run.memory))
         shown = capsys.readouterr().out
         for words in ("lora [r8]", "2.3457", "1,600", "24.00 GiB", "does not fit"):
             assert words in shown
@@ -701,7 +701,7 @@ class TestPictures:
         return [text.get_text() for text in axes.texts]
 
     def test_memory_names_size_verdict_and_limit(self):
-        figure = plots.memory(memories(), title="x")
+        figure = plots.draw_memory(memories(), title="x")
         assert self.texts(figure) == [
             "12.00 GiB",
             "24.00 GiB  does not fit",
@@ -713,7 +713,7 @@ class TestPictures:
 
     def test_memory_says_when_the_limit_is_out_of_sight(self):
         reports = {"small": Memory({"parameters": 2**30})}
-        assert "beyond the right edge" in self.texts(plots.memory(reports))[-1]
+        assert "beyond the right edge" in self.texts(plots.draw_memory(reports))[-1]
 
     def test_losses_name_each_curve_once_and_apart(self):
         rows = {
@@ -721,7 +721,7 @@ class TestPictures:
             + [{"step": s, "held_out_loss": 2.5} for s in (0, 8)]
             for name in ("full", "lora", "lisa")
         }
-        figure = plots.losses(rows)
+        figure = plots.draw_losses(rows)
         assert self.texts(figure)[:3] == ["full", "lisa", "lora"]
         texts = figure.axes[0].texts
         places = [text.xy[1] for text in texts if isinstance(text, Annotation)]
@@ -731,7 +731,7 @@ class TestPictures:
     def test_names_that_would_leave_the_top_stay_apart_below_it(self):
         rows = {name: [{"step": s, "loss": 2.0} for s in (1, 2)] for name in "abcdef"}
         rows["low"] = [{"step": s, "loss": 1.0} for s in (1, 2)]
-        figure = plots.losses(rows)
+        figure = plots.draw_losses(rows)
         figure.draw_without_rendering()
         [axes] = figure.axes
         places = [text.xy[1] for text in axes.texts if isinstance(text, Annotation)]
@@ -755,7 +755,7 @@ class TestPictures:
             )
             for percent in (True, False)
         ]
-        figure = plots.quality(panels, (0.1, 0.2, 0.4), title="at equal bytes")
+        figure = plots.draw_quality(panels, (0.1, 0.2, 0.4), title="at equal bytes")
         figure.draw_without_rendering()
         first, second = figure.axes
         for axes in (first, second):
@@ -771,7 +771,7 @@ class TestPictures:
 
     def test_a_curve_for_each_share_and_the_layer_that_is_used(self):
         curves = {"12.5 % kept": [0.1, 0.6, 1.0], "50 % kept": [0.5, 1.0, 1.0]}
-        figure = plots.by_index(
+        figure = plots.draw_by_index(
             *(curves, 2), mark="layer 2 is used", index_label="layer", label="recall"
         )
         assert self.texts(figure) == [" layer 2 is used"]
@@ -789,7 +789,9 @@ class TestPictures:
             "full": [[(4, 4), (3, 4)], [(2, 4), (0, 0)]],
             "snapkv": [[(4, 4), (0, 3)], [(1, 2), (0, 0)]],
         }
-        figure = plots.cells(panels, rows=["0 %", "100 %"], columns=["512", "1,024"])
+        figure = plots.draw_cells(
+            panels, rows=["0 %", "100 %"], columns=["512", "1,024"]
+        )
         figure.draw_without_rendering()
         full, snapkv = figure.axes
         assert full.get_title(loc="left") == "full  9/12"
@@ -804,7 +806,7 @@ class TestPictures:
         assert [tick.get_text() for tick in full.get_yticklabels()] == ["0 %", "100 %"]
 
     def test_a_last_row_of_panels_may_be_short(self):
-        figure = plots.cells(
+        figure = plots.draw_cells(
             {name: [[(1, 2)]] for name in "abcde"}, rows=["0 %"], columns=["512"]
         )
         assert [axes.axison for axes in figure.axes] == [True] * 5 + [False]
@@ -815,7 +817,7 @@ def test_listing_reads_every_experiment_without_importing(capsys):
     shown = capsys.readouterr().out.splitlines()
     files = sorted(p.stem for p in (ROOT / "experiments").glob("[!_]*.py"))
     assert [line.split()[2] for line in shown] == [f"experiments.{n}" for n in files]
-    for name, line in listing.experiments().items():
+    for name, line in listing.list_experiments().items():
         tree = ast.parse((ROOT / "experiments" / f"{name}.py").read_text())
         assert line
         assert (ast.get_docstring(tree) or "").startswith(line)

@@ -20,7 +20,7 @@ import jmem.checkpoints
 from experiments import lisa
 from experiments.harness import cli
 from experiments.harness import config as configs
-from experiments.harness.run import Run, device
+from experiments.harness.run import Run, name_device
 from jmem.data.source import keep_back
 from jmem.data.text import read
 from jmem.finetune.adamw import AdamW
@@ -111,8 +111,8 @@ def test_compares_at_the_best_rate_and_leaves_losses_only(config, tmp_path):
     }
     assert len(tried) == 3  # both rates, and the better one's other seed
     places = {(one["device"], one["jax"]) for one in tried.values()}
-    assert places == {(device(), jax.__version__)}
-    assert f"Trained on {device()} with JAX" in (folder / "report.md").read_text()
+    assert places == {(name_device(), jax.__version__)}
+    assert f"Trained on {name_device()} with JAX" in (folder / "report.md").read_text()
     best = min(("lora-x1-seed0", "lora-x3-seed0"), key=lambda n: tried[n]["choose"])
     assert best.replace("seed0", "seed1") in tried
     assert not list(folder.rglob("checkpoints"))
@@ -165,7 +165,7 @@ def test_of_prompts_and_chats_the_answers_are_learnt(
         config, data=str(path), held_out_tokens=100, seq_len=32, **columns
     )
     opened = jmem.checkpoints.load(checkpoint)
-    loader, held_out = lisa.batches(config, opened)
+    loader, held_out = lisa.make_batches(config, opened)
     batches = [loader.batch(step) for step in range(4)]
     for batch in (*batches, *held_out):
         learnt = opened.tokenizer.decode(
@@ -196,7 +196,7 @@ def test_a_completion_ends_where_generation_stops(config, known, ids, columns, e
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     opened = types.SimpleNamespace(require_tokenizer=lambda: tokenizer, eos_ids=ids)
     config = dataclasses.replace(config, **columns)
-    assert config.end_token(opened) == end
+    assert config.find_end_token(opened) == end
 
 
 def test_a_saved_checkpoint_keeps_its_template_and_its_end(
@@ -220,7 +220,7 @@ def test_a_saved_checkpoint_keeps_its_template_and_its_end(
     for columns in ({"prompt": "q", "completion": "a"}, {"chat": "turns"}):
         asked = dataclasses.replace(config, **columns)
         loaders = [
-            lisa.batches(asked, jmem.checkpoints.load(path))[0]
+            lisa.make_batches(asked, jmem.checkpoints.load(path))[0]
             for path in (folder, saved)
         ]
         first_batch, saved_batch = (loader.batch(0) for loader in loaders)

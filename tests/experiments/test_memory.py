@@ -31,11 +31,11 @@ def test_every_program_is_built_with_labels(program, method):
     config = memory.Config(model="tiny", seq_len=64, program=program, method=method)
     [(name, built)] = memory.programs(config, resolve(config.gpu)).items()
     assert name == (f"train-{method}" if program == "train" else program)
-    assert None not in built.leaf_labels() or program == "train"  # step and key
+    assert None not in built.label_leaves() or program == "train"  # step and key
     assert jax.eval_shape(built.fn, *built.args) is not None
 
 
-@pytest.mark.parametrize("name", cli.presets("memory"))
+@pytest.mark.parametrize("name", cli.list_presets("memory"))
 def test_every_preset_is_a_config_for_a_known_gpu(name):
     _, config = cli.parse(memory.Config, "memory", ["--preset", name])
     assert config != memory.Config()

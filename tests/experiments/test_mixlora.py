@@ -93,7 +93,7 @@ def test_the_official_schemes_compute_the_same(tiny, tiny_params, random_batch, 
 
 def test_equal_rank_is_that_of_the_papers_baseline():
     """E = 8, r = 16 against LoRA r = 80 or 81 on LLaMA-2-7B (2.9 % trained)."""
-    assert mixlora.equal_rank(Mixture(), zoo.get("llama2-7b")) == 81
+    assert mixlora.find_equal_rank(Mixture(), zoo.get("llama2-7b")) == 81
 
 
 def test_trained_parameters_of_the_paper():

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import step_check
 from experiments.harness.timed import FINETUNERS
-from experiments.step_check import RATE, Command, Sizes, fault, losses
+from experiments.step_check import RATE, Command, Sizes, compute_losses, find_fault
 from jmem.memory.protocol import StageError
 
 SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
@@ -15,9 +15,9 @@ SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
 
 def test_copies_at_once_learn_as_one_alone():
     """LISA, over a draw: the first one lasts three steps."""
-    alone = losses("lisa", SMALL, "float32")
+    alone = compute_losses("lisa", SMALL, "float32")
     copies = dataclasses.replace(SMALL, threads=2)
-    assert fault(losses("lisa", copies, "float32"), alone) == ""
+    assert find_fault(compute_losses("lisa", copies, "float32"), alone) == ""
 
 
 @pytest.mark.parametrize("method", FINETUNERS)
@@ -37,7 +37,9 @@ def test_every_method_is_made(method):
     ],
 )
 def test_what_is_wrong_with_losses_is_told(own, reference, says):
-    assert (says in fault(own, reference)) if says else not fault(own, reference)
+    assert (
+        (says in find_fault(own, reference)) if says else not find_fault(own, reference)
+    )
 
 
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):

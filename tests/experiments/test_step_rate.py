@@ -7,7 +7,7 @@ import pytest
 
 from experiments import step_rate
 from experiments.harness.timed import STEPS, StepSizes
-from experiments.step_rate import Command, line, programs, settings, unmet
+from experiments.step_rate import Command, find_unmet, format_row, programs, settings
 from jmem.memory import protocol
 from jmem.memory.live import TERMS, LiveReport
 from jmem.targets import GiB, resolve
@@ -52,13 +52,13 @@ def test_every_method_is_a_donated_step_of_the_model(method):
     ids=["good", "near", "slow", "no gain", "above", "below", "early"],
 )
 def test_what_is_not_as_expected_is_told(found, says):
-    words = unmet(found)
+    words = find_unmet(found)
     assert len(words) == len(says)
     assert all(part in whole for part, whole in zip(says, words))
 
 
 def test_a_row_tells_bytes_times_and_tokens():
-    row = line("lisa", GOOD, StepSizes()).split()
+    row = format_row("lisa", GOOD, StepSizes()).split()
     assert row[0] == "lisa"
     assert row[-4:] == ["90.0", "80.0", "100.0", "11,378"]
 

@@ -17,7 +17,7 @@ from experiments.harness import cli
 from experiments.harness.run import Run
 from jmem.data import recall
 from jmem.data.recall import Recall
-from jmem.evaluate.contenders import share_of_full
+from jmem.evaluate.contenders import find_share_of_full
 from jmem.evaluate.recall import draw_questions
 from jmem.kvcache import task
 from jmem.kvcache.windowkv import WindowKV
@@ -63,14 +63,16 @@ def run(config, tmp_path, **more):
 
 def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
     """With few lessons and policies, as each is a program to compile."""
-    every = windowkv.policies
+    every = windowkv.make_policies
     quick = functools.partial(task.train, steps=3, batch_size=4)
     monkeypatch.setattr(task, "train", quick)
-    monkeypatch.setattr(task, "accuracy", functools.partial(task.accuracy, count=2))
+    monkeypatch.setattr(
+        task, "measure_accuracy", functools.partial(task.measure_accuracy, count=2)
+    )
     monkeypatch.setattr(recall, "CURRICULUM", recall.CURRICULUM[:1])
     monkeypatch.setattr(
         windowkv,
-        "policies",
+        "make_policies",
         lambda *given: {
             name: policy for name, policy in every(*given).items() if "window" in name
         },
@@ -153,7 +155,7 @@ def test_a_difference_must_be_more_than_chance():
 
 def test_code_and_paper_differ_in_which_tokens_count_and_in_nothing_else():
     for kind, by_code in (("find", 2), ("majority", 0)):
-        own = windowkv.policies(CONFIG, kind)
+        own = windowkv.make_policies(CONFIG, kind)
         code, paper = own["windowkv official_code"], own["windowkv paper"]
         assert code.best == by_code != paper.best
         assert dataclasses.replace(code, best=paper.best) == paper
@@ -173,7 +175,7 @@ def test_every_budget_is_in_bytes_of_the_prompt():
         if name != "full":
             room = contender.share * (whole.bytes() - answer) + answer
             assert 0.8 * room < contender.plan.bytes() <= room + 8
-            assert share_of_full(own, name) <= contender.share
+            assert find_share_of_full(own, name) <= contender.share
 
 
 def test_no_question_is_drawn_twice():
@@ -186,7 +188,7 @@ def test_no_question_is_drawn_twice():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_its_programs(name):
-    assert set(cli.presets("windowkv")) == set(PRESETS)
+    assert set(cli.list_presets("windowkv")) == set(PRESETS)
     _, config = cli.parse(windowkv.Config, "windowkv", ["--preset", name])
     assert config != windowkv.Config()
     built = windowkv.programs(config, resolve(config.gpu))

@@ -10,7 +10,7 @@ import pytest
 
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.adapters import attach
-from jmem.finetune.lora import Lora, base_squares, lora_linear, norms, scaled
+from jmem.finetune.lora import Lora, compute_squares, lora_linear, norms, scale_columns
 from jmem.nn import quantised
 
 S = 1.5
@@ -91,10 +91,10 @@ def test_dropout_is_before_a_alone(leaf, x):
 def test_a_magnitude_s_small_step_is_seen_in_bfloat16():
     """A factor of 1.003 would be 1 in bfloat16; its gradient is a float32 sum."""
     y = jnp.full((4, 3), 3.984375, jnp.bfloat16)
-    assert (scaled(y, jnp.full(3, 1.003)) > y).all()
-    d_y, d_factor = jax.grad(lambda *p: scaled(*p).sum().astype(jnp.float32), (0, 1))(
-        y, jnp.ones(3)
-    )
+    assert (scale_columns(y, jnp.full(3, 1.003)) > y).all()
+    d_y, d_factor = jax.grad(
+        lambda *p: scale_columns(*p).sum().astype(jnp.float32), (0, 1)
+    )(y, jnp.ones(3))
     assert (d_y.dtype, d_factor.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_array_equal(d_factor, 4 * 3.984375)
 
@@ -153,9 +153,9 @@ class TestState:
         packed = quantised.pack(params)["blocks"]
         adapters = DORA.adapters(packed, jax.random.key(0))
         adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-        for blocks in (packed, quantised.unpacked(packed, jnp.float32)):
-            found = norms(blocks, adapters, base_squares(blocks, adapters), S)
-            kernels = quantised.unpacked(packed, jnp.float32)
+        for blocks in (packed, quantised.unpack(packed, jnp.float32)):
+            found = norms(blocks, adapters, compute_squares(blocks, adapters), S)
+            kernels = quantised.unpack(packed, jnp.float32)
             for part in adapters:
                 for name, leaf in adapters[part].items():
                     delta = S * leaf["lora_a"] @ leaf["lora_b"]
@@ -207,7 +207,7 @@ def test_an_adapted_leaf_without_the_step_s_norm_computes_it(leaf, x):
     """What `lora_linear` is given outside a step, as for adapters that are loaded."""
     adapters = {name: leaf[name][None] for name in ("lora_a", "lora_b", "magnitude")}
     kernel = {"kernel": leaf["kernel"][None]}
-    found = norms(kernel, adapters, base_squares(kernel, adapters), S)
+    found = norms(kernel, adapters, compute_squares(kernel, adapters), S)
     given = attach(leaf, {"lora_norm": found["lora_norm"][0]})
     np.testing.assert_allclose(
         lora_linear(S)("q", given, x), lora_linear(S)("q", leaf, x), rtol=1e-5

@@ -76,7 +76,7 @@ class TestEveryThatMerges:
         kinds = {"nf4": "NF4", "nf4-double": "NF4_DOUBLE"}
         if kind := kinds.get(getattr(finetuner, "base", "")):
             blocks = quantised.pack(tiny_params, kind)["blocks"]
-            tiny_params |= {"blocks": quantised.unpacked(blocks, jnp.float32)}
+            tiny_params |= {"blocks": quantised.unpack(blocks, jnp.float32)}
         params, stats = finetuner.merged(state)
         chex.assert_trees_all_equal(params, tiny_params)
         assert stats == {}
@@ -115,7 +115,7 @@ class TestEveryFinetuner:
 
     def test_labels_cover_the_state_but_counters(self, finetuner, tiny):
         program = step_program(finetuner, tiny, batch_size=2, seq_len=8)
-        labels = zip(program.leaf_labels(), program.leaves(), strict=True)
+        labels = zip(program.label_leaves(), program.list_leaves(), strict=True)
         unlabelled = {path for label, (_, path, _) in labels if label is None}
         assert unlabelled <= {"step", "key", "steps", "active"}  # counters, switches
 

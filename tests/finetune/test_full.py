@@ -131,7 +131,9 @@ class TestRates:
             rates=(("blocks/mlp", 3.0), ("*/up", 5.0), ("head", 0.0)),
             layer_decay=0.5,
         )
-        rates = adamw.leaf_rates(tiny.abstract(), adamw.rate(jnp.int32(0)), layers=5)
+        rates = adamw.find_leaf_rates(
+            tiny.abstract(), adamw.rate(jnp.int32(0)), layers=5
+        )
         ones = jax.tree.map(lambda p: jnp.ones(p.shape), tiny.abstract())
         after = descend(ones, ones, rates)
         gone = by_key(jax.tree.map(lambda p: 1 - p, after))

@@ -191,7 +191,7 @@ def test_no_gradient_of_a_whole_weight(monkeypatch):
 
 
 def test_parts_of_a_vocabulary():
-    assert tables.parts_of(32000, 4096) == 32
-    assert tables.parts_of(32001, 4096) == 3  # and a prime
-    assert tables.parts_of(50257, 768) == 29
-    assert tables.parts_of(48, 16) == 1
+    assert tables.count_parts(32000, 4096) == 32
+    assert tables.count_parts(32001, 4096) == 3  # and a prime
+    assert tables.count_parts(50257, 768) == 29
+    assert tables.count_parts(48, 16) == 1

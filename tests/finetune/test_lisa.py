@@ -20,7 +20,7 @@ import pytest
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
-from jmem.finetune.layerwise import slot_gradients
+from jmem.finetune.layerwise import make_slot_gradients
 from jmem.finetune.lisa import Lisa, transform
 from jmem.finetune.orders import draw
 from jmem.models.decoder import Decoder, DecoderConfig
@@ -164,7 +164,7 @@ class TestSlotGradients:
         batch = random_batch(model)
         active = jnp.asarray(active, jnp.int32)
         loss, outside, blocks = jax.jit(
-            lambda p, active: slot_gradients(model, p, batch, active)
+            lambda p, active: make_slot_gradients(model, p, batch, active)
         )(params, active)
         value, grads = jax.jit(
             jax.value_and_grad(lambda p: next_token_loss(model, p, batch))
@@ -176,7 +176,7 @@ class TestSlotGradients:
 
     def test_match_finite_differences(self, tiny, random_batch):
         params, batch = tiny.init(jax.random.key(0)), random_batch(tiny)
-        _, _, grads = slot_gradients(
+        _, _, grads = make_slot_gradients(
             tiny, params, batch, jnp.asarray([1, 3], jnp.int32)
         )
         kernel = params["blocks"]["mlp"]["down"]["kernel"]

@@ -20,7 +20,7 @@ from jmem.finetune.lora import (
     drop_out,
     dropout_keys,
     lora_linear,
-    low_rank,
+    multiply_low_rank,
 )
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
@@ -34,7 +34,7 @@ def test_low_rank_has_the_gradients_of_its_formula():
     a = jax.random.normal(keys[2], (6, 3))
     b = jax.random.normal(keys[3], (3, 5))
     expected, transpose = jax.vjp(lambda x, a, b: x @ a @ b, x, a, b)
-    found, ours = jax.vjp(low_rank, x, a, b)
+    found, ours = jax.vjp(multiply_low_rank, x, a, b)
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
     chex.assert_trees_all_close(ours(dy), transpose(dy), rtol=1e-5, atol=1e-6)
 

@@ -243,7 +243,7 @@ class TestMore:
         plan = program.compile().memory_analysis()
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         assert plan.alias_size_in_bytes == held  # pyright: ignore
-        labels = zip(program.leaf_labels(), program.leaves(), strict=True)
+        labels = zip(program.label_leaves(), program.list_leaves(), strict=True)
         unlabelled = {path for label, (_, path, _) in labels if label is None}
         assert unlabelled <= {"step", "steps", "key", "active"}
 

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from jmem.finetune import mixture as module
-from jmem.finetune.mixture import Experts, choose, imbalance, mixture, traffic
+from jmem.finetune.mixture import (
+    Experts,
+    choose,
+    compute_imbalance,
+    measure_traffic,
+    mixture,
+)
 from jmem.finetune.mixture_ops import MixtureFeed
 from jmem.nn.mlp import ACTIVATIONS
 
@@ -45,7 +51,7 @@ def found():
     def objective(leaves, x):
         y, aux = feed(leaves, x, ACTIVATIONS["silu"], real)
         aux = {name: value[None] for name, value in aux.items()}
-        balance = coefficient * imbalance(**aux, experts=(8,), over="global")[0]
+        balance = coefficient * compute_imbalance(**aux, experts=(8,), over="global")[0]
         return jnp.sum(y * g["gy"]) + balance, (y, balance, aux)
 
     out, gradients = jax.jit(
@@ -63,7 +69,7 @@ class TestOfficialArrays:
     def test_choices(self, found):
         g, _, leaves, feed, *_ = found
         x = jnp.array(g["x"]).reshape(1, 24, 32)
-        logits = feed.logits(leaves["router"]["kernel"], x, None)
+        logits = feed.compute_logits(leaves["router"]["kernel"], x, None)
         np.testing.assert_allclose(logits[0], g["router_logits"], atol=TOLERANCE)
         chosen, weights, _ = choose(logits, router="top_k", top_k=(2,), top_p=(1.0,))
         np.testing.assert_array_equal(chosen[0], g["topk_idx"])
@@ -80,7 +86,7 @@ class TestOfficialArrays:
 
         def of(logits, real):
             routed = choose(logits, router="top_k", top_k=(2,), top_p=(1.0,))
-            return traffic(*routed, real)
+            return measure_traffic(*routed, real)
 
         everything = of(rows, jnp.ones_like(mask))
         two = jax.tree.map(
@@ -88,7 +94,7 @@ class TestOfficialArrays:
         )
         one = jax.tree.map(lambda leaf: leaf[None], everything)
         for aux, key in ((one, "aux_loss_nomask"), (two, "aux_loss_2layers")):
-            balance = 0.01 * imbalance(**aux, experts=(8,), over="global")[0]
+            balance = 0.01 * compute_imbalance(**aux, experts=(8,), over="global")[0]
             np.testing.assert_allclose(balance, g[key], rtol=TOLERANCE)
 
     def test_every_gradient(self, found):
@@ -266,8 +272,8 @@ class TestBalance:
     def of(self, logits, real=None):
         real = jnp.ones(logits.shape[:2], bool) if real is None else real
         own = choose(logits, router="top_k", top_k=(2,), top_p=(1.0,))
-        aux = {k: v[None] for k, v in traffic(*own, real).items()}
-        return imbalance(**aux, experts=(logits.shape[-1],), over="global")[0]
+        aux = {k: v[None] for k, v in measure_traffic(*own, real).items()}
+        return compute_imbalance(**aux, experts=(logits.shape[-1],), over="global")[0]
 
     def test_is_k_when_even_and_grows_with_imbalance(self):
         random = jnp.array(
@@ -292,8 +298,8 @@ class TestBalance:
         """One layer prefers expert 0, the other expert 1: even in the mean only."""
         load = jnp.array([[[2.0, 0.0]], [[0.0, 2.0]]])
         importance = jnp.array([[[0.9, 0.1]], [[0.1, 0.9]]])
-        together = imbalance(load, importance, (2,), "global")
-        each = imbalance(load, importance, (2,), "per_layer")
+        together = compute_imbalance(load, importance, (2,), "global")
+        each = compute_imbalance(load, importance, (2,), "per_layer")
         np.testing.assert_allclose([together[0], each[0]], [2.0, 3.6], rtol=1e-6)
 
     def test_no_gradient_flows_through_the_load(self):
@@ -303,7 +309,7 @@ class TestBalance:
 
         def through_importance(own):
             p = jnp.mean(jax.nn.softmax(own), axis=1)[None]
-            return imbalance(load, p, (3,), "global")[0]
+            return compute_imbalance(load, p, (3,), "global")[0]
 
         np.testing.assert_allclose(
             found, jax.grad(through_importance)(logits), atol=1e-6

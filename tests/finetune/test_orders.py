@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jmem.finetune.lisa import Lisa
-from jmem.finetune.orders import active_in, outlier_weights
+from jmem.finetune.orders import choose_active, outlier_weights
 
 
 def periods(order, count, layers, active_layers):
     key = jax.random.key(3)
-    run: Any = jax.jit(lambda n: active_in(n, order, key, layers, active_layers))
+    run: Any = jax.jit(lambda n: choose_active(n, order, key, layers, active_layers))
     found = np.stack([run(jnp.int32(n)) for n in range(count)])
     assert run._cache_size() == 1
     assert (np.diff(found, axis=1) > 0).all()  # distinct and ascending

@@ -4,7 +4,7 @@ import chex
 import jax
 import pytest
 
-from jmem.finetune.patterns import join, matching, split
+from jmem.finetune.patterns import find_matching, join, split
 from jmem.program import by_key
 
 CASES = {
@@ -23,7 +23,7 @@ CASES = {
 @pytest.mark.parametrize("pattern", CASES)
 def test_a_pattern_means_paths_and_what_lies_below(tiny, pattern):
     paths = by_key(tiny.abstract())
-    assert sorted(matching(pattern, paths, "train")) == sorted(CASES[pattern])
+    assert sorted(find_matching(pattern, paths, "train")) == sorted(CASES[pattern])
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_pattern_that_means_nothing_is_refused_with_the_nearest_path(
     tiny, pattern, message
 ):
     with pytest.raises(ValueError, match=message):
-        matching(pattern, by_key(tiny.abstract()), "x")
+        find_matching(pattern, by_key(tiny.abstract()), "x")
 
 
 def test_a_split_is_put_together_again(tiny):

@@ -7,7 +7,7 @@ import pytest
 
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
-from jmem.finetune.rounding import BLOCK, noise, packed, rounded, unpacked
+from jmem.finetune.rounding import BLOCK, draw_noise, pack, round_randomly, unpack
 
 
 @pytest.mark.parametrize("mantissa", [7, 3])
@@ -15,7 +15,9 @@ def test_rounding_is_exact_on_average(mantissa):
     given = jnp.asarray([0.0, 1.0, 1.001, -3.3, 1e-4, -7e5], jnp.float32)
     salts = jnp.arange(20_000, dtype=jnp.uint32)
     many = np.asarray(
-        jax.vmap(lambda salt: rounded(given, noise((6,), salt), mantissa))(salts)
+        jax.vmap(lambda salt: round_randomly(given, draw_noise((6,), salt), mantissa))(
+            salts
+        )
     )
     x = np.asarray(given)
     step = 2.0**-mantissa
@@ -25,7 +27,7 @@ def test_rounding_is_exact_on_average(mantissa):
 
 
 def test_noise_differs_by_place_and_by_salt():
-    first, second = (np.asarray(noise((64, 64), jnp.uint32(n))) for n in (1, 2))
+    first, second = (np.asarray(draw_noise((64, 64), jnp.uint32(n))) for n in (1, 2))
     assert len(np.unique(first)) == first.size
     assert (first != second).mean() > 0.999
     bits = ((first[..., None] >> np.arange(32)) & 1).mean(axis=(0, 1))
@@ -37,11 +39,11 @@ def test_packed_values_come_back(width):
     x = jax.random.normal(jax.random.key(0), (3, width)) * jnp.asarray(
         [[1e-12], [1.0], [0.0]]
     )
-    small, scale = packed(x, jnp.uint32(7))
+    small, scale = pack(x, jnp.uint32(7))
     assert small.shape == x.shape
     assert small.dtype.itemsize == 1
     assert scale.shape == (3, -(-width // BLOCK))
-    back = np.asarray(unpacked(small, scale))
+    back = np.asarray(unpack(small, scale))
     largest = np.abs(x).max(axis=1, keepdims=True)
     error = np.abs(back - x)
     assert (error <= np.maximum(2**-3 * np.abs(x), largest * 2.0**-17)).all()
@@ -54,15 +56,15 @@ def test_a_second_moment_follows_where_nearest_rounding_stands_still():
 
     def step(state, salt):
         small, scale, stuck = state
-        v = 0.999 * jnp.square(unpacked(small, scale)) + 0.001
+        v = 0.999 * jnp.square(unpack(small, scale)) + 0.001
         stuck = (0.999 * stuck.astype(jnp.float32) + 0.001).astype(jnp.bfloat16)
-        return (*packed(jnp.sqrt(v), salt), stuck), None
+        return (*pack(jnp.sqrt(v), salt), stuck), None
 
-    start = (*packed(jnp.sqrt(v0), jnp.uint32(0)), v0.astype(jnp.bfloat16))
+    start = (*pack(jnp.sqrt(v0), jnp.uint32(0)), v0.astype(jnp.bfloat16))
     (small, scale, stuck), _ = jax.lax.scan(
         step, start, jnp.arange(1, 2001, dtype=jnp.uint32)
     )
-    found = float(jnp.square(unpacked(small, scale)).mean())
+    found = float(jnp.square(unpack(small, scale)).mean())
     assert found == pytest.approx(1 + 0.999**2000, rel=0.03)
     assert float(stuck.astype(jnp.float32).mean()) == 2.0
 

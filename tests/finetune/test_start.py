@@ -23,7 +23,7 @@ def test_pretrained_weights_stay_and_the_state_holds_a_copy(tiny, tiny_params):
 
 
 def test_a_host_without_room_is_refused(tiny, tiny_params, monkeypatch):
-    monkeypatch.setattr(offload, "available_host_bytes", lambda: 0)
+    monkeypatch.setattr(offload, "count_available_host_bytes", lambda: 0)
     with pytest.raises(offload.HostMemoryError, match="the state of Full"):
         init_state(Full(moments="host"), tiny, tiny_params, seed=0)
 

@@ -15,10 +15,10 @@ import pytest
 from tiny_decoder import random_params
 
 from jmem.generate import decode, reading
-from jmem.generate.decode import extend, generate, joined, stream
+from jmem.generate.decode import extend, generate, join_pieces, stream
 from jmem.generate.programs import decode_program, prefill_program
 from jmem.generate.reading import prefill
-from jmem.kvcache.cache import empty
+from jmem.kvcache.cache import make_empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import GemFilter
 from jmem.kvcache.snapkv import SnapKV
@@ -109,7 +109,7 @@ def test_decoding_ends_when_all_rows_have(model, params):
     given = jnp.asarray([PROMPTS[0]], jnp.int32), jnp.asarray([4], jnp.int32)
     steps, found = [], []
     for stops in ((), None):
-        logits, (cache,) = prefill(model, params, *given, (empty(plan),), (plan,))
+        logits, (cache,) = prefill(model, params, *given, (make_empty(plan),), (plan,))
         stops = (int(found[0][2]),) if stops is None else stops
         tokens, cache = extend(
             *(model, params, logits, given[1], cache, jax.random.key(0)),
@@ -131,7 +131,7 @@ def test_a_stream_gives_what_generate_does(model, params, every):
     free = generate(model, params, PROMPTS, max_new_tokens=12, **draw)
     options = draw | {"max_new_tokens": 12, "stop_tokens": [free[0][5], free[1][1]]}
     pieces = [*stream(model, params, PROMPTS, every=every, **options)]
-    assert joined(iter(pieces)) == generate(model, params, PROMPTS, **options)
+    assert join_pieces(iter(pieces)) == generate(model, params, PROMPTS, **options)
     assert all(len(row) <= every for piece in pieces for row in piece)
     assert any(pieces[-1])
     for row in zip(*pieces):  # a row that has ended stays quiet
@@ -215,7 +215,7 @@ def test_says_where_a_number_is_none(model, params, path, message):
 def test_the_cache_is_donated_and_has_the_promised_bytes(model, builder):
     plan = Full().plan(model, prompt=16, new_tokens=8, batch_size=3)
     analysis = builder(model, plan).compile().memory_analysis()
-    assert plan.bytes() == sum(leaf.nbytes for leaf in empty(plan))
+    assert plan.bytes() == sum(leaf.nbytes for leaf in make_empty(plan))
     assert analysis.alias_size_in_bytes == plan.bytes()
 
 
@@ -256,7 +256,7 @@ def test_extend_refuses_what_is_not_the_plan_s(model, params):
     logits, lengths = jnp.zeros((3, 48)), jnp.ones((3,), jnp.int32)
     with pytest.raises(ValueError, match=r"3 rows, .* batch_size=2"):
         extend(
-            *(model, params, logits, lengths, empty(plan), jax.random.key(0)),
+            *(model, params, logits, lengths, make_empty(plan), jax.random.key(0)),
             plan=plan,
             steps=4,
         )

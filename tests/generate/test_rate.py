@@ -9,7 +9,7 @@ import pytest
 from tiny_decoder import TINY
 
 from jmem.generate.rate import fill
-from jmem.kvcache.cache import held
+from jmem.kvcache.cache import find_held
 from jmem.kvcache.full import Full
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.windowkv import WindowKV
@@ -32,5 +32,5 @@ def test_all_slots_that_a_prompt_fills_are_attended(name):
     }
     for layer, selected in enumerate(plan.selected):
         last = jnp.full((2,), plan.prompt - 1, jnp.int32)
-        _, seen = held(plan, cache, last, jnp.int32(layer))
+        _, seen = find_held(plan, cache, last, jnp.int32(layer))
         assert (np.asarray(seen.sum(axis=-1)) == selected + plan.recent).all()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_decoder import TINY
 
-from jmem.kvcache.budget import fitted
+from jmem.kvcache.budget import fit_to_bytes
 from jmem.kvcache.full import Full
 from jmem.kvcache.members import POLICIES
 from jmem.kvcache.pyramidkv import PyramidKV
@@ -44,29 +44,29 @@ def test_no_larger_capacity_fits(name):
     found = []
     for budget in sorted({*sizes.values(), FULL}):
         expected = max(c for c, size in sizes.items() if size <= budget)
-        cut: Any = fitted(policy, MODEL, budget, **SIZES)
+        cut: Any = fit_to_bytes(policy, MODEL, budget, **SIZES)
         assert cut == dataclasses.replace(policy, capacity=expected)
         found.append(cut.capacity)
     assert found == sorted(found)
     with pytest.raises(ValueError, match=f"takes {min(sizes.values()):,} bytes"):
-        fitted(policy, MODEL, min(sizes.values()) - 1, **SIZES)
+        fit_to_bytes(policy, MODEL, min(sizes.values()) - 1, **SIZES)
 
 
 def test_full_is_all_or_nothing():
-    assert fitted(Full(), MODEL, FULL, **SIZES) == Full()
+    assert fit_to_bytes(Full(), MODEL, FULL, **SIZES) == Full()
     with pytest.raises(ValueError, match=f"Full takes {FULL:,} bytes .* 2 rows"):
-        fitted(Full(), MODEL, FULL - 1, **SIZES)
+        fit_to_bytes(Full(), MODEL, FULL - 1, **SIZES)
 
 
 def test_more_than_everything_is_everything():
-    cut: Any = fitted(SnapKV(), MODEL, 10 * FULL, **SIZES)
+    cut: Any = fit_to_bytes(SnapKV(), MODEL, 10 * FULL, **SIZES)
     assert cut.capacity == 33
     assert cut.plan(MODEL, **SIZES).sizes == Full().plan(MODEL, **SIZES).sizes
 
 
 def test_a_short_prompt_is_kept_whole_by_a_policy_made_for_longer_ones():
     sizes = SIZES | {"prompt": 9}
-    cut = fitted(SnapKV(), MODEL, FULL, **sizes)
+    cut = fit_to_bytes(SnapKV(), MODEL, FULL, **sizes)
     assert cut == SnapKV()
     assert sum(cut.plan(MODEL, **sizes).selected) == 0
 
@@ -74,16 +74,16 @@ def test_a_short_prompt_is_kept_whole_by_a_policy_made_for_longer_ones():
 def test_refuses_less_than_the_smallest():
     policy = SnapKV(window=6)
     least = nbytes(dataclasses.replace(policy, capacity=7))
-    cut: Any = fitted(policy, MODEL, least, **SIZES)
+    cut: Any = fit_to_bytes(policy, MODEL, least, **SIZES)
     assert cut.capacity == 7
     message = rf"nbytes={least - 1:,} is too small .* {least:,} bytes .* capacity=7,"
     with pytest.raises(ValueError, match=message):
-        fitted(policy, MODEL, least - 1, **SIZES)
+        fit_to_bytes(policy, MODEL, least - 1, **SIZES)
 
 
 def test_a_policy_that_does_not_suit_the_model_says_so_itself():
     with pytest.raises(ValueError, match="group=5 does not divide the model's 12"):
-        fitted(WindowKV(group=5), MODEL, FULL, **SIZES)
+        fit_to_bytes(WindowKV(group=5), MODEL, FULL, **SIZES)
 
 
 @pytest.mark.parametrize("policy", [SnapKV(), PyramidKV(), WindowKV()], ids=str)
@@ -92,7 +92,7 @@ def test_a_long_prompt_on_a_target_takes_no_time(policy):
     sizes: Any = {"prompt": 131072, "new_tokens": 64, "target": resolve("h200")}
     budget = Full().plan(LLAMA, **sizes).bytes() // 2
     begin = time.process_time()
-    found = fitted(policy, LLAMA, budget, **sizes).plan(LLAMA, **sizes)
+    found = fit_to_bytes(policy, LLAMA, budget, **sizes).plan(LLAMA, **sizes)
     assert time.process_time() - begin < 2
     assert found.attention == "mosaic_gpu"
     assert 0.999 * budget < found.bytes() <= budget

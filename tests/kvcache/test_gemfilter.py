@@ -14,25 +14,25 @@ from tiny_decoder import TINY, random_params
 import jmem
 from jmem.generate.decode import decode_step, generate
 from jmem.generate.reading import prefill
-from jmem.kvcache.cache import empty
+from jmem.kvcache.cache import make_empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.gemfilter import (
     GemFilter,
     StagedWeights,
-    best,
     calibrate_filter_layer,
+    choose_best,
     explain,
+    score_tokens,
     split,
-    token_scores,
 )
 from jmem.kvcache.gemfilter import staged as module
 from jmem.kvcache.snapkv import SnapKV
-from jmem.memory.live import made
+from jmem.memory.live import make_arguments
 from jmem.models.decoder import Decoder
 from jmem.nn.ops import Ops
-from jmem.nn.quantised import KINDS, linear, unpacked
+from jmem.nn.quantised import KINDS, linear, unpack
 from jmem.nn.stack import run_stack
-from jmem.offload import host_bytes, on_device, on_host
+from jmem.offload import count_host_bytes, on_device, on_host
 from jmem.program import Program
 
 GEM = GemFilter(layer=2, tokens=12)
@@ -49,8 +49,8 @@ def params():
     return jax.tree.map(jnp.asarray, random_params(CONFIG, scale=0.3))
 
 
-votes = jax.jit(token_scores, static_argnums=0)
-choose = jax.jit(best, static_argnums=0)
+votes = jax.jit(score_tokens, static_argnums=0)
+choose = jax.jit(choose_best, static_argnums=0)
 
 
 def shortened(params, gem=GEM, model=MODEL, rows=slice(None)):
@@ -83,7 +83,7 @@ def test_the_official_arrays(name):
     kept = short.tokens.shape[1]
     plan = Full().plan(model, prompt=kept, new_tokens=config["decode_steps"])
     logits, (cache,) = prefill(
-        model, params, short.tokens, short.lengths, (empty(plan),), plans=(plan,)
+        model, params, short.tokens, short.lengths, (make_empty(plan),), plans=(plan,)
     )
     for layer, begin in enumerate(range(0, sum(plan.sizes), plan.sizes[0])):
         slots = slice(begin, begin + kept)
@@ -229,7 +229,7 @@ def test_the_program_does_not_depend_on_the_models_depth():
     early = jax.eval_shape(lambda p: split(p, GEM.layer)[0], deep.abstract())
     found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), programs[1].args[0])
     assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), early)
-    args = made(programs[0], None)
+    args = make_arguments(programs[0], None)
     positions, scores = programs[0].compile()(*args)
     assert positions.shape == (1, GEM.tokens)
     assert scores.shape == (1, 40)
@@ -304,13 +304,13 @@ def test_packed_weights_choose_as_their_values_do(params):
     attention = params["blocks"]["attention"]
     attention = {name: packed(leaf["kernel"]) for name, leaf in attention.items()}
     compact = params | {"blocks": params["blocks"] | {"attention": attention}}
-    wide = unpacked(compact, jnp.float32)
+    wide = unpack(compact, jnp.float32)
     early, _ = split(compact, GEM.layer)
     found, expected = shortened(early), shortened(wide)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(found.positions, expected.positions)
     staged = StagedWeights(jax.tree.map(np.asarray, compact), GEM)
-    with staged.filtered(MODEL, PROMPTS) as (whole, short):
+    with staged.filter_prompts(MODEL, PROMPTS) as (whole, short):
         jax.tree.map(np.testing.assert_array_equal, whole, compact)
         np.testing.assert_array_equal(short.positions, found.positions)
 
@@ -442,7 +442,7 @@ class Since:
     def __call__(self) -> int:
         known = set(map(id, self.before))
         arrays = [a for a in jax.live_arrays() if id(a) not in known]
-        return sum(a.nbytes for a in arrays) - host_bytes(arrays)
+        return sum(a.nbytes for a in arrays) - count_host_bytes(arrays)
 
 
 def tree_bytes(tree) -> int:
@@ -468,13 +468,13 @@ def test_the_late_weights_are_on_the_host_until_an_answer_needs_them(
     if given != "numpy":
         assert mine["blocks"]["mlp"]["up"]["kernel"].is_deleted()
     assert held() == early_bytes
-    assert host_bytes(staged.late) == late_bytes == tree_bytes(staged.late)
+    assert count_host_bytes(staged.late) == late_bytes == tree_bytes(staged.late)
     seen, moments = [], []
     real, wait = GemFilter.shorten, jax.block_until_ready
 
     def filtering(self, model, params, *rest):
         gc.collect()
-        seen.append((tree_bytes(params), host_bytes(params), held()))
+        seen.append((tree_bytes(params), count_host_bytes(params), held()))
         return real(self, model, params, *rest)
 
     def waiting(leaf):  # for a leaf, beside the one that it replaces
@@ -484,8 +484,8 @@ def test_the_late_weights_are_on_the_host_until_an_answer_needs_them(
     monkeypatch.setattr(GemFilter, "shorten", filtering)
     monkeypatch.setattr(jax, "block_until_ready", waiting)
     for _ in range(2):  # the second prompt finds what the first one found
-        with staged.filtered(MODEL, PROMPTS) as (params, short):
-            assert not host_bytes(params)
+        with staged.filter_prompts(MODEL, PROMPTS) as (params, short):
+            assert not count_host_bytes(params)
             jax.tree.map(np.testing.assert_array_equal, params, weights)
             prompts = short.prompts()
             found = generate(MODEL, params, prompts, max_new_tokens=6)
@@ -525,7 +525,7 @@ def test_weights_are_parted_again_after_an_error(monkeypatch):
     def intact():
         jax.tree.map(np.testing.assert_array_equal, staged.early, early)
 
-    with pytest.raises(ZeroDivisionError), staged.filtered(MODEL, PROMPTS):
+    with pytest.raises(ZeroDivisionError), staged.filter_prompts(MODEL, PROMPTS):
         raise ZeroDivisionError
     intact()
     for prompts, message in {
@@ -534,7 +534,10 @@ def test_weights_are_parted_again_after_an_error(monkeypatch):
         ((1, CONFIG.vocab_size),): "token 48 at place 1 of row 0 is outside",
         ((3, -1),): "token -1",
     }.items():
-        with pytest.raises(ValueError, match=message), staged.filtered(MODEL, prompts):
+        with (
+            pytest.raises(ValueError, match=message),
+            staged.filter_prompts(MODEL, prompts),
+        ):
             pytest.fail("it was let in")
         intact()
     wait, calls = jax.block_until_ready, []
@@ -546,11 +549,11 @@ def test_weights_are_parted_again_after_an_error(monkeypatch):
         return wait(leaf)
 
     monkeypatch.setattr(jax, "block_until_ready", failing)
-    with pytest.raises(MemoryError), staged.filtered(MODEL, PROMPTS):
+    with pytest.raises(MemoryError), staged.filter_prompts(MODEL, PROMPTS):
         pytest.fail("there was no room")
     intact()
     monkeypatch.undo()
-    with staged.filtered(MODEL, PROMPTS) as (params, short):
+    with staged.filter_prompts(MODEL, PROMPTS) as (params, short):
         assert len(short.prompts()) == len(params["blocks"]["mlp_norm"]["scale"]) - 2
 
 

@@ -12,7 +12,7 @@ from golden_llama import llama, load
 
 from jmem.generate.decode import decode_step
 from jmem.generate.reading import prefill
-from jmem.kvcache.cache import empty
+from jmem.kvcache.cache import make_empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.plan import PolicyPlan
 from jmem.kvcache.policy import Policy
@@ -63,7 +63,7 @@ def decoded(name: str, select: str = "kv"):
     )
     lengths = jnp.array([length], jnp.int32)
     logits, (cache,) = prefill(
-        model, params, tokens, lengths, (empty(plan),), plans=(plan,)
+        model, params, tokens, lengths, (make_empty(plan),), plans=(plan,)
     )
     before = jax.tree.map(np.asarray, cache)
     found = [np.asarray(logits[0])]

@@ -14,7 +14,7 @@ import pytest
 from tiny_decoder import TINY, random_params
 
 import jmem
-from jmem.evaluate.decoding import answers
+from jmem.evaluate.decoding import answer_prompts
 from jmem.generate.conversation import Conversation
 from jmem.generate.decode import generate
 from jmem.generate.programs import decode_program, prefill_program
@@ -156,7 +156,7 @@ def test_a_cache_of_another_kind_goes_through_the_same_doors():
     sizes: Any = {"prompt": 50, "new_tokens": STEPS, "batch_size": 3}
     plans = {"full": Full().plan(MODEL, **sizes), "parted": method.plan(MODEL, **sizes)}
     given = MODEL, params(), plans, prompts(), LENGTHS
-    for name, found in answers(*given, steps=STEPS, rows=1).items():
+    for name, found in answer_prompts(*given, steps=STEPS, rows=1).items():
         assert found.tolist() == expected, name
 
 
@@ -357,7 +357,7 @@ def test_a_prompt_is_read_once_for_all_budgets_and_filters():
     plans = {name: CACHES[name].plan(model, **sizes) for name in CACHES}
     filters = {name: MEMBERS[name] for name in ("gemfilter", "longest keys")}
     WIDTHS.clear()
-    answers(model, params(), plans, prompts(), LENGTHS, steps=1, filters=filters)
+    answer_prompts(model, params(), plans, prompts(), LENGTHS, steps=1, filters=filters)
     jax.effects_barrier()
     assert sorted(width for width in WIDTHS if width > 1) == [9, 12, 50]
     assert WIDTHS.count(1) == len(plans) + len(filters)

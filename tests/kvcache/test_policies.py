@@ -16,10 +16,10 @@ from tiny_decoder import TINY, random_params
 
 from jmem.generate.decode import decode_step, extend
 from jmem.generate.programs import decode_program, prefill_program
-from jmem.generate.reading import padded_right, prefill
+from jmem.generate.reading import pad_right, prefill
 from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kvcache import cache as cache_module
-from jmem.kvcache.cache import Cache, empty
+from jmem.kvcache.cache import Cache, make_empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.members import POLICIES
 from jmem.kvcache.plan import PolicyPlan
@@ -67,7 +67,7 @@ step = jax.jit(decode_step, static_argnames=("model", "plan"), donate_argnames="
 
 
 def read(plans: tuple[PolicyPlan, ...], tokens, lengths):
-    caches = tuple(empty(plan) for plan in plans)
+    caches = tuple(make_empty(plan) for plan in plans)
     logits, caches = prefill(MODEL, params(), tokens, lengths, caches, plans=plans)
     return np.asarray(logits), dict(zip(NAMES, caches, strict=False))
 
@@ -136,7 +136,7 @@ def test_a_cache_that_holds_everything_is_the_full_one(name):
     plan = plan_of(name, capacity=enough)
     assert plan.sizes == plain.sizes
     _, (cache,) = prefill(
-        MODEL, params(), tokens, lengths, (empty(plan),), plans=(plan,)
+        MODEL, params(), tokens, lengths, (make_empty(plan),), plans=(plan,)
     )
     found = answered(plan, cache, lengths)
     expected = answered(plain, narrow()[1]["full"], lengths)
@@ -176,7 +176,7 @@ def test_padding_on_the_left_is_moved_to_the_right():
     width = tokens.shape[1]
     left = jnp.stack([jnp.roll(row, width - n) for row, n in zip(tokens, LENGTHS)])
     mask = jnp.arange(width)[None] >= (width - lengths)[:, None]
-    moved, counted = padded_right(left, mask)
+    moved, counted = pad_right(left, mask)
     np.testing.assert_array_equal(moved, tokens)
     np.testing.assert_array_equal(counted, lengths)
 
@@ -234,7 +234,7 @@ def test_a_scan_over_layers_is_a_loop_over_layers():
     ops = Ops(read_prompts(MODEL, plans, lengths), dense)
     layer_step = jax.jit(lambda *given: MODEL.block(*given[:4], ops, given[4])[:2])
     x = MODEL.embed(params(), tokens)
-    carry = tuple((empty(plan), plan.policy.share(plan)) for plan in plans)
+    carry = tuple((make_empty(plan), plan.policy.share(plan)) for plan in plans)
     for layer in range(MODEL.config.layers):
         row = jax.tree.map(lambda leaf: leaf[layer], params()["blocks"])  # noqa: B023
         x, carry = layer_step(row, x, positions, jnp.int32(layer), carry)
@@ -271,7 +271,7 @@ def test_attention_in_place_is_attention(name, monkeypatch):
     assert not any(size % 8 for size in plan.sizes)
     plain = dataclasses.replace(plan, attention="xla")
     _, (cache,) = prefill(
-        MODEL, params(), tokens, lengths, (empty(plain),), plans=(plain,)
+        MODEL, params(), tokens, lengths, (make_empty(plain),), plans=(plain,)
     )
     definition = functools.partial(_as_xla, windowed_attention)
     monkeypatch.setattr(cache_module, "windowed_attention", definition)
@@ -298,7 +298,7 @@ def test_a_thousand_tokens_compile_nothing_new(name):
         params(),
         tokens[:, :40],
         jnp.minimum(lengths, 40),
-        (empty(plan),),
+        (make_empty(plan),),
         plans=(plan,),
     )
     for number in range(steps):
@@ -365,7 +365,7 @@ def test_decoding_is_prefilling_when_nothing_is_dropped():
         params(),
         whole,
         jnp.array([whole.shape[1]], jnp.int32),
-        (empty(longer),),
+        (make_empty(longer),),
         plans=(longer,),
     )
     assert int(jnp.argmax(logits[0])) == int(answer[0, -1])

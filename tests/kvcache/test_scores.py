@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.kvcache.scores import column_mass, over_heads, pool
+from jmem.kvcache.scores import column_mass, pool, reduce_heads
 from jmem.kvcache.select import select
 
 LENGTH, WIDTH, HEADS, GROUPS, DIM = 37, 5, 6, 3, 8
@@ -61,10 +61,10 @@ def test_nothing_as_large_as_all_scores_is_made():
 def test_over_heads():
     mass = jnp.arange(12.0).reshape(1, 4, 3)
     np.testing.assert_array_equal(
-        over_heads(mass, 2, "mean")[0], [[1.5, 2.5, 3.5], [7.5, 8.5, 9.5]]
+        reduce_heads(mass, 2, "mean")[0], [[1.5, 2.5, 3.5], [7.5, 8.5, 9.5]]
     )
-    np.testing.assert_array_equal(over_heads(mass, 1, "max")[0], [[9, 10, 11]])
-    np.testing.assert_array_equal(over_heads(mass, 4, "sum"), mass)
+    np.testing.assert_array_equal(reduce_heads(mass, 1, "max")[0], [[9, 10, 11]])
+    np.testing.assert_array_equal(reduce_heads(mass, 4, "sum"), mass)
 
 
 def test_pooling_has_zeros_or_nothing_beyond_the_ends():

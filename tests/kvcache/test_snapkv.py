@@ -142,10 +142,10 @@ def test_a_query_over_what_is_kept(name):
     if max(plan.selected):
         seen = seen_by(plan, Q)
         picked, _ = policy.choose(plan, seen, layer, None)
-    cache = write(plan, caches.empty(plan), K, V, picked, LENGTHS, layer)
+    cache = write(plan, caches.make_empty(plan), K, V, picked, LENGTHS, layer)
     last = LENGTHS - 1
-    _, there = caches.held(plan, cache, last, layer)
-    begin, slots = caches.region(plan.sizes, layer)
+    _, there = caches.find_held(plan, cache, last, layer)
+    begin, slots = caches.find_region(plan.sizes, layer)
     keys, values = (x[0, :, begin : begin + len(slots)] for x in cache[:2])
     query = GOLDEN["decode_q"].reshape(plan.heads, -1, plan.head_dim)
     raw = np.einsum("kgd,ksd->kgs", query, keys) / np.sqrt(plan.head_dim)

@@ -5,7 +5,14 @@ import pytest
 
 from jmem.data.longbench import TASKS
 from jmem.kvcache import task
-from jmem.kvcache.task import LABELS, Classifier, accuracy, features, label, train
+from jmem.kvcache.task import (
+    LABELS,
+    Classifier,
+    extract_features,
+    label,
+    measure_accuracy,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +24,7 @@ def quick():
 class TestClassifier:
     def test_is_right_on_what_it_has_not_seen(self, quick):
         """The default reaches over 99 % (the module's docstring)."""
-        found = accuracy(quick, count=12, seed=11)
+        found = measure_accuracy(quick, count=12, seed=11)
         assert found.contexts > 0.9
         assert found.templates > 0.9
 
@@ -43,17 +50,17 @@ class TestClassifier:
 
     def test_the_default_is_trained_once(self, monkeypatch):
         monkeypatch.setattr(task, "train", lambda: Classifier({}))
-        task.classifier.cache_clear()
+        task.get_classifier.cache_clear()
         try:
-            assert task.classifier() is task.classifier()
+            assert task.get_classifier() is task.get_classifier()
         finally:
-            task.classifier.cache_clear()
+            task.get_classifier.cache_clear()
 
 
 class TestFeatures:
     def test_are_the_ends_of_the_text(self):
         head, tail = "h" * task.END, "t" * task.END
-        one, other, third = features(
+        one, other, third = extract_features(
             [head + "middle" * 9 + tail, head + "other" + tail, tail + head]
         )
         np.testing.assert_array_equal(one, other)
@@ -61,13 +68,13 @@ class TestFeatures:
 
     def test_are_sets_of_n_grams(self):
         """Three different 3-grams in "abcabc", one of them twice, and two 5-grams."""
-        (row,) = features(["abcabc"])
+        (row,) = extract_features(["abcabc"])
         first, last = row.reshape(2, -1)
         np.testing.assert_array_equal(first, last)
         np.testing.assert_allclose(first[first > 0], np.full(5, 5**-0.5), rtol=1e-6)
 
     def test_short_texts_have_none(self):
-        assert not features(["", "ab"]).any()
+        assert not extract_features(["", "ab"]).any()
 
 
 def test_labels():

@@ -19,11 +19,11 @@ from jmem.generate.programs import read_on_program
 from jmem.generate.reading import prefill, read, read_on
 from jmem.kernels.windowed_attention import windowed_attention
 from jmem.kvcache import cache as cache_module
-from jmem.kvcache.cache import Cache, empty
+from jmem.kvcache.cache import Cache, make_empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.members import POLICIES
 from jmem.kvcache.plan import PolicyPlan
-from jmem.kvcache.shorten import padded
+from jmem.kvcache.shorten import pad_rows
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.turn import check_turn, unrotate
@@ -88,7 +88,7 @@ class Talk:
 
     def __post_init__(self):
         self.texts = [[] for _ in range(self.plan.batch_size)]
-        self.cache = empty(self.plan)
+        self.cache = make_empty(self.plan)
 
     @property
     def lengths(self) -> list[int]:
@@ -251,7 +251,7 @@ def test_padding_is_neutral():
 
 def test_what_lies_in_the_padding_is_never_looked_at():
     plan, talk = plan_of("snapkv"), talked(plan_of("snapkv"), 1).answer()
-    (tokens, lengths), random = padded(said(1)), np.random.default_rng(3)
+    (tokens, lengths), random = pad_rows(said(1)), np.random.default_rng(3)
     junk = random.integers(0, TINY.vocab_size, tokens.shape)
     there = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
     before = jnp.asarray(talk.lengths, jnp.int32)
@@ -344,7 +344,7 @@ def test_a_turn_selects_by_its_own_queries():
         ops = Ops(attend, dense)
         return model.block(block, x, positions, jnp.int32(0), ops, None)[1]
 
-    turned_rows = turned(padded(talk.texts)[0])
+    turned_rows = turned(pad_rows(talk.texts)[0])
     for row, text in enumerate(talk.texts):
         q, k = (np.asarray(x[row], np.float64) for x in turned_rows)
         new = len(said(1)[row])
@@ -425,7 +425,7 @@ def test_more_than_the_plan_s_prompt_to_choose_from(name):
 def test_a_row_that_says_nothing_stays_as_it_is(name):
     talk = talked(plan_of(name), 1).answer()
     before = {layer: talk.held(layer, 1) for layer in range(4)}
-    tokens, _ = padded(said(1))
+    tokens, _ = pad_rows(said(1))
     lengths = jnp.asarray([9, 0, 12], jnp.int32)
     at = jnp.asarray(talk.lengths, jnp.int32)
     _, talk.cache = read_on(MODEL, params(), tokens, at, lengths, talk.cache, talk.plan)
@@ -551,12 +551,12 @@ def test_refuses_what_finds_no_slots():
 
 def refused(message: str, **changes):
     plan = changes.pop("plan", plan_of("full"))
-    tokens, lengths = padded(said(1))
+    tokens, lengths = pad_rows(said(1))
     given: dict = {
         "tokens": tokens,
         "before": jnp.full((len(lengths),), 10, jnp.int32),
         "lengths": lengths,
-        "cache": empty(plan),
+        "cache": make_empty(plan),
     }
     with pytest.raises(ValueError, match=message):
         read_on(MODEL, params(), **(given | changes), plan=plan)
@@ -564,7 +564,7 @@ def refused(message: str, **changes):
 
 def test_refuses_what_is_not_the_plan_s():
     refused("tokens have 3 rows .* batch_size=2", plan=plan_of("full", rows=2))
-    refused(r"keys \(3, 2, 20, 8\), but the plan's", cache=empty(roomy_keys()))
+    refused(r"keys \(3, 2, 20, 8\), but the plan's", cache=make_empty(roomy_keys()))
     refused(
         r"lengths=\[9, 1, 13\] must lie in \[0, 12\]", lengths=jnp.array([9, 1, 13])
     )
@@ -578,10 +578,10 @@ def roomy_keys() -> PolicyPlan:
 
 def test_prefill_refuses_what_is_not_the_plan_s():
     plan = plan_of("full")
-    tokens, lengths = padded(said(0))
+    tokens, lengths = pad_rows(said(0))
 
     def given(lengths, plan, tokens=tokens):
-        prefill(MODEL, params(), tokens, lengths, (empty(plan),), (plan,))
+        prefill(MODEL, params(), tokens, lengths, (make_empty(plan),), (plan,))
 
     with pytest.raises(ValueError, match=r"row 0 has 40 tokens, .* prompt=39"):
         given(lengths, plan_of("full", prompt=39))
@@ -636,9 +636,9 @@ def test_a_turn_offers_the_same_keys_and_values_as_a_prompt(positions):
     tokens = jnp.asarray(random.integers(0, TINY.vocab_size, (1, 32)), jnp.int32)
     twelve, rest = jnp.array([12]), jnp.array([20])
     model, weights = MODEL, params(silent=True)
-    given = model, weights, tokens, jnp.array([32]), (empty(plan),), (plan,)
+    given = model, weights, tokens, jnp.array([32]), (make_empty(plan),), (plan,)
     _, (expected,) = prefill(*given)
-    given = model, weights, tokens[:, :12], twelve, (empty(plan),), (plan,)
+    given = model, weights, tokens[:, :12], twelve, (make_empty(plan),), (plan,)
     _, (cache,) = prefill(*given)
     _, cache = read_on(model, weights, tokens[:, 12:], twelve, rest, cache, plan)
     np.testing.assert_array_equal(cache.positions, expected.positions)

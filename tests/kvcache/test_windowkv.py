@@ -58,7 +58,7 @@ def test_window_scores_by_hand(best):
     """The mean over heads of the best tokens' mean, in float64."""
     policy = WindowKV(capacity=20, window=4, observation=5, best=best)
     seen = seen_of(0, 27, 22, 5)
-    found = policy.window_scores(seen)[0]
+    found = policy.score_windows(seen)[0]
     keys = np.repeat(np.asarray(seen.keys[0], np.float64), 2, axis=1)
     raw = np.einsum("whd,shd->hws", np.asarray(seen.queries[0]), keys) / np.sqrt(8)
     raw = np.where(np.arange(27) <= np.asarray(seen.at[0])[:, None], raw, -np.inf)
@@ -300,8 +300,8 @@ def test_neighbours_of_the_best_window_are_kept_with_it():
         start=jnp.array([20]),
     )
     alone = WindowKV(window=4, best=1, observation=4)
-    scores = alone.window_scores(seen)[0]
-    near = dataclasses.replace(alone, neighbours=1).window_scores(seen)[0]
+    scores = alone.score_windows(seen)[0]
+    near = dataclasses.replace(alone, neighbours=1).score_windows(seen)[0]
     assert int(scores.argmax()) == 2
     np.testing.assert_allclose(near[1:4], scores[2])
     np.testing.assert_allclose(near[0], scores[0])
@@ -310,7 +310,7 @@ def test_neighbours_of_the_best_window_are_kept_with_it():
 
 def test_a_pyramid_on_its_head_runs_as_in_the_paper_s_ablation(caplog):
     """16 layers a group over a divisor of 14; said once, however many plans."""
-    windowkv._say_inverted.cache_clear()
+    windowkv._warn_inverted.cache_clear()
     with caplog.at_level(logging.WARNING):
         for capacity in (512, 1024):
             budgets = WindowKV(capacity=capacity, group=16).group_budgets(32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jmem.memory import kinds
-from jmem.memory.advice import dimensions
+from jmem.memory.advice import read_dimensions
 from jmem.memory.measure import measure
 from jmem.program import Program
 
@@ -162,6 +162,6 @@ class TestRules:
 
 
 def test_dimensions_of_anything_a_row_may_hold():
-    assert dimensions("s32[]") == ()
-    assert dimensions("pred[7]") == (7,)
-    assert dimensions("") == ()
+    assert read_dimensions("s32[]") == ()
+    assert read_dimensions("pred[7]") == (7,)
+    assert read_dimensions("") == ()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jmem.memory import hlo
-from jmem.memory.naming import Origins, scope
+from jmem.memory.naming import Origins, split_scope
 from jmem.program import Program
 from jmem.targets import resolve
 
@@ -83,14 +83,14 @@ class TestNaming:
         stacks = {}
         for n, part in enumerate(loop.shape.parts):
             if part.dims == (6, 64, 128):
-                stacks[part.dtype] = Origins(module).of(loop, (n,))
+                stacks[part.dtype] = Origins(module).find(loop, (n,))
         assert stacks["bf16"].stack == "filled"
 
     def test_weights_read_in_a_loop_are_the_argument(self, module):
         (loop,) = [i for i in module.instructions.values() if i.opcode == "while"]
         origins = Origins(module)
         read = {
-            origins.of(loop, (n,)).argument
+            origins.find(loop, (n,)).argument
             for n, part in enumerate(loop.shape.parts)
             if part.dims == (6, 128, 128)
         }
@@ -101,7 +101,7 @@ class TestNaming:
         (carry,) = [
             n for n, part in enumerate(loop.shape.parts) if part.dims == (64, 128)
         ]
-        name, op = scope(Origins(module).of(loop, (carry,)).op_name)
+        name, op = split_scope(Origins(module).find(loop, (carry,)).op_name)
         assert name == "layer"
         assert op in {"tanh", "dot_general"}
 
@@ -124,4 +124,4 @@ class TestNaming:
     ],
 )
 def test_scopes_are_the_user_s_own(op_name, expected):
-    assert scope(op_name) == expected
+    assert split_scope(op_name) == expected

@@ -33,7 +33,7 @@ from jmem.program import Kind, Label, Program
     ],
 )
 def test_a_label_has_the_kind_its_words_say(label, kind):
-    assert kinds.of_label(label) == kind
+    assert kinds.classify_label(label) == kind
 
 
 def register_frame(state, frame):
@@ -102,7 +102,7 @@ class TestStatedKinds:
         labels = {"model": Label((0, ""), kind="state"), "x": (1, "")}
         program = frame_program(labels)
         assert kinds.classify_arguments(program) == [kinds.STATE] * 5 + [kinds.BATCH]
-        assert program.leaf_kinds() == ["state"] * 5 + [None]
+        assert program.classify_leaves() == ["state"] * 5 + [None]
 
     @pytest.mark.parametrize(
         ("kind", "message"),

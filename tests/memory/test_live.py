@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jmem.memory import card, kinds
 from jmem.memory import live as module
-from jmem.memory.card import NoGPUError, attached, gpu
+from jmem.memory.card import NoGPUError, describe_attached, find_gpu
 from jmem.memory.live import (
     ARGUMENTS,
     LOADED,
@@ -20,9 +20,9 @@ from jmem.memory.live import (
     TERMS,
     UNEXPLAINED,
     LiveReport,
+    compute_terms,
     live,
-    plan_sums,
-    terms,
+    read_sums,
     time_runs,
 )
 from jmem.memory.measure import measure
@@ -54,7 +54,7 @@ def device(monkeypatch):
             for now, peak in used
         ]
         for where in (module, card):
-            monkeypatch.setattr(where, "gpu", lambda: Allocator(*records))
+            monkeypatch.setattr(where, "find_gpu", lambda: Allocator(*records))
 
     return attach
 
@@ -69,7 +69,7 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(card.jax, "devices", lambda *name: none(*name) if name else [])
     with pytest.raises(NoGPUError, match=r"no GPU is attached.*jmem\.measure"):
-        gpu()
+        find_gpu()
     with pytest.raises(NoGPUError):
         live(lambda x: x, jnp.ones(3))
 
@@ -103,11 +103,13 @@ class TestTerms:
         assert run(lambda x: x + 1, spec).terms[ARGUMENTS] == 4096
 
     def test_a_program_out_of_a_cache_is_planned_once_more(self, device, monkeypatch):
-        planned = plan_sums(jax.jit(lambda x: x + 1).lower(spec).compile())
+        planned = read_sums(jax.jit(lambda x: x + 1).lower(spec).compile())
         none = dict.fromkeys(planned, 0)
         answers = [none, planned]
-        monkeypatch.setattr(module, "plan_sums", lambda _: answers.pop(0))
-        monkeypatch.setattr(module, "dumped", lambda lowered, options: (b"", None))
+        monkeypatch.setattr(module, "read_sums", lambda _: answers.pop(0))
+        monkeypatch.setattr(
+            module, "compile_and_dump", lambda lowered, options: (b"", None)
+        )
         device((0, 0), (0, 0), (256, 256), (512, 512))
         assert run(lambda x: x + 1, spec).planned_bytes == 64
         device((0, 0), (0, 0), (256, 256), (512, 512))
@@ -125,7 +127,7 @@ class TestTerms:
         plan = {f"{name}_size_in_bytes": part for name, part in zip(names, parts)}
         plan |= {"total_allocation_bytes": parts[4]}
         arguments, results, freed = sizes
-        found = terms(
+        found = compute_terms(
             *(plan, moments, peak),
             arguments=arguments,
             results=results,
@@ -171,7 +173,7 @@ def compared(small):
     plan = dataclasses.replace(
         ahead, target="NVIDIA H200", device_bytes=1036 * MiB, by_kind=kinds_there
     )
-    return REPORT.compared(ahead, plan)
+    return REPORT.add_prediction(ahead, plan)
 
 
 class TestCompared:
@@ -186,16 +188,16 @@ class TestCompared:
     def test_named_terms_are_libraries_and_moments(self, compared):
         """Neither other buffers nor what is unexplained excuse a prediction."""
         assert compared.named_bytes == (1 + 21 + 30) * MiB
-        assert compared.off() == pytest.approx(0.072)
-        assert compared.off(named=True) == pytest.approx(0.020)
+        assert compared.compute_error() == pytest.approx(0.072)
+        assert compared.compute_error(named=True) == pytest.approx(0.020)
 
     def test_a_peak_inside_the_interval_is_not_off(self, compared):
         inside = dataclasses.replace(compared, peak_bytes=995 * MiB)
-        assert inside.off() == 0
+        assert inside.compute_error() == 0
 
     def test_without_a_prediction_there_is_no_distance(self):
         with pytest.raises(ValueError, match="step: no prediction was made"):
-            REPORT.off()
+            REPORT.compute_error()
 
     def test_it_prints_what_it_holds(self, compared):
         text = str(compared)
@@ -226,9 +228,9 @@ def test_arguments_on_the_host_stay_there():
 
     program = Program(lambda x, y: x + y, (waiting, spec), make=make)
     for key in (None, 3):
-        made = module.made(program, key)
+        made = module.make_arguments(program, key)
         assert [array.sharding.memory_kind == HOST for array in made] == [True, False]
-        assert [size for *_, size in module._buffers(made)] == [32]
+        assert [size for *_, size in module._list_buffers(made)] == [32]
 
 
 def test_the_program_makes_its_own_arguments(device):
@@ -296,7 +298,7 @@ def test_it_predicts_for_the_described_gpu_and_plans_for_the_attached(
 
 def test_an_attached_card_is_known_by_its_name(device):
     device((0, 0))
-    found = attached(2)
+    found = describe_attached(2)
     assert found.name == "NVIDIA H200"
     assert found.compiler_bytes == 151397597184
     assert found.usable_bytes == 1000
@@ -311,4 +313,4 @@ def test_a_program_that_runs_holds_what_was_planned():
     report = live(lambda x: jnp.tanh(x), x)
     assert report.own
     assert report.peak_bytes == pytest.approx(report.planned_bytes, rel=0.01)
-    assert abs(report.off()) < 0.03
+    assert abs(report.compute_error()) < 0.03

@@ -8,7 +8,7 @@ from jmem.memory import page
 
 def test_markdown_has_every_part(report_of):
     report = report_of("deep rebuilt")
-    text = page.markdown(report)
+    text = page.write_markdown(report)
     for part in ("# xs_step on h200", "could go**", "| kv cache |", "By scope"):
         assert part in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
@@ -31,7 +31,7 @@ def test_html_is_one_well_formed_file(report_of):
             assert self.open.pop() == tag
 
     reader = Reader()
-    reader.feed(page.page(report_of("mlp")))
+    reader.feed(page.write_html(report_of("mlp")))
     assert not reader.open
     assert {"h1", "table", "img", "pre"} <= reader.seen
     assert "script" not in reader.seen
@@ -40,8 +40,8 @@ def test_html_is_one_well_formed_file(report_of):
 
 def test_names_cannot_break_out(report_of):
     report = dataclasses.replace(report_of("mlp"), name="<b>|x")
-    assert "<b>" not in page.page(report).split("<pre>")[0]
-    assert "# <b>\\|x on" in page.markdown(report)
+    assert "<b>" not in page.write_html(report).split("<pre>")[0]
+    assert "# <b>\\|x on" in page.write_markdown(report)
 
 
 def test_sums_by_scope_and_line_are_the_peak(report_of):

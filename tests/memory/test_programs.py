@@ -8,7 +8,7 @@ from tiny_decoder import TINY
 
 from jmem.finetune.samples import SAMPLES, Sizes, build, plan_cache
 from jmem.memory import kinds
-from jmem.memory.live import made
+from jmem.memory.live import make_arguments
 from jmem.memory.measure import NO_TRITON, measure
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
@@ -55,9 +55,9 @@ def case(request, monkeypatch):
 
 def test_every_byte_is_accounted_for(case):
     program = build(case, "h200", SIZES)
-    leaves = [leaf for *_, leaf in program.leaves()]
+    leaves = [leaf for *_, leaf in program.list_leaves()]
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    assert [like(leaf) for leaf in jax.tree.leaves(made(program, None))] == [
+    assert [like(leaf) for leaf in jax.tree.leaves(make_arguments(program, None))] == [
         like(leaf) for leaf in leaves
     ]
     options = NO_TRITON if case in CUBLAS else {}

@@ -8,7 +8,7 @@ import pytest
 from jmem.memory import card, protocol
 from jmem.memory import live as live_module
 from jmem.memory.card import NoGPUError
-from jmem.memory.protocol import StageError, confirm, environment, run_stage
+from jmem.memory.protocol import StageError, confirm, make_environment, run_stage
 from jmem.program import Program
 
 
@@ -40,13 +40,15 @@ class Allocator:
 def attached(monkeypatch):
     """A stand-in for a GPU, and stages that run in this process."""
     for module in (card, live_module, protocol):
-        monkeypatch.setattr(module, "gpu", Allocator)
+        monkeypatch.setattr(module, "find_gpu", Allocator)
     asked = []
 
     def run(stage, *given, cache="", share=1.0):
         asked.append(stage.__name__)
         builder, arguments, *more = json.loads(json.dumps(given))
-        if stage is protocol.plan:  # XLA plans for a GPU only with one attached
+        if (
+            stage is protocol.plan_attached
+        ):  # XLA plans for a GPU only with one attached
             report = protocol.predict(builder, arguments, "h200")
             return {"sums": PLANNED, "report": report}
         return stage(builder, arguments, *more)
@@ -57,14 +59,14 @@ def attached(monkeypatch):
 
 def test_one_report_of_three_stages(attached):
     report = confirm(increment, 1024, target="h200")
-    assert sorted(attached) == ["plan", "predict", "run"]
-    assert attached.index("plan") < attached.index("run")  # which finds it compiled
+    assert sorted(attached) == ["plan_attached", "predict", "run"]
+    assert attached.index("plan_attached") < attached.index("run")  # which finds it compiled
     assert report.interval == (8192, 8192)
     assert report.target == "h200"
-    assert report.peak_bytes == report.planned_bytes == 8192  # of stage "plan"
+    assert report.peak_bytes == report.planned_bytes == 8192  # of stage "plan_attached"
     assert report.plan_terms == {}
     assert not any(report.terms.values())
-    assert report.off() == 0
+    assert report.compute_error() == 0
 
 
 def test_further_runs_are_timed(attached, monkeypatch):
@@ -123,7 +125,7 @@ class TestProcesses:
             confirm(module.build, 8, target="h200")
 
     def test_a_function_is_called_in_another_process(self, module):
-        told = environment("predict", "")
+        told = make_environment("predict", "")
         assert protocol.call(module.add, 1, 2, environment=told) == {"sum": 3}
         with pytest.raises(StageError, match=r"elsewhere:add of 1 x failed:"):
             protocol.call(module.add, 1, "x", environment=told)
@@ -139,10 +141,10 @@ class TestProcesses:
 def test_each_stage_has_the_environment_it_needs(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-    told = environment("run", "/cache")
+    told = make_environment("run", "/cache")
     assert told["XLA_CLIENT_MEM_FRACTION"] == "0.95"
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in told  # both are an error in JAX
     assert told["JAX_COMPILATION_CACHE_DIR"] == "/cache"
-    told = environment("predict", "h200")
+    told = make_environment("predict", "h200")
     assert told["JAX_PLATFORMS"] == "cpu"
     assert "JAX_COMPILATION_CACHE_DIR" not in told  # it holds what was tuned on a GPU

@@ -18,7 +18,7 @@ def sized(*sizes):
 
 def live(trace, lives):
     return [
-        sum(life.bytes for life in lives if life.alive(n)) for n in range(len(trace))
+        sum(life.bytes for life in lives if life.is_alive(n)) for n in range(len(trace))
     ]
 
 

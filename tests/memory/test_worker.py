@@ -136,9 +136,9 @@ class TestArguments:
 
 def test_names_that_cannot_be_imported_are_refused():
     with pytest.raises(TypeError, match="cannot be imported by name"):
-        worker.dotted(lambda: None)
-    assert worker.imported(worker.dotted(textwrap.dedent)) is textwrap.dedent
-    assert worker.dotted(jax.jit(textwrap.dedent)) == "textwrap:dedent"
+        worker.write_name(lambda: None)
+    assert worker.import_name(worker.write_name(textwrap.dedent)) is textwrap.dedent
+    assert worker.write_name(jax.jit(textwrap.dedent)) == "textwrap:dedent"
 
 
 class TestIsolated:

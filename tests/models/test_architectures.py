@@ -484,11 +484,11 @@ def test_every_model_of_the_zoo_has_names(name):
     config = zoo.get(name)
     table = {
         leaf.path: (config.layers, *leaf.shape) if leaf.stacked else leaf.shape
-        for leaf in names.leaves(config)
+        for leaf in names.list_leaves(config)
     }
     tree = jax.tree.leaves_with_path(Decoder(config).abstract())
     assert table == {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in tree
     }
-    assert all(leaf.huggingface[0] != "." for leaf in names.leaves(config))
+    assert all(leaf.huggingface[0] != "." for leaf in names.list_leaves(config))

@@ -25,7 +25,7 @@ from jmem.nn.maps import MAPS, choose_maps, find_maps
 from jmem.nn.mlp import MLP
 from jmem.nn.rope import Rope
 from jmem.nn.stack import run_stack
-from jmem.sharding import rule_of
+from jmem.sharding import find_rule
 
 SMALL = dataclasses.replace(TINY, layers=2, head_dim=4, intermediate=24)
 PLACES = ("attention", "cross")
@@ -171,7 +171,7 @@ class TestLora:
 
 @pytest.mark.parametrize("leaf", ["kernel", "lora_a", "lora_b", "packed"])
 def test_a_mesh_divides_both_alike(leaf):
-    one, other = (rule_of(f"blocks/{place}/q/{leaf}") for place in PLACES)
+    one, other = (find_rule(f"blocks/{place}/q/{leaf}") for place in PLACES)
     assert one is other is not None
 
 

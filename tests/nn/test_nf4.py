@@ -56,7 +56,7 @@ class TestRows:
     @pytest.mark.parametrize("kind", PACKERS)
     def test_bytes_and_shape(self, kind, strict_dtypes):
         values = normal(3, 192)
-        rows = quantised.packed_rows(kind, jnp.asarray(values))
+        rows = quantised.pack_rows(kind, jnp.asarray(values))
         assert rows.shape == (3, KINDS[kind].row_bytes(192))
         assert rows.dtype == jnp.uint8
         assert KINDS[kind].row_bytes(192) == {"NF4": 108, "NF4_DOUBLE": 107}[kind]
@@ -107,7 +107,7 @@ class TestRows:
         """A block of zeros, a row of them, and rows whose scales are all the same."""
         values = np.zeros((3, 128), np.float32)
         values[0, 5], values[2, 7], values[2, 70] = -3.0, 2.0, -2.0
-        rows = quantised.packed_rows(kind, jnp.asarray(values))
+        rows = quantised.pack_rows(kind, jnp.asarray(values))
         np.testing.assert_allclose(quantised.dequantise(kind, rows), values, rtol=1e-6)
 
 
@@ -124,9 +124,9 @@ class TestPack:
         assert packed["head"] is params["head"]
         q = packed["blocks"]["attention"]["q"]
         assert q["bias"] is params["blocks"]["attention"]["q"]["bias"]
-        opened = quantised.unpacked(packed["blocks"], jnp.float32)
+        opened = quantised.unpack(packed["blocks"], jnp.float32)
         kernel = params["blocks"]["mlp"]["down"]["kernel"]
-        rows = quantised.packed_rows(kind, jnp.asarray(kernel[3]).T)
+        rows = quantised.pack_rows(kind, jnp.asarray(kernel[3]).T)
         np.testing.assert_array_equal(
             opened["mlp"]["down"]["kernel"][3], quantised.dequantise(kind, rows).T
         )
@@ -137,9 +137,9 @@ class TestPack:
     def test_squares_are_those_of_the_values(self, kind):
         params = random_params(WIDE)
         leaf = quantised.pack(params, kind)["blocks"]["mlp"]["up"]
-        kernel = quantised.unpacked({"up": leaf}, jnp.float32)["up"]["kernel"]
+        kernel = quantised.unpack({"up": leaf}, jnp.float32)["up"]["kernel"]
         for given in (leaf, {"kernel": kernel}):
-            found = quantised.squares(given)
+            found = quantised.sum_squares(given)
             np.testing.assert_allclose(found, (kernel**2).sum(1), rtol=1e-5)
 
     def test_refuses(self):

@@ -111,7 +111,7 @@ def test_a_map_whose_layers_differ_in_type_is_dense_s(shape, strict_dtypes):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_found, d_expected, rtol=1e-5, atol=1e-4)
 
-    opened = quantised.unpacked({"mlp": {"down": leaf}}, jnp.float32)["mlp"]["down"]
+    opened = quantised.unpack({"mlp": {"down": leaf}}, jnp.float32)["mlp"]["down"]
     assert opened.keys() == {"kernel", "bias"}
     np.testing.assert_array_equal(opened["kernel"], kernels)
 
@@ -136,7 +136,7 @@ def test_one_layer_s_maps_are_dequantised_at_a_time(batch_size, kernels):
     plan = Full().plan(model, prompt=64, new_tokens=0, batch_size=batch_size)
     program = decode_program(model, plan, params=params)
     report = jmem.measure(program, target="h200", bounds=False)
-    given = sum(leaf.size * leaf.dtype.itemsize for *_, leaf in program.leaves())
+    given = sum(leaf.size * leaf.dtype.itemsize for *_, leaf in program.list_leaves())
     largest = config.hidden * config.intermediate * 2  # of 3.7 a layer, in bfloat16
     assert report.device_bytes - given < kernels * largest
 

@@ -137,7 +137,7 @@ def test_a_step_is_measured_with_labels():
     finetuner = dataclasses.replace(convnet.FULL, accumulate=1)
     batch = convnet.Bars().batch(0)
     program = step_program(finetuner, MODEL, batch=batch)
-    labels = zip(program.leaf_labels(), program.leaves(), strict=True)
+    labels = zip(program.label_leaves(), program.list_leaves(), strict=True)
     unlabelled = {path for label, (_, path, _) in labels if label is None}
     assert unlabelled == {"step", "key"}
     report = jmem.measure(program, target="h200")

@@ -58,7 +58,7 @@ def test_killed_twice_and_resumed_is_bit_equal(tmp_path):
     stop = min(first + chance.randint(5, 45), tiny.STEPS - 10)
     kill_when(process, lambda: len(rows(killed)) > stop)
 
-    last = checkpoint.Checkpoints(checkpoints).steps()[-1]
+    last = checkpoint.Checkpoints(checkpoints).list_steps()[-1]
     assert 0 < last < tiny.STEPS
     resumed = tiny.long_run(killed, resume=True)
 

@@ -270,7 +270,7 @@ class TestRefuses:
         with pytest.raises(loop.DivergedError, match=r"update 9: loss=nan") as caught:
             tiny.run(tmp_path, finetuner=Altered(change="nan"), checkpoint_every=4)
         assert "checkpoint of step 8 is kept" in str(caught.value)
-        assert checkpoint.Checkpoints(tmp_path / "checkpoints").steps() == (4, 8)
+        assert checkpoint.Checkpoints(tmp_path / "checkpoints").list_steps() == (4, 8)
         assert [r["step"] for r in metrics.read(tmp_path)] == [*range(1, 9)]
 
     @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ class TestBest:
         early = self.losses(tmp_path / "early")
         assert max(early) < 40
         assert early == {step: whole[step] for step in early}
-        steps = checkpoint.Checkpoints(tmp_path / "early" / "checkpoints").steps()
+        steps = checkpoint.Checkpoints(tmp_path / "early" / "checkpoints").list_steps()
         assert steps[-1] == max(early)
 
     def test_a_stopped_run_stays_stopped(self, tmp_path):

@@ -27,13 +27,13 @@ import optax
 from jaxtyping import Array, Int
 
 from jmem.finetune.accumulate import accumulate
-from jmem.finetune.adamw import AdamW, Place, descend, moments_of, with_moments
+from jmem.finetune.adamw import AdamW, Place, descend, read_moments, replace_moments
 from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
-from jmem.finetune.layerwise import slot_gradients
+from jmem.finetune.layerwise import make_slot_gradients
 from jmem.finetune.lisa import checks, rows
-from jmem.finetune.lisa.moments import AtDraw, Moments, Outside, outside_of
-from jmem.finetune.orders import Order, active_in
+from jmem.finetune.lisa.moments import AtDraw, Moments, Outside, drop_blocks
+from jmem.finetune.orders import Order, choose_active
 from jmem.finetune.patterns import join, split
 from jmem.finetune.walk import Update
 from jmem.nn.quantised import refuse_packed
@@ -170,7 +170,7 @@ class Lisa:
     """Parts that a batch is computed in, one after another."""
     update: Update = "auto"
     """"fused" moves weights inside the backward pass, a tile at a time, and makes no
-    gradient of a whole weight (`jmem.finetune.fused`); it can neither clip by the
+    gradient of a whole weight (`jmem.finetune.list_fused`); it can neither clip by the
     global norm nor accumulate. "separate" makes the gradients first. "auto" fuses
     where neither is asked for."""
 
@@ -202,7 +202,7 @@ class Lisa:
         layers = model.config.layers
         checks.check_draw(layers, self.active_layers, self.weights)
         trained, _ = split(params, self.train, f"Lisa: train={self.train}")
-        self.adamw.factors(trained)  # refuses a pattern that means nothing
+        self.adamw.find_factors(trained)  # refuses a pattern that means nothing
         if not jax.tree.leaves(trained["blocks"]):
             raise ValueError(
                 f"Lisa: train={self.train} means nothing inside the blocks, so there "
@@ -225,7 +225,7 @@ class Lisa:
     def draw(self, number: jax.Array, key: jax.Array, layers: int) -> Int[Array, " S"]:
         """The blocks of `layers` that period `number` trains, ascending."""
         sizes = layers, self.active_layers, self.weights
-        return active_in(number, self.order, key, *sizes)
+        return choose_active(number, self.order, key, *sizes)
 
     def step(self, model, state, batch, active: Int[Array, " S"] | None = None):
         """One update from one batch: (state, metrics).
@@ -249,7 +249,7 @@ class Lisa:
 
         def gradients(part, number, stats):
             del number
-            found = slot_gradients(model, params, part, active, train=self.train)
+            found = make_slot_gradients(model, params, part, active, train=self.train)
             return found, stats
 
         found, _ = accumulate(gradients, batch, self.accumulate, {})
@@ -257,15 +257,15 @@ class Lisa:
         (outside_grads, grads), norm = self.adamw.clip((outside_grads, grads))
         trained, frozen = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
-        rates = self.adamw.leaf_rates(trained, rate, model.config.layers)
+        rates = self.adamw.find_leaf_rates(trained, rate, model.config.layers)
         inner = self.adamw.direction()
         fresh = kept.restart(state["step"])
 
-        outside, moments = outside_of(trained), state["outside"]
+        outside, moments = drop_blocks(trained), state["outside"]
         if self.moments == "reset_all":
             moments = rows.restart(fresh, inner.init(outside), moments)
         updates, moments = inner.update(outside_grads, moments, outside)
-        outside = descend(outside, updates, outside_of(rates))
+        outside = descend(outside, updates, drop_blocks(rates))
 
         blocks = trained["blocks"]
         updates, optimizer = rows.update_rows(
@@ -288,10 +288,10 @@ class Lisa:
         trained, _ = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
         fresh = kept.restart(state["step"])
-        count, outside = moments_of(state["outside"])
+        count, outside = read_moments(state["outside"])
         if self.moments == "reset_all":
             count = jnp.where(fresh, 0, count)
-        counts, blocks = moments_of(state["blocks"])
+        counts, blocks = read_moments(state["blocks"])
         slots = jnp.arange(self.active_layers, dtype=jnp.int32)
         if kept.rows_of_all:
             held_in, counts = active, counts.at[active].add(1)
@@ -309,16 +309,16 @@ class Lisa:
             block_counts=counts,
             outside=outside,
             outside_count=count + 1,
-            rates=self.adamw.leaf_rates(trained, rate, layers),
+            rates=self.adamw.find_leaf_rates(trained, rate, layers),
             step=state["step"],
             train=self.train,
         )
         new = {
             "params": moved.params,
-            "outside": with_moments(
-                state["outside"], count + 1, moved.outside, outside_of(trained)
+            "outside": replace_moments(
+                state["outside"], count + 1, moved.outside, drop_blocks(trained)
             ),
-            "blocks": with_moments(
+            "blocks": replace_moments(
                 state["blocks"], counts, moved.blocks, trained["blocks"]
             ),
             "step": state["step"] + 1,

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jmem.finetune.adamw import PackedMoments, with_master
+from jmem.finetune.adamw import PackedMoments, add_master
 from jmem.finetune.lisa.rows import init_rows
-from jmem.finetune.resting import rest, swap, zero_rows
+from jmem.finetune.resting import make_zero_rows, rest, swap
 from jmem.finetune.rules import Factored
-from jmem.finetune.tables import pieces
+from jmem.finetune.tables import describe_pieces
 from jmem.finetune.walk import Rule
 
 AtDraw = Literal["reset_layers", "reset_all", "persist"]
 Outside = Literal["device", "host", "factored"]
 
 
-def outside_of(params: dict) -> dict:
+def drop_blocks(params: dict) -> dict:
     """What is not in the blocks: embedding, final norm, head."""
     return {name: tree for name, tree in params.items() if name != "blocks"}
 
@@ -43,7 +43,7 @@ class Moments:
     def rule(self) -> Rule:
         """How a fused step moves the blocks."""
         rule = self.lisa.adamw.rule
-        return with_master(rule) if self.lisa.master else rule
+        return add_master(rule) if self.lisa.master else rule
 
     @property
     def outside_rule(self) -> Rule:
@@ -60,7 +60,7 @@ class Moments:
     def init(self, trained: dict, layers: int) -> dict[str, Any]:
         """The parts of the state that hold moments, of `layers` blocks and the rest."""
         blocks = self._init_blocks(trained["blocks"], layers)
-        state = {"outside": self._init_outside(outside_of(trained)), "blocks": blocks}
+        state = {"outside": self._init_outside(drop_blocks(trained)), "blocks": blocks}
         if self.lisa.persist_in == "host":
             state["resting"] = rest(blocks, layers)
         return state
@@ -94,11 +94,11 @@ class Moments:
 
         if self.lisa.outside_moments == "device":
             return init(outside)
-        found = jax.eval_shape(init, pieces(outside))
+        found = jax.eval_shape(init, describe_pieces(outside))
 
         def zeros(leaf):
             if leaf.ndim == 3:  # the pieces of a table
-                return zero_rows(leaf, leaf.shape[0])
+                return make_zero_rows(leaf, leaf.shape[0])
             return jnp.zeros(leaf.shape, leaf.dtype)
 
         return jax.tree.map(zeros, found)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jmem.finetune.adamw import AdamW
-from jmem.finetune.adapters import adapter_step, attach, fuses, moved
+from jmem.finetune.adapters import adapter_step, attach, fuses, move_leaves
 from jmem.finetune.descent import draw_part, refuse_stats
 from jmem.finetune.lora import dropout_keys
 from jmem.finetune.mixlora.settings import (
@@ -39,8 +39,8 @@ from jmem.finetune.mixlora.settings import (
     max_grad_norm,
 )
 from jmem.finetune.mixlora.storage import ROUTER, Storage
-from jmem.finetune.mixture import Router, imbalance
-from jmem.finetune.mixture_ops import MixtureFeed, MixtureLinear, by_mixture
+from jmem.finetune.mixture import Router, compute_imbalance
+from jmem.finetune.mixture_ops import MixtureFeed, MixtureLinear, split_mixtures
 from jmem.finetune.walk import Update
 from jmem.models.next_token import head_loss, token_positions
 from jmem.nn.maps import MAPS, insert
@@ -123,7 +123,7 @@ class MixLora:
             )
         adapters = self.adapters(params["blocks"], key)
         for own in self.mixtures:
-            own.adamw.factors(adapters, "blocks/")
+            own.adamw.find_factors(adapters, "blocks/")
         dtype = self.mixtures[0].adamw.moment_dtype
         count = len(self.mixtures)
         return {
@@ -159,7 +159,7 @@ class MixLora:
                 f"{count} mixtures in accumulate={self.accumulate} parts. Give each "
                 "the same number (jmem.data.Joint), a multiple of accumulate."
             )
-        batch = batch._replace(weights=_shares(batch.weights, count))
+        batch = batch._replace(weights=_divide_weights(batch.weights, count))
         update = self._fused if self.fuses(model) else self._separate
         adapters, moments, squares, losses, (balance, load) = update(
             model, state, batch
@@ -175,7 +175,7 @@ class MixLora:
             "step": state["step"] + 1,
         }
         metrics = {
-            "loss": _mean(losses, active),
+            "loss": _average(losses, active),
             "lr": jnp.max(jnp.stack(rates)),
             "grad_norm": jnp.max(jnp.where(active, norms, 0.0)),
             "losses": losses,
@@ -196,19 +196,19 @@ class MixLora:
     def losses(self, model, state, batch) -> Float[Array, " J"]:
         """Cross-entropy of every mixture on its rows, without dropout or balance."""
         x, _ = self._run(model, state, batch, self.ops(model))
-        weights = _shares(batch.weights, len(self.mixtures))
-        return self._head(model, state, batch._replace(weights=weights))(x)[1]
+        weights = _divide_weights(batch.weights, len(self.mixtures))
+        return self._make_head(model, state, batch._replace(weights=weights))(x)[1]
 
     def load(self, model, state, batch) -> Float[Array, "L J E"]:
         """Slots that a token of the batch spends on each expert, layer by layer."""
-        ops = self.ops(model, real=_real(batch))
+        ops = self.ops(model, real=_find_real(batch))
         return self._run(model, state, batch, ops)[1]["load"]
 
     def loss(self, model, state, batch) -> Float[Array, ""]:
         """Mean of `losses` over the active mixtures."""
-        return _mean(self.losses(model, state, batch), state["active"])
+        return _average(self.losses(model, state, batch), state["active"])
 
-    def _head(self, model, state, batch):
+    def _make_head(self, model, state, batch):
         """A function of the last block's output x: (what is minimised, losses [J]).
 
         Each loss is the sum over a mixture's tokens, by the batch's weights; the first
@@ -219,14 +219,14 @@ class MixLora:
         given = batch.targets.reshape(count, -1), batch.weights.reshape(count, -1)
 
         def head(x):
-            own = zip(by_mixture(x, count), *given)
+            own = zip(split_mixtures(x, count), *given)
             losses = [head_loss(model, model.ops, params, *parts) for parts in own]
             losses = jnp.stack(losses)
             return jnp.sum(jnp.where(state["active"], losses, 0.0)), losses
 
         return head
 
-    def _balance(self, state):
+    def _make_balance(self, state):
         """A function of what the blocks said: (sum, (balance [J], load [J, E])).
 
         The sum is that of the active mixtures' balance losses, by their weights.
@@ -235,13 +235,15 @@ class MixLora:
         experts = tuple(m.experts for m in self.mixtures)
 
         def balance(aux):
-            found = imbalance(aux["load"], aux["importance"], experts, self.over)
+            found = compute_imbalance(
+                aux["load"], aux["importance"], experts, self.over
+            )
             weighed = jnp.where(state["active"], weights * found, 0.0)
             return jnp.sum(weighed), (found, jnp.mean(aux["load"], axis=0))
 
         return balance
 
-    def _blocks(self, state, number=0):
+    def _draw_keys(self, state, number=0):
         """The base's blocks, with keys for dropout and jitter where they are drawn."""
         blocks = state["params"]["blocks"]
         if not (self.dropout or self.jitter):
@@ -257,17 +259,17 @@ class MixLora:
 
     def _fused(self, model, state, batch):
         """`step`'s (adapters, moments, squares of norms [J], losses, seen)."""
-        ops = self.ops(model, training=True, real=_real(batch))
-        params = state["params"] | {"blocks": self._blocks(state)}
-        move = self._mover(state, axis=0)
+        ops = self.ops(model, training=True, real=_find_real(batch))
+        params = state["params"] | {"blocks": self._draw_keys(state)}
+        move = self._make_mover(state, axis=0)
         return adapter_step(
             *(model, params, state["adapters"], state["moments"], batch, ops),
             jnp.zeros((len(self.mixtures),), jnp.float32),
-            head=self._head(model, state, batch),
-            balance=self._balance(state),
+            head=self._make_head(model, state, batch),
+            balance=self._make_balance(state),
             move=lambda layer, w, moments, grads: (
                 *move(layer, w, moments, grads),
-                _squares(grads, axis=0),
+                _sum_squares(grads, axis=0),
             ),
         )
 
@@ -275,29 +277,29 @@ class MixLora:
         """As `_fused`, with the gradients of all layers first."""
 
         def part_loss(adapters, number, part):
-            ops = self.ops(model, training=True, real=_real(part))
-            own = state["params"] | {"blocks": self._blocks(state, number)}
+            ops = self.ops(model, training=True, real=_find_real(part))
+            own = state["params"] | {"blocks": self._draw_keys(state, number)}
             own = state | {"params": own, "adapters": adapters}
             x, aux = self._run(model, own, part, ops)
-            total, losses = self._head(model, state, part)(x)
-            more, (found, load) = self._balance(state)(aux)
+            total, losses = self._make_head(model, state, part)(x)
+            more, (found, load) = self._make_balance(state)(aux)
             seen = losses, (found / self.accumulate, load / self.accumulate)
             return total + more / self.accumulate, seen
 
-        grads, (losses, seen) = self._summed(
+        grads, (losses, seen) = self._sum_parts(
             jax.grad(part_loss, has_aux=True), state["adapters"], batch
         )
-        squares = _squares(grads, axis=1)
+        squares = _sum_squares(grads, axis=1)
         most = [own.adamw.max_grad_norm or math.inf for own in self.mixtures]
         norms = jnp.maximum(jnp.sqrt(squares), 1e-12)
         factor = jnp.minimum(1.0, jnp.array(most, jnp.float32) / norms)
-        grads = jax.tree.map(lambda g: g * _along(factor, g, axis=1), grads)
-        adapters, moments = self._mover(state, axis=1)(
+        grads = jax.tree.map(lambda g: g * _align(factor, g, axis=1), grads)
+        adapters, moments = self._make_mover(state, axis=1)(
             jnp.int32(0), state["adapters"], state["moments"], grads
         )
         return adapters, moments, squares, losses, seen
 
-    def _summed(self, gradients, adapters, batch):
+    def _sum_parts(self, gradients, adapters, batch):
         """`gradients(adapters, number, part)` summed over the parts of a batch."""
         parts = self.accumulate
         if parts == 1:
@@ -319,7 +321,7 @@ class MixLora:
 
         return jax.lax.scan(add, zeros, (numbers, cut))[0]
 
-    def _mover(self, state, axis: int):
+    def _make_mover(self, state, axis: int):
         """A function that moves (layer, adapters, moments, gradients) by one update.
 
         It returns (adapters, moments).
@@ -329,7 +331,7 @@ class MixLora:
         rule = self.mixtures[0].adamw.rule
         decay = jnp.array([m.adamw.weight_decay for m in self.mixtures], jnp.float32)
         rates = [
-            own.adamw.leaf_rates(
+            own.adamw.find_leaf_rates(
                 state["adapters"],
                 own.adamw.rate(steps),
                 depth(state["adapters"]),
@@ -341,17 +343,19 @@ class MixLora:
 
         def update(path, w, held, dw, salt):
             fresh = rule(
-                *(w, held, dw, _along(rates[path], w, axis)),
-                *(_along(state["steps"] + 1, w, axis), salt),
-                weight_decay=_along(decay, w, axis),
+                *(w, held, dw, _align(rates[path], w, axis)),
+                *(_align(state["steps"] + 1, w, axis), salt),
+                weight_decay=_align(decay, w, axis),
             )
-            on = _along(state["active"], w, axis)
+            on = _align(state["active"], w, axis)
             return jax.tree.map(
                 lambda new, old: jnp.where(on, new, old), fresh, (w, held)
             )
 
         def move(layer, adapters, moments, gradients):
-            return moved(adapters, moments, gradients, update, state["step"], layer)
+            return move_leaves(
+                adapters, moments, gradients, update, state["step"], layer
+            )
 
         return move
 
@@ -470,14 +474,14 @@ class MixLora:
             )
 
 
-def _along(vector: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+def _align(vector: jax.Array, like: jax.Array, axis: int) -> jax.Array:
     """`vector` [J] where `like` has J: with axes of one for the others."""
     shape = [1] * like.ndim
     shape[axis] = vector.shape[0]
     return vector.reshape(shape)
 
 
-def _squares(gradients: Any, axis: int) -> Float[Array, " J"]:
+def _sum_squares(gradients: Any, axis: int) -> Float[Array, " J"]:
     """Sum of squares of each mixture's gradients, float32."""
     found = [
         jnp.sum(
@@ -489,19 +493,19 @@ def _squares(gradients: Any, axis: int) -> Float[Array, " J"]:
     return sum(found[1:], found[0])
 
 
-def _mean(losses: Float[Array, " J"], active: Bool[Array, " J"]) -> Float[Array, ""]:
+def _average(losses: Float[Array, " J"], active: Bool[Array, " J"]) -> Float[Array, ""]:
     """Over the active mixtures."""
     own = jnp.where(active, losses, 0.0)
     return jnp.sum(own) / jnp.maximum(jnp.sum(active), 1)
 
 
-def _shares(weights: Float[Array, "B T"], mixtures: int) -> Float[Array, "B T"]:
+def _divide_weights(weights: Float[Array, "B T"], mixtures: int) -> Float[Array, "B T"]:
     """Each weight's share of its own mixture's, or 1 if they sum to less."""
     own = weights.astype(jnp.float32).reshape(mixtures, -1)
     own = own / jnp.maximum(jnp.sum(own, axis=1, keepdims=True), 1.0)
     return own.reshape(weights.shape)
 
 
-def _real(batch) -> Bool[Array, "B T"]:
+def _find_real(batch) -> Bool[Array, "B T"]:
     """Tokens that some target's loss depends on: what follows them is padding."""
     return jnp.cumsum(batch.weights[:, ::-1] > 0, axis=1)[:, ::-1] > 0

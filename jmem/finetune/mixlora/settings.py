@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.checks import check_choice, check_update
-from jmem.finetune.lora import scale_of
+from jmem.finetune.lora import find_scale
 from jmem.finetune.mixture import Router
 from jmem.finetune.mixture_ops import HIDDEN
 from jmem.nn.maps import MAPS, check_maps
@@ -73,7 +73,7 @@ class Mixture:
 
     @property
     def scale(self) -> float:
-        return scale_of(self.alpha, self.rank, self.rslora)
+        return find_scale(self.alpha, self.rank, self.rslora)
 
 
 def max_grad_norm(mixtures: tuple[Mixture, ...]) -> float:

@@ -13,7 +13,7 @@ from jmem.finetune.adapters import check_fit
 from jmem.finetune.mixlora.settings import Mixture
 from jmem.nn import quantised
 from jmem.nn.maps import MAPS, choose_maps, find_maps, insert, number_map
-from jmem.program import key as path_of
+from jmem.program import format_path as path_of
 
 MLP, ROUTER = "mlp/", "mlp/router"
 """Paths inside a block: of the maps that gain experts, and of what chooses those."""
@@ -89,10 +89,10 @@ class Storage:
 
     def draw(self, own: Mixture, blocks: dict, key: jax.Array) -> dict:
         """Fresh adapters of one mixture, of the highest rank and the most experts."""
-        dtype = quantised.unpacked_dtype(blocks)
+        dtype = quantised.find_unpacked_dtype(blocks)
         maps, found = find_maps(blocks), {}
         for name in choose_maps(own.maps, maps, f"MixLora: maps={own.maps}"):
-            kernel = quantised.described_kernel(maps[name], dtype)
+            kernel = quantised.describe_kernel(maps[name], dtype)
             layers, inputs, outputs = kernel.shape
             stream = jax.random.fold_in(key, number_map(name))
             width = own.rank * (own.experts if is_mixed(name) else 1)
@@ -105,7 +105,7 @@ class Storage:
                 f"MixLora: maps={own.maps} names no map of these blocks' MLPs, "
                 f"{tuple(name for name in maps if is_mixed(name))}."
             )
-        layers, width, _ = quantised.described_kernel(maps["mlp/up"], dtype).shape
+        layers, width, _ = quantised.describe_kernel(maps["mlp/up"], dtype).shape
         shape = layers, width, own.experts
         draw = jax.random.normal(jax.random.fold_in(key, len(MAPS)), shape)
         insert(found, ROUTER, {"kernel": 0.02 * draw})

@@ -23,7 +23,7 @@ See      `GemFilter.choose` is the idea; `staged` has the weights of two passes,
 The same with the upper layers in host memory while a prompt is filtered:
 
     weights = StagedWeights(params, gem)                       # takes params over
-    with weights.filtered(model, prompts) as (params, short):
+    with weights.filter_prompts(model, prompts) as (params, short):
         generate(model, params, short.prompts(), max_new_tokens=64)
 """
 
@@ -35,7 +35,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.gemfilter.staged import StagedWeights, split
-from jmem.kvcache.gemfilter.study import calibrate_filter_layer, explain, layer_recall
+from jmem.kvcache.gemfilter.study import (
+    calibrate_filter_layer,
+    explain,
+    measure_layer_recall,
+)
 from jmem.kvcache.method import Read
 from jmem.kvcache.prefill import read_prompts
 from jmem.kvcache.scores import average_windows, column_mass, pool
@@ -44,7 +48,7 @@ from jmem.kvcache.select import select
 from jmem.kvcache.settings import check_settings
 from jmem.kvcache.shorten import Shorten
 from jmem.models.next_token import token_positions
-from jmem.nn.chunk import by_chunks
+from jmem.nn.chunk import apply_by_chunks
 from jmem.nn.norm import normalise
 from jmem.nn.stack import depth
 from jmem.offload import fetch, fetch_row
@@ -53,13 +57,13 @@ __all__ = [
     "GemFilter",
     "StagedWeights",
     "Votes",
-    "best",
     "calibrate_filter_layer",
+    "choose_best",
+    "collect_votes",
     "explain",
-    "layer_recall",
+    "measure_layer_recall",
+    "score_tokens",
     "split",
-    "token_scores",
-    "votes",
 ]
 
 
@@ -124,16 +128,16 @@ class GemFilter(Shorten):
           ValueError: the model has no such layer, or `params` are cut below it.
         """
         # The layers below, and of the filter layer no more than its queries and keys.
-        queries, at, keys = votes(model, params, self, tokens, lengths)
+        queries, at, keys = collect_votes(model, params, self, tokens, lengths)
         # How well each key fits the last queries, in all heads and with its neighbours.
-        scores = token_scores(self, queries, at, keys, lengths)
-        return best(self, scores, lengths), scores
+        scores = score_tokens(self, queries, at, keys, lengths)
+        return choose_best(self, scores, lengths), scores
 
     def choose_in(self, read: Read) -> Int[Array, "B N"]:
         """The positions that it would keep, were the layer that reads its own."""
         queries, at = take_last_queries(read.queries, read.lengths, self.queries)
-        scores = token_scores(self, queries, at, read.keys, read.lengths)
-        return best(self, scores, read.lengths)
+        scores = score_tokens(self, queries, at, read.keys, read.lengths)
+        return choose_best(self, scores, read.lengths)
 
     def follow(self, read: Read, chosen: Int[Array, "B N"]) -> Int[Array, "B N"]:
         mine = read.layer == self.layer
@@ -175,7 +179,7 @@ class Votes(NamedTuple):
     """Of all tokens."""
 
 
-def votes(
+def collect_votes(
     model,
     params: dict,
     gem: GemFilter,
@@ -184,8 +188,8 @@ def votes(
 ) -> Votes:
     """What `gem.layer`'s last `gem.queries` queries vote by; reads nothing else of gem.
 
-    Filters that share both can choose by the same votes (`token_scores`, `best`).
-    Arguments and refusals are those of `GemFilter.choose`.
+    Filters that share both can choose by the same votes (`score_tokens`,
+    `choose_best`). Arguments and refusals are those of `GemFilter.choose`.
     """
     gem.check(model)
     _check_split(params, gem)
@@ -212,7 +216,7 @@ def votes(
     def projected(name, x, heads, positions):
         y = ops.linear(f"attention/{name}", voting[name], x)
         y = y.reshape(*x.shape[:2], heads, config.head_dim)
-        return by_chunks(config.rope, y, positions, size=model.chunk)
+        return apply_by_chunks(config.rope, y, positions, size=model.chunk)
 
     keys = projected("k", x, config.kv_heads, positions)
     rows = jnp.maximum(at, 0)
@@ -220,7 +224,7 @@ def votes(
     return Votes(projected("q", last, config.heads, rows), at, keys)
 
 
-def token_scores(
+def score_tokens(
     gem: GemFilter,
     queries: Float[Array, "B W H D"],
     at: Int[Array, "B W"],
@@ -251,7 +255,7 @@ def token_scores(
     return jnp.where(there, pooled[:, 0], -jnp.inf)
 
 
-def best(
+def choose_best(
     gem: GemFilter, scores: Float[Array, "B T"], lengths: Int[Array, " B"]
 ) -> Int[Array, "B N"]:
     """Positions of the tokens to keep, as `GemFilter.choose` gives them."""

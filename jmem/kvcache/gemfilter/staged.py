@@ -1,7 +1,7 @@
 """Weights of GemFilter's two passes: what is above the filter layer waits on the host.
 
 weights = StagedWeights(params, gem)                       # takes params over
-with weights.filtered(model, prompts) as (params, short):
+with weights.filter_prompts(model, prompts) as (params, short):
     generate(model, params, short.prompts(), max_new_tokens=64)
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from jmem.kvcache.shorten import Shortened, padded
+from jmem.kvcache.shorten import Shortened, pad_rows
 from jmem.nn.stack import depth
 from jmem.offload import (
     check_host,
@@ -40,13 +40,15 @@ def split(params: dict, layer: int) -> tuple[dict, dict]:
     Raises:
       ValueError: there is no such layer.
     """
-    rows = _early_rows(params, layer)
+    rows = _count_early_rows(params, layer)
     early = jax.tree.map(lambda leaf, n: leaf[:n], params["blocks"], rows)
     late = jax.tree.map(lambda leaf, n: leaf[n:], params["blocks"], rows)
-    return {"embed": params["embed"], "blocks": early}, {"blocks": late} | _rest(params)
+    return {"embed": params["embed"], "blocks": early}, {"blocks": late} | _take_rest(
+        params
+    )
 
 
-def _early_rows(params: dict, layer: int) -> dict:
+def _count_early_rows(params: dict, layer: int) -> dict:
     """Of each stack, how many rows the filter pass reads."""
     layers = depth(params["blocks"])
     if not 0 <= layer < layers:
@@ -60,7 +62,7 @@ def _early_rows(params: dict, layer: int) -> dict:
     return jax.tree.map_with_path(rows, params["blocks"])
 
 
-def _rest(params: dict) -> dict:
+def _take_rest(params: dict) -> dict:
     """What is in no stack, but the embedding."""
     return {name: params[name] for name in params.keys() - {"embed", "blocks"}}
 
@@ -89,23 +91,23 @@ class StagedWeights:
           HostMemoryError: the late part does not fit the host; nothing has been moved.
         """
         self.gem = gem
-        self._rows = jax.tree.leaves(_early_rows(params, gem.layer))
+        self._rows = jax.tree.leaves(_count_early_rows(params, gem.layer))
         blocks, self._structure = jax.tree.flatten(params["blocks"])
-        late_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(_rest(params)))
+        late_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(_take_rest(params)))
         for leaf, rows in zip(blocks, self._rows, strict=True):
             late_bytes += leaf.nbytes // len(leaf) * (len(leaf) - rows)
         check_host(late_bytes, "StagedWeights")
         self._embed = on_device(params["embed"])
-        rest = on_host(_rest(params))
+        rest = on_host(_take_rest(params))
         jax.block_until_ready(rest)
-        for leaf in jax.tree.leaves(_rest(params)):
+        for leaf in jax.tree.leaves(_take_rest(params)):
             if isinstance(leaf, jax.Array) and not is_on_host(leaf):
                 leaf.delete()
         late = []
         self._blocks: list[jax.Array] = []
         for leaf, rows in zip(blocks, self._rows, strict=True):
-            self._blocks.append(on_device(_plain(leaf)[:rows]))
-            late.append(on_host(_plain(leaf)[rows:]))
+            self._blocks.append(on_device(_to_sliceable(leaf)[:rows]))
+            late.append(on_host(_to_sliceable(leaf)[rows:]))
             jax.block_until_ready((self._blocks[-1], late[-1]))
             if isinstance(leaf, jax.Array) and len(late[-1]):
                 leaf.delete()
@@ -119,7 +121,7 @@ class StagedWeights:
         return {"embed": self._embed, "blocks": blocks}
 
     @contextlib.contextmanager
-    def filtered(
+    def filter_prompts(
         self, model, prompts: Sequence[Sequence[int]]
     ) -> Iterator[tuple[dict, Shortened]]:
         """All weights, on the device, and the prompts that they are to answer.
@@ -134,23 +136,23 @@ class StagedWeights:
             raise ValueError(
                 "StagedWeights: prompts is empty; give at least one list of token ids."
             )
-        short = self.gem.shorten(model, self.early, *padded(prompts))
+        short = self.gem.shorten(model, self.early, *pad_rows(prompts))
         rest = {}
         try:
             late = jax.tree.leaves(self.late["blocks"])
-            for at in self._by_size()[::-1]:
+            for at in self._order_by_size()[::-1]:
                 if len(late[at]):
                     self._replace(at, join_rows(self._blocks[at], late[at]))
-            rest = on_device(_rest(self.late))
+            rest = on_device(_take_rest(self.late))
             yield self.early | rest, short
         finally:
             for leaf in jax.tree.leaves(rest):
                 leaf.delete()
-            for at in self._by_size():
+            for at in self._order_by_size():
                 if len(self._blocks[at]) > self._rows[at]:
                     self._replace(at, self._blocks[at][: self._rows[at]])
 
-    def _by_size(self) -> list[int]:
+    def _order_by_size(self) -> list[int]:
         """Places of the leaves, that of the smallest row first."""
 
         def row_bytes(at: int) -> int:
@@ -166,7 +168,7 @@ class StagedWeights:
         self._blocks[at] = leaf
 
 
-def _plain(leaf: Any) -> Any:
+def _to_sliceable(leaf: Any) -> Any:
     """A leaf that can be cut: what is on the host is cut there, by NumPy."""
     return np.asarray(leaf) if is_on_host(leaf) else leaf
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jmem.kvcache.prefill import read_prompts
-from jmem.kvcache.shorten import padded
+from jmem.kvcache.shorten import pad_rows
 from jmem.models.next_token import token_positions
 from jmem.nn.stack import run_stack
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jmem.kvcache.gemfilter import GemFilter
 
 
-def layer_recall(
+def measure_layer_recall(
     model,
     params: dict,
     gems: "Sequence[GemFilter]",
@@ -35,20 +35,24 @@ def layer_recall(
         prompt.
     """
     if not gems:
-        raise ValueError("layer_recall: gems is empty; give at least one filter.")
+        raise ValueError(
+            "measure_layer_recall: gems is empty; give at least one filter."
+        )
     if not prompts or len(prompts) != len(spans):
         raise ValueError(
-            f"layer_recall: {len(prompts)} prompts and {len(spans)} spans; need one "
-            "span for each prompt, and at least one."
+            f"measure_layer_recall: {len(prompts)} prompts and {len(spans)} spans; "
+            "need one span for each prompt, and at least one."
         )
     for index, (prompt, (begin, end)) in enumerate(zip(prompts, spans)):
         if not 0 <= begin < end <= len(prompt):
             raise ValueError(
-                f"layer_recall: spans[{index}]={(begin, end)} is empty or not within "
-                f"its prompt of {len(prompt)} tokens."
+                f"measure_layer_recall: spans[{index}]={(begin, end)} is empty or not "
+                f"within its prompt of {len(prompt)} tokens."
             )
     found = jnp.asarray(np.asarray(spans, np.int32))
-    return np.asarray(_recall(model, params, tuple(gems), *padded(prompts), found))
+    return np.asarray(
+        _measure_recall(model, params, tuple(gems), *pad_rows(prompts), found)
+    )
 
 
 def calibrate_filter_layer(
@@ -58,11 +62,12 @@ def calibrate_filter_layer(
     prompts: Sequence[Sequence[int]],
     spans: Sequence[tuple[int, int]],
 ) -> Float[np.ndarray, " L"]:
-    """`layer_recall` of one filter: the paper takes the first layer that finds it all.
+    """`measure_layer_recall` of one filter: the paper takes the first layer that finds
+    it all.
 
     For needles, say, which lie at positions `spans[i]` = (begin, end) of `prompts[i]`.
     """
-    return layer_recall(model, params, (gem,), prompts, spans)[0]
+    return measure_layer_recall(model, params, (gem,), prompts, spans)[0]
 
 
 def explain(
@@ -95,7 +100,7 @@ def explain(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "gems"))
-def _recall(
+def _measure_recall(
     model, params: dict, gems: "tuple[GemFilter, ...]", tokens, lengths, spans
 ) -> Float[Array, "N L"]:
     def keep(read, recall):
