@@ -18,21 +18,17 @@ compared on this machine; memory is that of the same programs compiled for `gpu`
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 import jmem.data
-from experiments.harness import cli, memory, plots
+from experiments.harness import cli, filters, memory, plots
 from experiments.harness.comparison import Trial, examine, prepare
 from experiments.harness.journal import keep
 from experiments.harness.needles import report_answered
-from experiments.harness.report import Column, make_columns, percent, seconds, share
+from experiments.harness.report import make_columns, percent, share
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Here, Weights, need
 from jmem.checkpoints import Checkpoint
@@ -40,25 +36,14 @@ from jmem.data.needle import Haystack
 from jmem.evaluate.compare import Part
 from jmem.evaluate.needle import FilteredNeedles, hide_needles
 from jmem.evaluate.programs import build_programs
-from jmem.generate.decode import generate
-from jmem.generate.programs import prefill_program
 from jmem.kvcache.full import Full
-from jmem.kvcache.gemfilter import (
-    GemFilter,
-    StagedWeights,
-    explain,
-    measure_layer_recall,
-    split,
-)
+from jmem.kvcache.gemfilter import GemFilter, measure_layer_recall
+from jmem.kvcache.gemfilter.study import FOUND, choose_layer
 from jmem.kvcache.snapkv import SnapKV
 from jmem.memory.report import format_size
 from jmem.models.decoder import Decoder
-from jmem.offload import count_host_bytes, on_device
 from jmem.program import Program
 from jmem.targets import Target
-
-FOUND = 0.95
-"""Mean recall from which on a layer counts as one that finds the needles."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,10 +255,7 @@ def main(config: Config, run: Run) -> None:
         "filtered prompts' caches.",
     )
     examine(run, bench.model, params, trials, report)
-    chosen = dataclasses.replace(config.gemfilter, layer=layer)
-    config = dataclasses.replace(config, gemfilter=chosen)
-    report_time(config, run, bench, params)
-    report_kept(config, run, bench, params, layer)
+    report_phases(config, run, bench, params, layer)
     run.note(
         f"Run here: {config.describe(bench.model)}. Measured below are other programs: "
         f"{config.dtype}, for {config.gpu}."
@@ -337,110 +319,29 @@ def calibrate(config: Config, run: Run, bench: Bench, params: dict) -> int:
     return layer
 
 
-def choose_layer(recall: Float[np.ndarray, " L"]) -> int:
-    """The first layer of at least `FOUND`; where there is none, the first of the best.
-
-    >>> found = np.array([0.1, 0.97, 1.0]), np.array([0.1, 0.6, 0.5])
-    >>> choose_layer(found[0]), choose_layer(found[1])
-    (1, 1)
-    """
-    return int(np.argmax(recall >= min(FOUND, recall.max())))
+# Time and weights of an answer --------------------------------------------------------
 
 
-# The time to the first token ----------------------------------------------------------
-
-
-def report_time(config: Config, run: Run, bench: Bench, params: dict) -> None:
-    """Filter pass and second prefill against the prefill of the whole prompt.
-
-    Of the first prompt of each length, cut to the first share.
-    """
-    model, gem, rows = bench.model, config.gemfilter, []
-    early = on_device(split(params, gem.layer)[0])
-
-    def time_prefill(tokens: jax.Array) -> float:
-        plan = Full().plan(model, prompt=tokens.shape[1], new_tokens=1)
-        given = params, tokens, jnp.array(tokens.shape[1:])
-        program = prefill_program(model, plan)
-        return time_fastest(program, *given, donated=lambda: plan.method.begin(plan))
-
-    for task in bench.tasks:
-        tokens, length = jnp.asarray([task.rows[0]], jnp.int32), len(task.rows[0])
-        kept = config.count_kept(length, config.shares[0])
-        filtering = gem.program(model, prompt=length)
-        with run.console.status(f"timing {length:,} tokens"):
-            whole = time_prefill(tokens)
-            first = time_fastest(filtering, early, tokens, jnp.array([length]))
-            second = time_prefill(tokens[:, :kept])
-        both = (first + second) / whole
-        rows.append((f"{length:,} tokens", whole, first, second, both))
-    again = f"prefill of {share(config.shares[0])}"
-    times = make_columns(seconds, "whole prefill", "filter pass", again)
-    title = f"Seconds to the first token on {jax.devices()[0].device_kind}"
-    run.table(title, ["prompt", *times, Column("both, of whole", percent)], rows)
-    run.note(
-        "The fastest of two runs, one prompt at a time, without compiling. The filter "
-        f"pass reads {gem.layer} of {model.config.layers} layers; both is that and the "
-        "prefill of what it kept."
-    )
-
-
-def time_fastest(program: Program, *args, donated=None) -> float:
-    """Seconds of the faster of two runs; `donated()` makes the last argument anew."""
-    call, taken = program.compile(), []
-    for _ in range(2):
-        given = (*args, donated()) if donated else args
-        jax.block_until_ready(given)
-        start = time.perf_counter()
-        jax.block_until_ready(call(*given))
-        taken.append(time.perf_counter() - start)
-    return min(taken)
-
-
-# What was kept ------------------------------------------------------------------------
-
-
-def report_kept(
+def report_phases(
     config: Config, run: Run, bench: Bench, params: dict, layer: int
 ) -> None:
-    """One prompt: the text that is kept, and its answer from staged weights.
+    """Time of the first prompt of each length; text and weights of one in the middle.
 
-    Consumes `params`.
+    Both cut to the first share. Consumes `params`.
     """
+    part, gem = config.shares[0], dataclasses.replace(config.gemfilter, layer=layer)
+    prompts = [task.rows[0] for task in bench.tasks]
+    kept = [config.count_kept(len(prompt), part) for prompt in prompts]
+    again = f"prefill of {share(part)}"
+    filters.report_time(run, bench.model, params, gem, prompts, kept, again)
+
     cases = [case for task in bench.tasks for case in task.cases]
     middle = min(cases, key=lambda case: (abs(case.depth - 0.5), case.length))
-    tokens = config.count_kept(middle.length, config.shares[0])
+    tokens = config.count_kept(middle.length, part)
     gem = make_variants(config, layer=layer, tokens=tokens)["ends"]
-    model, tokenizer = bench.model, bench.checkpoint.tokenizer
-    assert tokenizer is not None  # open_bench has asked for it
-    ask = functools.partial(generate, model, max_new_tokens=bench.tasks[0].steps)
-    expected = ask(params, [middle.tokens], shorten=gem)
-    staged = StagedWeights(params, gem)
-    rows = [weigh_phase("filter pass", staged.early, staged.late)]
-    with staged.filter_prompts(model, [middle.tokens]) as (whole, short):
-        rows.append(weigh_phase("answer", whole, staged.late))
-        found = ask(whole, short.prompts())
-    rows.append(weigh_phase("next filter pass", staged.early, staged.late))
-    text = explain(middle.tokens, short.positions[0], short.scores[0], tokenizer)
-    run.note(
-        f"What layer {layer} keeps of a prompt of {middle.length:,} tokens (ends), and "
-        f"each span's mean score:\n{text}\nAnswer: {tokenizer.decode(found[0])!r}, "
-        f"hidden was {middle.answer!r}."
-    )
-    title = "Weights of that answer, of which the late part waits on the host"
-    run.table(
-        title,
-        ["phase", *make_columns(format_size, "on the device", "on the host")],
-        rows,
-    )
-    same = "the same as" if found == expected else "OTHER THAN"
-    run.note(f"Its tokens are {same} those with all weights on the device throughout.")
-
-
-def weigh_phase(phase: str, *trees: Any) -> tuple[str, int, int]:
-    """A row of a table: a phase, and the bytes of its arrays on device and host."""
-    host = count_host_bytes(trees)
-    return phase, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) - host, host
+    tokenizer, steps = bench.checkpoint.require_tokenizer(), bench.tasks[0].steps
+    answer: Any = {"tokenizer": tokenizer, "steps": steps}
+    filters.report_kept(run, bench.model, params, gem, middle, **answer)
 
 
 if __name__ == "__main__":

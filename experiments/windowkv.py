@@ -33,12 +33,12 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from experiments.harness import cli, comparison, memory, plots, settings
+from experiments.harness import cli, memory, plots, settings
 from experiments.harness.comparison import Outcome, Trial, examine, prepare
+from experiments.harness.recall import Small, learn, report_answers
 from experiments.harness.report import (
     Column,
     gib,
-    kib,
     make_columns,
     mib,
     milliseconds,
@@ -47,13 +47,11 @@ from experiments.harness.report import (
 )
 from experiments.harness.run import Run
 from experiments.harness.settings import Weights, need
-from jmem.data.recall import CURRICULUM, Kind, Recall, make_lessons
+from jmem.data.recall import Kind, Recall
 from jmem.evaluate.contenders import name_contender
 from jmem.evaluate.interval import wilson
 from jmem.evaluate.programs import build_programs
 from jmem.evaluate.recall import Questions, draw_questions
-from jmem.finetune.adamw import AdamW
-from jmem.finetune.full import Full as FullTuning
 from jmem.kvcache import task
 from jmem.kvcache.full import Full
 from jmem.kvcache.policy import Policy
@@ -61,19 +59,12 @@ from jmem.kvcache.pyramidkv import PyramidKV
 from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.streaming_llm import StreamingLLM
 from jmem.kvcache.windowkv import TASKS, Tasks, WindowKV
-from jmem.models.decoder import Decoder, DecoderConfig
+from jmem.models.decoder import Decoder
 from jmem.program import Program
 from jmem.targets import Target
-from jmem.train.loop import train
 
 TASK: Mapping[Kind, task.Task] = {"find": "localization", "majority": "aggregation"}
 """What each kind of question is an example of."""
-TITLES: Mapping[Kind, str] = {
-    "find": "Find a record",
-    "majority": "Name the majority",
-}
-LEARNT = 0.98
-"""Of each kind, what the full cache must answer for the others to be compared."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,39 +81,6 @@ class Compiled(settings.Compiled):
     """Mean tokens a layer keeps; each is a program beside the full cache's."""
     windowkv: WindowKV = WindowKV()
     """All but the capacity."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Small:
-    """The decoder that is trained here."""
-
-    layers: int = 2
-    hidden: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    intermediate: int = 128
-    questions: int = 12
-    """On each text of a lesson."""
-    adamw: AdamW = AdamW(learning_rate=1e-3, warmup_steps=20, b2=0.95)
-    effort: float = 1.0
-    """Times the updates of each lesson."""
-
-    def config(self, recall: Recall) -> DecoderConfig:
-        """Long enough for the questions of a lesson, and with a tied head: what is
-        attended need only be copied.
-        """
-        return DecoderConfig(
-            vocab_size=recall.vocab_size,
-            layers=self.layers,
-            hidden=self.hidden,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            intermediate=self.intermediate,
-            max_positions=recall.text + self.questions * (2 + recall.value),
-            tied=True,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,32 +129,6 @@ class Config:
 # Recall at equal bytes ----------------------------------------------------------------
 
 
-def learn(config: Config, run: Run, model: Decoder) -> dict:
-    """Parameters with which the model answers both kinds of question.
-
-    It learns to find a record by its key and to name the commonest symbol of a text, so
-    that all that a cut cache gets wrong is the cache's fault.
-    """
-    small, learning = config.small, FullTuning(adamw=config.small.adamw)
-
-    @jax.jit
-    def begin(key):
-        return learning.init(model, model.init(key), model.stats(), key)
-
-    state = begin(jax.random.key(config.seed))
-    size = {"questions": small.questions, "seed": config.seed}
-    lessons = make_lessons(config.recall, **size)
-    for number, (lesson, step) in enumerate(zip(lessons, CURRICULUM), 1):
-        state = train(
-            *(learning, model, state, lesson),
-            steps=max(round(small.effort * step.updates), 1),
-            folder=run.folder_of(f"lesson-{number}"),
-            keep=1,
-            resume=run.resume,
-        )
-    return learning.merged(state)[0]
-
-
 def make_policies(config: Config, kind: Kind) -> dict[str, Policy]:
     """What is compared on questions of a kind; WindowKV as code and paper score it."""
 
@@ -233,7 +165,7 @@ def report_recall(
     config: Config, run: Run, outcomes: Sequence[Outcome[Questions]]
 ) -> list[plots.Panel]:
     """What is still answered, by policy and bytes; which scoring answers more."""
-    panels = report_answers(config, run, outcomes)
+    panels = report_answers(run, config.small, outcomes)
     hits: dict[Kind, Hits] = {own.task.kind: own.scores for own in outcomes}
     shares = make_columns(percent, *(f"by {by}" for by in TASKS))
     columns = ["asked", *TASKS, *shares, *(f"more by {by}" for by in TASKS)]
@@ -242,44 +174,6 @@ def report_recall(
     run.note(recommend(config, hits))
     title = "Recall at equal bytes, beside room for the answer"
     run.plot("recall", lambda: plots.draw_quality(panels, config.shares, title=title))
-    return panels
-
-
-def report_answers(
-    config: Config, run: Run, outcomes: Sequence[Outcome[Questions]]
-) -> list[plots.Panel]:
-    """What is still answered, by policy and bytes."""
-    first, kinds, rows = outcomes[0], [own.task.kind for own in outcomes], []
-    for name, contender in first.contenders.items():
-        plan, values = contender.plan, []
-        for own in outcomes:
-            value, interval, *_ = comparison.summarise([own], name)
-            values += [value, *(interval or (None, None))]
-        size = plan.bytes() // plan.batch_size, comparison.mean_share([first], name)
-        rows.append((name, *size, *values))
-    heads = [f"{kind}{end}" for kind in kinds for end in ("", " from", " to")]
-    shares = make_columns(percent, "of the prompt's", *heads)
-    run.table("Answered rightly", ["cache", Column("a row", kib), *shares], rows)
-    count = len(first.task)
-    words = (
-        f"{count} questions of each kind on texts of {config.recall.text} "
-        "tokens; from, to: Wilson's interval, 95 %. "
-        f"{config.small.layers} layers of {config.small.hidden}, float32, on "
-        f"{jax.devices()[0].device_kind}."
-    )
-    weak = [own.task.kind for own in outcomes if np.mean(own.scores["full"]) < LEARNT]
-    if weak:
-        words += (
-            f" NOT LEARNT: even the full cache answers less than {100 * LEARNT:g} % of"
-            f" {' and '.join(weak)}; raise --small.effort before policies are compared."
-        )
-    run.note(words)
-    panels = []
-    for own in outcomes:
-        title = f"{TITLES[own.task.kind]}, {count} prompts, 95 % intervals"
-        panels += comparison.draw_curves(
-            [own], title=title, label="answered rightly", percent=True
-        )
     return panels
 
 
@@ -404,7 +298,7 @@ def main(config: Config, run: Run) -> None:
     if not run.measure_only:
         model = Decoder(config.small.config(config.recall), remat="none")
         trials = [contend(config, model, kind) for kind in TASK]
-        params = learn(config, run, model)
+        params = learn(config.small, config.recall, run, model, config.seed)
         report = functools.partial(report_recall, config, run)
         examine(run, model, params, trials, report)
         if config.classifier_prompts:

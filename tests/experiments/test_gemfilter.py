@@ -23,6 +23,7 @@ from jmem.kvcache.gemfilter import (
     calibrate_filter_layer,
     split,
 )
+from jmem.kvcache.gemfilter.study import choose_layer
 from jmem.kvcache.snapkv import SnapKV
 from jmem.models.decoder import Decoder
 from jmem.targets import resolve
@@ -98,7 +99,7 @@ def cases(config, lengths, seeds):
 def run_without_the_rest(config, tmp_path, **more):
     """All but memory, time, and the answer from staged weights."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("report_memory", "report_kept", "report_time"):
+        for name in ("report_memory", "report_phases"):
             patch.setattr(gemfilter, name, lambda *parts: None)
         return run(config, tmp_path, **more)
 
@@ -120,7 +121,7 @@ def test_a_run_of_ones_own_checkpoint(config, finished):
     recall = calibrate_filter_layer(model, params, gem, prompts, spans)
     rows = found["Recall of the needle by layer"].values()
     np.testing.assert_allclose([row["50 % kept"] for row in rows], recall, rtol=1e-6)
-    layer = gemfilter.choose_layer(recall)
+    layer = choose_layer(recall)
 
     rows = found["Needles answered"]
     kinds = ("snapkv", *gemfilter.make_variants(config, layer=0, tokens=16))
@@ -165,8 +166,7 @@ def test_an_answer_from_staged_weights_and_the_time_to_it(config, tmp_path):
     bench = gemfilter.open_bench(config)
     params = bench.checkpoint.params()
     with Run("gemfilter", config, runs=tmp_path) as started:
-        gemfilter.report_time(config, started, bench, params)
-        gemfilter.report_kept(config, started, bench, params, 1)
+        gemfilter.report_phases(config, started, bench, params, 1)
     found = tables(started.folder)
     (times,) = found["Seconds to the first token on cpu"].values()
     assert all(value > 0 for value in times.values())
@@ -212,8 +212,8 @@ def test_memory_of_the_phases(config, tmp_path, monkeypatch):
 
 
 def test_the_layer_is_the_first_that_finds_or_else_the_best():
-    assert gemfilter.choose_layer(np.array([0.2, 0.96, 0.94, 1.0])) == 1
-    assert gemfilter.choose_layer(np.array([0.2, 0.5, 0.9, 0.9])) == 2
+    assert choose_layer(np.array([0.2, 0.96, 0.94, 1.0])) == 1
+    assert choose_layer(np.array([0.2, 0.5, 0.9, 0.9])) == 2
 
 
 @pytest.mark.parametrize("name", PRESETS)

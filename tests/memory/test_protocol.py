@@ -60,7 +60,9 @@ def attached(monkeypatch):
 def test_one_report_of_three_stages(attached):
     report = confirm(increment, 1024, target="h200")
     assert sorted(attached) == ["plan_attached", "predict", "run"]
-    assert attached.index("plan_attached") < attached.index("run")  # which finds it compiled
+    assert attached.index("plan_attached") < attached.index(
+        "run"
+    )  # which finds it compiled
     assert report.interval == (8192, 8192)
     assert report.target == "h200"
     assert report.peak_bytes == report.planned_bytes == 8192  # of stage "plan_attached"

@@ -17,6 +17,9 @@ from jmem.nn.stack import run_stack
 if TYPE_CHECKING:
     from jmem.kvcache.gemfilter import GemFilter
 
+FOUND = 0.95
+"""Mean recall from which on a layer counts as one that finds what is asked for."""
+
 
 def measure_layer_recall(
     model,
@@ -68,6 +71,18 @@ def calibrate_filter_layer(
     For needles, say, which lie at positions `spans[i]` = (begin, end) of `prompts[i]`.
     """
     return measure_layer_recall(model, params, (gem,), prompts, spans)[0]
+
+
+def choose_layer(recall: Float[np.ndarray, " L"]) -> int:
+    """The first layer of recall `FOUND` or more; else the first of the best layers.
+
+    `recall` is a row of `measure_layer_recall`.
+
+    >>> found = np.array([0.1, 0.97, 1.0]), np.array([0.1, 0.6, 0.5])
+    >>> choose_layer(found[0]), choose_layer(found[1])
+    (1, 1)
+    """
+    return int(np.argmax(recall >= min(FOUND, recall.max())))
 
 
 def explain(
