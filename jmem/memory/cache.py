@@ -28,7 +28,7 @@ from jmem.program import Program
 from jmem.targets import Target
 
 
-def find_folder() -> pathlib.Path | None:
+def folder() -> pathlib.Path | None:
     """Where reports are kept; None keeps none."""
     chosen = os.environ.get("JMEM_CACHE_DIR")
     if chosen == "":
@@ -72,7 +72,7 @@ def make_key(
 
 def load(name: str) -> MemoryReport | None:
     """The report kept under a key, or None; a damaged one counts as none."""
-    where = find_folder()
+    where = folder()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads((where / f"{name}.json").read_text()) if where else {}
         if entry["sources"] == _digest_files(entry["sources"]):
@@ -83,7 +83,7 @@ def load(name: str) -> MemoryReport | None:
 
 def store(name: str, report: MemoryReport) -> None:
     """Keeps a report under a key: whole, or not at all."""
-    where = find_folder()
+    where = folder()
     if where is None:
         return
     with contextlib.suppress(OSError):

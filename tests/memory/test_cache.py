@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 def test_nothing_is_kept_where_the_folder_is_empty(monkeypatch):
     monkeypatch.setenv("JMEM_CACHE_DIR", "")
-    assert cache.find_folder() is None
+    assert cache.folder() is None
     assert not ask().cached
     assert not ask().cached
 
