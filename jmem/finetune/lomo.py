@@ -85,10 +85,17 @@ class Lomo:
         """State that takes over `params` (donated by the training step).
 
         Raises:
-          ValueError: a pattern of `train` matches nothing; the model has statistics.
+          ValueError: a pattern of `train` matches nothing; the model has statistics;
+            AdaLomo's factors would be divided over a mesh.
         """
         del key
         refuse_stats("Lomo", model, stats)
+        if self.variant == "adalomo" and getattr(model, "layout", None) is not None:
+            raise ValueError(
+                f"Lomo: the model has layout={model.layout}, and AdaLomo's means over "
+                "rows and columns are not divided over a mesh. Use one device "
+                "(layout=None), variant='lomo', or Lisa."
+            )
         refuse_packed("Lomo", params)
         trained, _ = split(params, self.train, f"Lomo: train={self.train}")
         init = self.rule.init

@@ -16,6 +16,7 @@ from jmem.finetune.rules import Factored
 from jmem.models.decoder import Decoder
 from jmem.models.next_token import next_token_loss
 from jmem.program import by_key
+from jmem.sharding import Layout
 
 VARIANTS = {
     "llama": {},
@@ -146,3 +147,10 @@ def test_an_update_is_as_large_as_its_matrix_says():
 def test_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         Lomo(**settings)
+
+
+def test_factors_are_not_divided_over_a_mesh():
+    divided = Decoder(TINY, layout=Layout(fsdp=2))
+    with pytest.raises(ValueError, match=r"Layout\(fsdp=2.*not divided over a mesh"):
+        Lomo().init(divided, random_params(TINY), {}, jax.random.key(0))
+    Lomo(variant="lomo").init(divided, random_params(TINY), {}, jax.random.key(0))
