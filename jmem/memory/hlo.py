@@ -360,9 +360,13 @@ def _read_frames(proto) -> dict[int, tuple[str, int]]:
 
     def outside(number: int) -> tuple[str, int]:
         at = number
-        while at in place and _INSTALLED.search(place[at][0]):
+        for _ in place:  # not for ever, should a frame be its own caller
+            if at not in place:
+                break
+            if not _INSTALLED.search(place[at][0]):
+                return place[at]
             at = parent[at]
-        return place.get(at, place[number])
+        return place[number]
 
     return {number: outside(number) for number in place}
 

@@ -1,6 +1,7 @@
 """The reader of XLA's plan: what a program is made of, and broken bytes refused."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,18 @@ class TestReading:
         files = {file for file, _ in module.frames.values()}
         assert any(file.endswith("test_hlo.py") for file in files)
         assert not any("site-packages" in file for file in files)
+
+    def test_a_frame_that_is_its_own_caller_stands_for_itself(self, dump):
+        """Nobody outside of the package is found, and the search ends."""
+        proto: Any = hlo._build_hlo_proto()()
+        proto.ParseFromString(dump)
+        index = proto.module.frames
+        index.files.append("/lib/site-packages/flax/core.py")
+        index.locations.add(file=len(index.files), line=7)
+        number = len(index.frames) + 1
+        index.frames.add(location=len(index.locations), parent=number)
+        frames = hlo.read(proto.SerializeToString()).frames
+        assert frames[number] == ("/lib/site-packages/flax/core.py", 7)
 
     def test_every_event_speaks_of_a_known_buffer_and_instruction(self, module):
         for trace in module.traces:
