@@ -215,7 +215,7 @@ def answer(
 
 
 class Options(TypedDict, total=False):
-    """What `generate` and `stream` may be told; see `generate`."""
+    """Arguments of `generate` that have defaults, for who hands them on."""
 
     temperature: float
     top_k: int
@@ -234,12 +234,20 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    **options: Unpack[Options],
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    stop_tokens: Sequence[int] = (),
+    policy: CacheMethod | None = None,
+    cache_bytes: int | None = None,
+    prompt_chunk: int | None = None,
+    shorten: Shorten | None = None,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by at most `max_new_tokens` tokens.
 
-    Rows may differ in length; each gets what it would get alone. The options are those
-    of `stream`. A row ends with the first of `stop_tokens` that it produced.
+    Rows may differ in length; each gets what it would get alone. A row ends with the
+    first of `stop_tokens` that it produced.
     `temperature`, `top_k` and `top_p` are those of `jmem.generate.sampling.Sampling`,
     and `key` is what is drawn with; without them the likeliest token is taken.
 
@@ -255,8 +263,23 @@ def generate(
         range or without `key`, more positions than the model has, a budget that is too
         small, or logits that are not finite.
     """
-    sizes = {"max_new_tokens": max_new_tokens, "every": max_new_tokens}
-    return join_pieces(stream(model, params, prompts, **sizes, **options))
+    pieces = stream(
+        model,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        every=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        key=key,
+        stop_tokens=stop_tokens,
+        policy=policy,
+        cache_bytes=cache_bytes,
+        prompt_chunk=prompt_chunk,
+        shorten=shorten,
+    )
+    return join_pieces(pieces)
 
 
 def join_pieces(pieces: Iterator[list[list[int]]]) -> list[list[int]]:
