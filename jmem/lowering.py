@@ -8,6 +8,7 @@ import contextlib
 import math
 import tempfile
 import textwrap
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,17 +21,32 @@ class ProgramError(RuntimeError):
     """The program cannot be lowered or compiled, for a reason given in words."""
 
 
+_LOCK = threading.Lock()
+_HELD: dict[str, tuple[int, Any]] = {}
+"""Settings that are changed now: by how many `with` blocks, and their value before."""
+
+
 @contextlib.contextmanager
 def _configure(**values: Any) -> Iterator[None]:
-    """Sets JAX's settings inside a `with` block, and puts them back after it."""
-    before = {name: getattr(jax.config, name) for name in values}
-    try:
+    """Sets JAX's settings inside a `with` block, and puts them back after the last.
+
+    They are the process's, so blocks of several threads that overlap count as one.
+    """
+    with _LOCK:
         for name, value in values.items():
+            blocks, before = _HELD.get(name, (0, getattr(jax.config, name)))
+            _HELD[name] = blocks + 1, before
             jax.config.update(name, value)
+    try:
         yield
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+        with _LOCK:
+            for name in values:
+                blocks, before = _HELD.pop(name)
+                if blocks > 1:
+                    _HELD[name] = blocks - 1, before
+                else:
+                    jax.config.update(name, before)
 
 
 _NEVER_CACHED = {"jax_persistent_cache_min_compile_time_secs": math.inf}

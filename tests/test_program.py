@@ -1,5 +1,7 @@
 """A program's construction refuses what cannot be compiled, and its compiling works."""
 
+import contextlib
+import math
 import tempfile
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from jmem.lowering import never_cached
 from jmem.program import Program, ProgramError
 from jmem.targets import resolve
 
@@ -314,3 +317,14 @@ class TestRefusals:
 
         with pytest.raises(KeyError, match="mine"):
             Program(fn, (x,)).compile(resolve("h200"))
+
+
+def test_settings_come_back_whichever_of_two_threads_ends_first():
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    first, second = never_cached(), never_cached()
+    with contextlib.ExitStack() as inner:
+        with first:
+            inner.enter_context(second)
+        assert getattr(jax.config, name) == math.inf
+    assert getattr(jax.config, name) == before != math.inf
