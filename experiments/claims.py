@@ -24,6 +24,7 @@ import pathlib
 import runpy
 import time
 from collections import Counter
+from collections.abc import Collection
 
 from experiments.harness import cli, record, tables
 from experiments.harness.claim import ClaimsError
@@ -56,11 +57,12 @@ def main(command: Command, root: pathlib.Path = ROOT) -> int:
         return check(everything, root)
     if command.stale:
         return compare(everything, root)
+    slugs = {claims.slug for claims, _ in everything}
     if command.from_run is not None:
-        take_up(command.from_run, everything)
+        slugs = take_up(command.from_run, everything)
     elif not command.table:
-        measure(everything, command.only, missing=command.missing)
-    write(root)
+        slugs = measure(everything, command.only, missing=command.missing)
+    write(root, slugs)
     return 0
 
 
@@ -70,13 +72,14 @@ def generate(everything: Everything, root: pathlib.Path) -> dict[pathlib.Path, s
     return tables.render_files(everything, root, methods)
 
 
-def write(root: pathlib.Path) -> None:
-    """Write every generated file, and print the tables, from what is recorded."""
+def write(root: pathlib.Path, slugs: Collection[str]) -> None:
+    """Write every generated file from what is recorded, and print tables of `slugs`."""
     everything = tables.load(root)
     for claims, records in everything:
         if records:
             record.save(claims, records)  # without those whose claim is gone
-        print(f"\n{claims.slug}\n{tables.format_table(claims, records)}")
+        if claims.slug in slugs:
+            print(f"\n{claims.slug}\n{tables.format_table(claims, records)}")
     write_files(root)
 
 
@@ -102,8 +105,13 @@ def check(everything: Everything, root: pathlib.Path) -> int:
     return status
 
 
-def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> None:
-    """Measure claims of kind compile, keeping each record as soon as it is there."""
+def measure(
+    everything: Everything, only: tuple[str, ...], *, missing: bool
+) -> set[str]:
+    """Measure claims of kind compile, keeping each record as soon as it is there.
+
+    The slugs of what was measured.
+    """
     wanted = [
         (claims, records, claim)
         for claims, records, claim in tables.list_claims(everything)
@@ -126,10 +134,14 @@ def measure(everything: Everything, only: tuple[str, ...], *, missing: bool) -> 
         ours = tables.describe_value(claim, records[claim.name])
         words = tables.judge(claim, claims, records)
         print(f"    {ours}: {words} ({time.monotonic() - start:.0f} s)")
+    return {claims.slug for claims, _, _ in wanted}
 
 
-def take_up(run: pathlib.Path, everything: Everything) -> None:
-    """Record the claims that a finished run, or a check on a GPU, answers."""
+def take_up(run: pathlib.Path, everything: Everything) -> set[str]:
+    """Record the claims that a finished run, or a check on a GPU, answers.
+
+    The slugs of what was recorded.
+    """
     report = record.read_report(run)
     kind = "live" if run.is_file() else "train"
     asked = [
@@ -156,6 +168,7 @@ def take_up(run: pathlib.Path, everything: Everything) -> None:
     for claims, records, name, found in taken:  # all or none
         records[name] = found
         record.save(claims, records)
+    return {claims.slug for claims, _, _, _ in taken}
 
 
 def compare(everything: Everything, root: pathlib.Path) -> int:

@@ -27,8 +27,10 @@ def accumulate[Found, Stats](
     part. One part is the batch itself, and nothing is added.
 
     Raises:
-      ValueError: the batch cannot be divided into so many parts.
+      ValueError: `parts` is below 1, or the batch cannot be divided into so many.
     """
+    if parts < 1:
+        raise ValueError(f"accumulate={parts} must be at least 1.")
     if parts == 1:
         return gradients(batch, 0, stats)
     split = batch.split(parts)

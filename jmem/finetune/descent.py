@@ -43,7 +43,8 @@ def loss_step(
 
     `assemble(trained, number)` makes the model's parameters, for part `number` of the
     batch; the gradient is that of `trained`. `update(loss, gradients, trained,
-    optimizer, step)` gives (trained, optimizer, metrics). The state holds "optimizer",
+    optimizer, step)` gives (trained, optimizer, metrics); `step` counts the updates
+    done before it, from 0. The state holds "optimizer",
     "stats" and "step", and "key" for a model that needs one.
     """
 

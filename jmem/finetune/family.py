@@ -35,7 +35,7 @@ class Member:
     """Whether it goes through the model's own loss and carries its statistics; the
     others walk the blocks of a decoder by hand, and refuse a model that has any."""
     moments: bool = True
-    """Whether it keeps AdamW's moments, or those of rows and columns."""
+    """Whether the optimizer has floating state: moments, momentum, sums of squares."""
 
     @property
     def adamw(self) -> Any:

@@ -57,6 +57,13 @@ def require_key(where: str, sampling: Sampling, key: jax.Array | None) -> jax.Ar
     return jax.random.key(0) if key is None else key
 
 
+def check_method(where: str, method: Any) -> None:
+    """Refuses the class of a cache where an instance is meant."""
+    if isinstance(method, type):
+        name = method.__name__
+        raise TypeError(f"{where}: policy={name} is a class; pass {name}(...).")
+
+
 def check_positions(
     where: str, model, method: CacheMethod, text: int, new_tokens: int
 ) -> None:

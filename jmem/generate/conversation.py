@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmem.generate.checks import (
+    check_method,
     check_positions,
     check_positive,
     check_stops,
@@ -71,6 +72,7 @@ class Conversation:
         and answers but the last. `max_new_tokens` is the longest answer.
         """
         where = type(self).__name__
+        check_method(where, policy)
         self.model, self.params = model, params
         self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         self.key = require_key(where, self.sampling, key)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jmem.generate.checks import (
+    check_method,
     check_positions,
     check_positive,
     check_stops,
@@ -312,6 +313,7 @@ def stream(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     policy = policy or Full()
+    check_method("generate", policy)
     check_tokens("generate", model, prompts)
     check_stops("generate", model, stop_tokens)
     check_positive(

@@ -65,6 +65,12 @@ class Policy(CacheMethod):
         on to the next (`share` starts it).
         """
         scores = self.scores(seen, layer)
+        wanted = (seen.keys.shape[0], plan.units, seen.keys.shape[1])
+        if scores.shape != wanted:
+            raise ValueError(
+                f"{type(self).__name__}: scores of shape {scores.shape} must be "
+                f"{wanted}: rows, units (heads that choose, or 1), tokens."
+            )
         scores = jnp.where(seen.candidates[:, None], scores, -jnp.inf)
         count = jnp.asarray(plan.selected, jnp.int32)[layer]
         return select(scores, count, max(plan.selected)), shared
@@ -107,7 +113,8 @@ class Policy(CacheMethod):
         the kernel for it, slots come in eights.
 
         Raises:
-          ValueError: a size that is not positive, or that the model cannot be cut to.
+          ValueError: a size that is not positive, or that the model cannot be cut to;
+            `budgets` gave no number of tokens for a layer.
         """
         for name, value in (("prompt", prompt), ("batch_size", batch_size)):
             if value < 1:
@@ -119,6 +126,11 @@ class Policy(CacheMethod):
         step = ALIGNMENT if attention == "mosaic_gpu" else 1
         rest = max(prompt - self.recent, min(self.sinks, prompt))
         budgets = self.budgets(config.layers, prompt)
+        if len(budgets) != config.layers or min(budgets) < 0:
+            raise ValueError(
+                f"{type(self).__name__}: budgets={budgets} must be a number of tokens, "
+                f"0 or more, for each of {config.layers} layers."
+            )
         selected = tuple(min(budget, rest) for budget in budgets)
         if rest and all(size == rest for size in selected):
             logger.info(

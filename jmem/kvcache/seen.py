@@ -40,13 +40,17 @@ class Seen(NamedTuple):
     @property
     def unrotated(self) -> Float[Array, "B T K D"]:
         """The keys before rotation; in a later turn that of held ones is undone."""
-        assert self.give_unrotated is not None
+        if self.give_unrotated is None:
+            raise ValueError(
+                "Seen: unrotated is asked for; make it with give_unrotated."
+            )
         return self.give_unrotated()
 
     @property
     def values(self) -> Float[Array, "B T K D"]:
         """Of all tokens."""
-        assert self.give_values is not None
+        if self.give_values is None:
+            raise ValueError("Seen: values is asked for; make it with give_values.")
         return self.give_values()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -162,6 +163,15 @@ class TestReading:
         with pytest.raises(ClaimsError, match=message) as caught:
             read(path)
         assert f"claims.toml:{line}:" in str(caught.value) or "line 12" in message
+
+
+def test_the_claims_of_the_contributors_page_are_read(tmp_path):
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    (sample,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    root = a_repository(tmp_path, "spacing", sample)
+    assert set(read(root / "configs/spacing/claims.toml").by_name) == {
+        *("smollm2-cache", "needles")
+    }
 
 
 class TestRelation:

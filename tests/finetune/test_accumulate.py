@@ -95,6 +95,11 @@ def test_refuses_parts_that_do_not_divide(tiny, tiny_params, random_batch):
         full.step(tiny, state, random_batch(tiny))
 
 
+def test_refuses_no_parts_of_a_method_of_one_s_own_too(random_batch, tiny):
+    with pytest.raises(ValueError, match="accumulate=0 must be at least 1"):
+        accumulate(lambda *part: part, random_batch(tiny), 0, {})
+
+
 @pytest.mark.parametrize("method", [Full, Lora, Lisa])
 def test_refuses_no_parts(method):
     with pytest.raises(ValueError, match="accumulate=0 must be at least 1"):

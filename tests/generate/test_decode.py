@@ -15,6 +15,7 @@ import pytest
 from tiny_decoder import random_params
 
 from jmem.generate import decode, reading
+from jmem.generate.checks import check_method
 from jmem.generate.decode import extend, generate, join_pieces, stream
 from jmem.generate.programs import decode_program, prefill_program
 from jmem.generate.reading import prefill
@@ -244,6 +245,13 @@ def test_refuses(model, params, prompts, more, message):
         generate(model, params, prompts, **({"max_new_tokens": 5} | more))
     with pytest.raises(ValueError, match=message):  # before it is asked for tokens
         stream(model, params, prompts, **({"max_new_tokens": 5} | more))
+
+
+def test_refuses_a_class_for_a_cache():
+    with pytest.raises(
+        TypeError, match=r"generate: policy=Full is a class; pass Full\("
+    ):
+        check_method("generate", Full)
 
 
 def test_refuses_a_stream_of_no_tokens(model, params):

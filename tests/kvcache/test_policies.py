@@ -23,6 +23,7 @@ from jmem.kvcache.cache import Cache, make_empty
 from jmem.kvcache.full import Full
 from jmem.kvcache.members import POLICIES
 from jmem.kvcache.plan import PolicyPlan
+from jmem.kvcache.policy import Policy
 from jmem.kvcache.prefill import read_prompts
 from jmem.models.decoder import Decoder
 from jmem.models.next_token import token_positions
@@ -369,3 +370,43 @@ def test_decoding_is_prefilling_when_nothing_is_dropped():
         plans=(longer,),
     )
     assert int(jnp.argmax(logits[0])) == int(answer[0, -1])
+
+
+# A policy of one's own that is wrong --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(Policy):
+    """Sizes and scores of shapes that are given."""
+
+    sizes: tuple[int, ...] = (8,) * MODEL.config.layers
+    axes: str = "rows units tokens"
+
+    @property
+    def recent(self) -> int:
+        return 4
+
+    def budgets(self, layers: int, prompt: int) -> tuple[int, ...]:
+        return self.sizes
+
+    def scores(self, seen, layer):
+        rows, tokens, units, _ = seen.keys.shape
+        sizes = {"rows": rows, "units": units, "tokens": tokens, "one": 1}
+        return jnp.zeros([sizes[axis] for axis in self.axes.split()])
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 8, 8, -1)])
+def test_budgets_are_a_size_for_each_layer(sizes):
+    with pytest.raises(ValueError, match=rf"Wrong: budgets=\({sizes[0]}.* of 4 layers"):
+        Wrong(sizes=sizes).plan(MODEL, prompt=50, new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    "axes", ["rows tokens", "rows one tokens", "rows tokens units"]
+)
+def test_scores_are_of_rows_units_and_tokens(axes):
+    plan = Wrong(axes=axes).plan(MODEL, prompt=50, new_tokens=1, batch_size=3)
+    with pytest.raises(
+        ValueError, match=r"Wrong: scores of shape .* must be \(3, 2, 50"
+    ):
+        read((plan,), *prompts())
