@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+from experiments.harness.cli import forgive
+
 
 def list_experiments() -> dict[str, str]:
     """Names of the experiments and the first line of what each says of itself.
@@ -25,4 +27,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with forgive():
+        main()

@@ -85,8 +85,10 @@ def write(root: pathlib.Path, slugs: Collection[str]) -> None:
 
 def write_files(root: pathlib.Path) -> None:
     """Write every generated file from what is recorded."""
+    from jmem.disk import write_atomically  # with JAX, which --check does without
+
     for path, text in generate(tables.load(root), root).items():
-        path.write_text(text)
+        write_atomically(path, text)
 
 
 def check(everything: Everything, root: pathlib.Path) -> int:

@@ -159,7 +159,8 @@ def time_kernels(out: pathlib.Path, minutes: float | None) -> int:
         return 0
     module = "jmem.kernels.windowed_attention.bench"
     command = [sys.executable, "-m", module, "--only", *SHAPES, "--out", str(out)]
-    return subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False).returncode
+    return status if status in (0, 1) else 2  # killed by a signal it is negative
 
 
 def run_part(part: Part, command: Command, minutes: float | None) -> int:

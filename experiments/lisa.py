@@ -18,7 +18,6 @@ is another question, and a few hundred steps a rate long.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -33,6 +32,7 @@ from experiments.harness.settings import need
 from experiments.harness.training import Training, learn
 from jmem.data import Batch, Loader
 from jmem.data.source import TextSource
+from jmem.disk import open_sealed
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
@@ -198,7 +198,8 @@ def report_losses(
         held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
         steps = [row for row in own if "loss" in row]
         timed = sorted(row["tokens_per_second"] for row in steps)
-        plan = json.loads((run.folder_of(method) / "plan.json").read_text())
+        path = run.folder_of(method) / "plan.json"
+        plan = open_sealed(path.read_bytes(), str(path))
         losses = held[0], held[-1], held[0] - held[-1], steps[-1]["loss"]
         at = getattr(config, method).adamw.learning_rate, config.seed
         return method, *losses, len(steps), timed[len(timed) // 2], *at, plan["bytes"]

@@ -10,6 +10,7 @@ No GPU, no weights: XLA's GPU compiler lays the program out on this machine. Pri
 kinds of memory, the largest buffers with the line that made them, and the verdict;
 writes the same, and a timeline of live bytes as PNG, to runs/memory/. Where saved
 activations are most of the peak, it measures the step under every other `remat` too.
+Exit status 1: it does not fit.
 
 Expect  LLaMA-2-7B, batch 1, 1,024 tokens on an H200: full 75.7 GiB, lora (rank 128)
         16.9 GiB, lisa (2 layers) 19.3 GiB.
@@ -121,7 +122,7 @@ def blocks_on_host(program: Program) -> Program:
     return dataclasses.replace(program, args=(first, *others), make=None)
 
 
-def main(config: Config, run: Run) -> None:
+def main(config: Config, run: Run) -> int:
     run.measure_only = True  # with the flag or without it
     reserve = round(config.reserve * GiB)
     [(name, program)] = programs(config, run.target).items()
@@ -140,6 +141,7 @@ def main(config: Config, run: Run) -> None:
     report.plot(run.picture("timeline"), reserve=reserve)
     if "saved activations" in [advice.rule for advice in report.advice]:
         compare_remat(config, run, report)
+    return int(not report.fits(reserve))
 
 
 def compare_remat(config: Config, run: Run, report: MemoryReport) -> None:

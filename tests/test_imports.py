@@ -15,7 +15,7 @@ from jmem.methods import Family
 ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = (
-    ("targets",),
+    ("targets", "disk", "terminal"),
     ("program", "lowering"),
     ("memory", "kernels"),
     ("offload",),

@@ -29,7 +29,7 @@ from concurrent import futures
 from typing import Any
 
 from experiments.harness.config import find_slug, from_plain
-from experiments.harness.record import write_atomically
+from jmem.disk import open_sealed, seal, write_atomically
 from jmem.memory import protocol
 from jmem.memory.card import NoGPUError, find_described
 from jmem.memory.measure import hash_stablehlo
@@ -169,8 +169,11 @@ class Check:
     def _keep(self, part: str, hashes: futures.Future) -> dict[str, Row]:
         """Rows of the report that is there, of the same GPU, versions and programs."""
         try:
-            report = json.loads(self.flags.out.read_text())
-        except (OSError, ValueError):
+            report = open_sealed(self.flags.out.read_bytes(), str(self.flags.out))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            print(f"{error} All of it is measured again.", flush=True)
             return {}
         ours = {**self.probed, "config": json.loads(json.dumps(self.config))}
         if any(report.get(key) != value for key, value in ours.items()):
@@ -205,7 +208,7 @@ def write(
         **probed,
         "config": config,
     }
-    write_atomically(path, json.dumps(head | parts, indent=1) + "\n")
+    write_atomically(path, seal(head | parts, indent=1) + "\n")
 
 
 def restore[Value](kind: type[Value], row: Row) -> Value:

@@ -22,8 +22,9 @@ What is no experiment, with no presets and no run folder, has its own flags alon
     if __name__ == "__main__":
         cli.script(main, Command)       # main(command) gives the exit status, or None
 
-What the user can mend ends in one message and exit status 2; JMEM_DEBUG=1 shows where
-it came from.
+Exit status 0 is done, 1 a verdict that is no, 130 an interruption, and 2 any failure.
+What the user can mend ends in one message; JMEM_DEBUG=1 shows where it came from.
+Nothing that is printed ends a command: nobody may read it, or its letters be unknown.
 """
 
 import contextlib
@@ -32,8 +33,11 @@ import difflib
 import inspect
 import os
 import pathlib
+import runpy
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,13 +73,15 @@ class Flags:
     """Where run folders are made."""
 
 
-def run[Config](main: Callable[[Config, "Run"], None], config: type[Config]) -> None:
+def run[Config](
+    main: Callable[[Config, "Run"], int | None], config: type[Config]
+) -> None:
     """Read the command line, run `main`, write the report, and exit on failure.
 
-    Exit status 2 is a refusal in words, 130 an interruption; anything else that goes
-    wrong is a bug and keeps its traceback.
+    Exit status 1 is a verdict that is no, which `main` returns; 2 is a refusal in words
+    or a bug, which keeps its traceback; 130 is an interruption.
     """
-    with _print_refusals():
+    with _end_in_words():
         slug = find_slug(main)
         flags, chosen = parse(config, slug, sys.argv[1:], _describe(main))
         from experiments.harness.run import Run  # with JAX, which a script may not need
@@ -92,7 +98,9 @@ def run[Config](main: Callable[[Config, "Run"], None], config: type[Config]) -> 
             resume=pathlib.Path(flags.resume) if flags.resume else None,
             trace=flags.trace,
         ) as started:
-            main(chosen, started)
+            status = main(chosen, started)
+    if status:
+        sys.exit(status)
 
 
 def script[Command](
@@ -108,7 +116,7 @@ def script[Command](
     Raises:
       TypeError: `command` cannot be one (`experiments.harness.config.check`).
     """
-    with _print_refusals():
+    with _end_in_words():
         configs.check(command)
         chosen = read_flags(
             command,
@@ -121,17 +129,53 @@ def script[Command](
 
 
 @contextlib.contextmanager
-def _print_refusals() -> Iterator[None]:
+def _end_in_words() -> Iterator[None]:
     """Ends the process in words where the user can mend what went wrong."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(forgive())
+        stack.enter_context(_stop_as_by_ctrl_c())
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            if os.environ.get("JMEM_DEBUG") or not is_refusal(error):
+                sys.excepthook = _exit_after_traceback
+                raise
+            print(format_error(error), file=sys.stderr)
+            sys.exit(2)
+
+
+def forgive() -> contextlib.AbstractContextManager:
+    """`jmem.terminal.forgive`, without JAX, which a script may not need."""
+    path = ROOT / "jmem" / "terminal.py"
+    return runpy.run_path(str(path))["forgive"]()
+
+
+@contextlib.contextmanager
+def _stop_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, and SIGHUP where `nohup` does not ignore it, interrupt like Ctrl-C."""
+
+    def interrupt(signum, frame):
+        signal.signal(signum, signal.SIG_IGN)  # a closing terminal sends several
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if os.environ.get("JMEM_DEBUG") or not is_refusal(error):
-            raise
-        print(format_error(error), file=sys.stderr)
-        sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _exit_after_traceback(*raised: Any) -> None:
+    """For `sys.excepthook`: Python's own status, 1, would be a verdict."""
+    sys.__excepthook__(*raised)
+    sys.exit(2)
 
 
 def parse[Config](
@@ -253,12 +297,16 @@ def _describe(main: Callable) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error is ours and says what the user can do.
+    """Whether an error says what the user can do.
 
-    It is when its class is our own, or when a line of ours raised it as a ValueError or
-    TypeError: what JAX or Orbax raise by themselves is a bug, not a user's mistake.
+    It does when its class is our own, when a line of ours raised it as a ValueError or
+    TypeError, or when a file or memory was refused: what else JAX or Orbax raise by
+    themselves is a bug, not a user's mistake.
     """
-    if _is_ours(type(error).__module__):
+    full = isinstance(error, OSError | MemoryError) or "RESOURCE_EXHAUSTED" in str(
+        error
+    )
+    if full or _is_ours(type(error).__module__):
         return True
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     name = frames[-1].f_globals.get("__name__", "") if frames else ""

@@ -24,7 +24,6 @@ import functools
 import hashlib
 import importlib
 import json
-import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Mapping
@@ -76,24 +75,19 @@ def load(path: pathlib.Path) -> dict[str, Record]:
     try:
         values = json.loads(path.read_text())
         found = {name: configs.from_plain(Record, own) for name, own in values.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ClaimsError(f"{path}: not a file of records: {error}") from error
     return found
 
 
 def save(claims: Claims, records: dict[str, Record]) -> None:
     """Write the records of the claims that there are, in their order, atomically."""
+    from jmem.disk import write_atomically
+
     known = {name: records[name] for name in claims.by_name if name in records}
     plain = {name: dataclasses.asdict(record) for name, record in known.items()}
     path = claims.path.with_name("records.json")
     write_atomically(path, json.dumps(plain, indent=2) + "\n")
-
-
-def write_atomically(path: pathlib.Path, content: str) -> None:
-    """Write a whole file or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(content)
-    os.replace(partial, path)
 
 
 # Programs -----------------------------------------------------------------------------
@@ -228,11 +222,13 @@ def read_report(run: pathlib.Path) -> dict[str, Any]:
     """The report of a finished run, from its folder; or of a check, from its file.
 
     Raises:
-      ClaimsError: there is none, or the run did not end well.
+      ClaimsError: there is none, it is damaged, or the run did not end well.
     """
+    from jmem.disk import open_sealed
+
     path = run if run.is_file() else run / "report.json"
     try:
-        report = json.loads(path.read_text())
+        report = open_sealed(path.read_bytes(), str(path))
     except (OSError, ValueError) as error:
         raise ClaimsError(f"--from-run {run}: no report there: {error}") from None
     if report.get("status") != "complete":

@@ -6,11 +6,12 @@ is shown as "–" in every column.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+from jmem.disk import seal
 
 GiB = 2**30
 DASH = "–"
@@ -185,7 +186,7 @@ class Report:
     """File names of the pictures."""
 
     def json(self) -> str:
-        """report.json."""
+        """report.json, with its digest in it."""
         values = {
             **self.head,
             "config": self.config,
@@ -195,7 +196,7 @@ class Report:
             "programs": self.programs,
             "plots": self.plots,
         }
-        return json.dumps(_make_plain(values), indent=2, ensure_ascii=False) + "\n"
+        return seal(_make_plain(values), indent=2, ensure_ascii=False) + "\n"
 
     def markdown(self) -> str:
         """report.md."""

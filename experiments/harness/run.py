@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import json
 import pathlib
 import platform
@@ -23,10 +24,11 @@ from importlib import metadata
 from typing import Any, Literal
 
 from experiments.harness import config as configs
-from experiments.harness.record import HERE, write_atomically
+from experiments.harness.record import HERE
 from experiments.harness.report import Column, GiB, Report, Table, gib, seconds
+from jmem.disk import DamagedError, open_sealed, write_atomically
 from jmem.targets import Target
-from jmem.train.folder import prepare
+from jmem.train.folder import Hold, prepare
 
 WIDTH = 120
 """Columns printed where the output is no terminal."""
@@ -37,10 +39,12 @@ class Run(contextlib.AbstractContextManager):
 
     Used as a context: the report is written when it ends, however it ends. The folder
     is made when something is first written to it, so that a refused config leaves
-    nothing behind; that it can be made is proved at once.
+    nothing behind; that it can be made is proved at once. From then on until the run
+    ends it is this process's alone.
 
     Raises:
-      FolderError: `runs` (or `resume`) cannot be written.
+      FolderError: `runs` (or `resume`) cannot be written, or another process goes on
+        with `resume`, and nothing was touched.
     """
 
     def __init__(
@@ -71,10 +75,11 @@ class Run(contextlib.AbstractContextManager):
         toml = configs.write(config)
         self._made = resume is not None
         if resume is None:
-            name = hashlib.sha256(toml.encode()).hexdigest()[:8]
-            self._folder = runs / slug / f"{now:%Y%m%d-%H%M%S}-{name}"
+            hashed = hashlib.sha256(toml.encode()).hexdigest()[:8]
+            self._folder = runs / slug / f"{now:%Y%m%d-%H%M%S}-{hashed}"
             prepare(self._folder.parent)
         else:
+            self._hold = Hold(resume)
             self._folder = prepare(resume)
         self._toml = f"# Config of a run of {slug}; --preset takes this file.\n{toml}\n"
         self.report = Report(config=dataclasses.asdict(config))
@@ -94,11 +99,15 @@ class Run(contextlib.AbstractContextManager):
     def folder(self) -> pathlib.Path:
         """The run's folder, made with config.toml in it when it is first asked for."""
         if not self._made:
-            taken, number = self._folder, 2
-            while self._folder.exists():  # another run of the same second
-                self._folder = taken.with_name(f"{taken.name}-{number}")
-                number += 1
-            self._folder.mkdir(parents=True)
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            name = self._folder.name
+            for number in itertools.count(2):
+                with contextlib.suppress(FileExistsError):
+                    self._folder.mkdir()
+                    break
+                # Another run of the same second.
+                self._folder = self._folder.with_name(f"{name}-{number}")
+            self._hold = Hold(self._folder)
             write_atomically(self._folder / "config.toml", self._toml)
             self._made = True
         return self._folder
@@ -170,6 +179,13 @@ class Run(contextlib.AbstractContextManager):
     # Ending ---------------------------------------------------------------------------
 
     def __exit__(self, kind, error, trace) -> Literal[False]:
+        try:
+            return self._end(kind, error)
+        finally:
+            if self._made:
+                self._hold.release()
+
+    def _end(self, kind: Any, error: BaseException | None) -> Literal[False]:
         if error is None:
             self.finish("complete")
             return False
@@ -198,7 +214,12 @@ class Run(contextlib.AbstractContextManager):
             **more,
         }
         for plan in sorted(self.folder.glob("*/plan.json")):  # of what was trained here
-            if hashed := json.loads(plan.read_text()).get("program"):
+            try:
+                hashed = open_sealed(plan.read_bytes(), str(plan)).get("program")
+            except DamagedError as error:  # the report is not lost for that
+                self.note(f"{error} The program trained there is not noted.")
+                continue
+            if hashed:
                 self.report.programs[f"{HERE}{plan.parent.name}"] = hashed
         write_atomically(self.folder / "report.json", self.report.json())
         write_atomically(self.folder / "report.md", self.report.markdown())

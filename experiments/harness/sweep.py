@@ -11,7 +11,7 @@ losses and its metrics stay. A rate that diverges is not chosen.
 
 import dataclasses
 import gc
-import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 
-from experiments.harness.record import write_atomically
 from experiments.harness.report import Column, loss, make_columns
 from experiments.harness.run import Run, name_device
+from jmem.disk import DamagedError, open_sealed, seal, write_atomically
 from jmem.train.loop import DivergedError
 
 
@@ -87,6 +87,7 @@ def search[Method: str](
 
     Raises:
       DivergedError: a method diverges at every rate, or with another seed at its best.
+      DamagedError: a `done.json` is not what was written.
     """
 
     def result(trial: Trial[Method]) -> dict[str, Any]:
@@ -95,13 +96,15 @@ def search[Method: str](
         if not done.exists():
             try:
                 found = train(trial, folder)
+                if not all(math.isfinite(found.get(name, 0)) for name in _LOSSES):
+                    raise DivergedError(f"its held-out losses are {found}")
             except DivergedError as error:
                 found = {"diverged": str(error)}
             found |= {"device": name_device(), "jax": jax.__version__}
-            write_atomically(done, json.dumps(found, indent=1) + "\n")
+            write_atomically(done, seal(found, indent=1) + "\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             gc.collect()
-        return json.loads(done.read_text())
+        return _read_done(done)
 
     outcomes = {}
     for method in methods:
@@ -161,6 +164,22 @@ def tabulate[Method: str](
     losses = make_columns(loss, name, "least", "most", *gain)
     heads = ["method", *columns, *losses, "seeds", "of the rates"]
     run.table(title, heads, [line(*pair) for pair in outcomes.items()])
+
+
+_LOSSES = ("choose", "loss")
+
+
+def _read_done(path: pathlib.Path) -> dict[str, Any]:
+    """What a trial found, or how it diverged."""
+    found = open_sealed(path.read_bytes(), str(path))
+    if "diverged" not in found:
+        for name in _LOSSES:
+            if not isinstance(found.get(name), int | float):
+                raise DamagedError(
+                    f"{path}: {name}={found.get(name)!r} is no loss. Remove the file, "
+                    "and the trial is trained again."
+                )
+    return found
 
 
 def _name_place(done: dict[str, Any]) -> str:

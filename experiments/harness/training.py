@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import pathlib
 from typing import Any
 
@@ -38,7 +39,7 @@ class Training(Here, Card, Weights):
 
     def __post_init__(self):
         need(self, "steps", "batch_size", "seq_len", least=1)
-        need(self, "factors", above=0)
+        need(self, "factors", above=0, below=math.inf)
         need(self, "seeds", least=0, some=True)
 
     @property

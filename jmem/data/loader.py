@@ -75,9 +75,15 @@ class Loader:
     def digest(self) -> str:
         """16 hexadecimal digits that other tokens, weights or shapes would change.
 
-        Independent of batch size, seed and machine. A resumed run compares it.
+        Independent of batch size, seed and machine. A resumed run compares it, and
+        `order`.
         """
         return self._digest
+
+    @property
+    def order(self) -> dict[str, int]:
+        """What says, beside the data, which rows are in which batch."""
+        return {"batch_size": int(self.batch_size), "seed": int(self.seed)}
 
     @functools.cached_property
     def _digest(self) -> str:
@@ -144,6 +150,15 @@ class Joint:
         """16 hexadecimal digits of the loaders' own, in order."""
         digests = "".join(loader.digest for loader in self.loaders)
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    @property
+    def order(self) -> dict[str, int]:
+        """What says, beside the data, which rows are in which batch."""
+        return {
+            f"loaders[{number}].{name}": value
+            for number, loader in enumerate(self.loaders)
+            for name, value in loader.order.items()
+        }
 
     @property
     def steps_per_epoch(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from optax import ScaleByAdamState
 
-from jmem.finetune.checks import check_choice
+from jmem.finetune.checks import check_choice, check_rate
 from jmem.finetune.patterns import find_matching
 from jmem.finetune.rounding import BLOCK, draw_noise, pack, round_randomly, unpack
 from jmem.program import by_key, format_path
@@ -88,12 +88,15 @@ class AdamW:
     embedding (also where it is the head) by layer_decay^L."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+        for name in ("learning_rate", "weight_decay", "eps"):
+            check_rate("AdamW", name, getattr(self, name))
+        for name in ("max_grad_norm", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"AdamW: {name}={getattr(self, name)} must not be negative."
                 )
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
+        least = np.finfo(np.float32).tiny  # below it eps is zero
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps >= least):
             raise ValueError(
                 f"AdamW: b1={self.b1}, b2={self.b2}, eps={self.eps}: the decays must "
                 "lie in [0, 1) and eps must be positive."
@@ -109,6 +112,8 @@ class AdamW:
                     f"AdamW: rates={self.rates} gives {pattern!r} the factor {factor}, "
                     "which must be finite and not negative."
                 )
+            own = self.learning_rate * factor
+            check_rate("AdamW", f"learning_rate * {factor} of rates", own)
         check_choice("AdamW", "weight_rounding", self.weight_rounding, Rounding)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(

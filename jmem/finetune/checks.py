@@ -2,6 +2,8 @@
 
 from typing import Any, get_args
 
+import numpy as np
+
 from jmem.finetune.walk import Update
 
 
@@ -9,6 +11,14 @@ def check_choice(who: str, name: str, value: Any, words: Any) -> None:
     """Refuses a setting that is none of the words of the `Literal` type `words`."""
     if value not in get_args(words):
         raise ValueError(f"{who}: {name}={value!r} must be one of {get_args(words)}.")
+
+
+def check_rate(who: str, name: str, value: float) -> None:
+    """Refuses a rate that is negative, or no number or infinite as a float32."""
+    if not 0 <= value <= float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"{who}: {name}={value} must be finite, in float32, and not negative."
+        )
 
 
 def check_parts(name: str, parts: int) -> None:

@@ -41,8 +41,10 @@ class Full:
         check_parts("Full", self.accumulate)
         check_choice("Full", "moments", self.moments, Place)
 
-    def init(self, model, params, stats, key):
+    def init(self, model, params, stats, key=None):
         """State that takes over `params` (donated by the training step).
+
+        `key` is for a model that draws noise in training, and for no other.
 
         Raises:
           ValueError: a pattern of `train`, or of `adamw.rates`, matches nothing; the
@@ -68,6 +70,8 @@ class Full:
             "step": jnp.int32(0),
         }
         if needs_key(model):
+            if key is None:
+                raise ValueError("Full: key=None, and the model draws noise; give one.")
             state["key"] = jax.random.key_data(key)
         return state
 

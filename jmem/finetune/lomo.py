@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.finetune.adamw import AdamW
-from jmem.finetune.checks import check_choice
+from jmem.finetune.checks import check_choice, check_rate
 from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
 from jmem.finetune.patterns import split
@@ -54,6 +54,8 @@ class Lomo:
 
     def __post_init__(self):
         check_choice("Lomo", "variant", self.variant, Variant)
+        for name in ("learning_rate", "weight_decay"):
+            check_rate("Lomo", name, getattr(self, name))
         if not 0 <= self.clip_value < float("inf"):
             raise ValueError(
                 f"Lomo: clip_value={self.clip_value} must be finite and not negative; "

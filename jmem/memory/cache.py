@@ -4,8 +4,9 @@ The key is everything the bytes follow from: the lowered program, labels, target
 compile options, versions, and the code that reads XLA's plan. A report also names
 lines of source files, so it is kept with their digests, and not taken once one has
 changed. Failures are not kept. The folder is $JMEM_CACHE_DIR, by default ~/.cache/jmem;
-set it to "" to keep nothing. One that cannot be written is no error: the program is
-measured again.
+set it to "" to keep nothing. One that cannot be written, or is not there as the user
+has no home, is no error, and neither is an entry that is not what was written: the
+program is measured again.
 """
 
 import contextlib
@@ -16,13 +17,13 @@ import inspect
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jaxlib.version
 
+from jmem import disk
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
 from jmem.targets import Target
@@ -31,10 +32,13 @@ from jmem.targets import Target
 def folder() -> pathlib.Path | None:
     """Where reports are kept; None keeps none."""
     chosen = os.environ.get("JMEM_CACHE_DIR")
-    if chosen == "":
+    if chosen is not None:
+        return pathlib.Path(chosen) if chosen else None
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # no home, as of a user of a container's own
         return None
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(chosen or pathlib.Path(home) / "jmem")
+    return pathlib.Path(home) / "jmem"
 
 
 def make_key(
@@ -74,7 +78,8 @@ def load(name: str) -> MemoryReport | None:
     """The report kept under a key, or None; a damaged one counts as none."""
     where = folder()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        entry = json.loads((where / f"{name}.json").read_text()) if where else {}
+        raw = (where / f"{name}.json").read_bytes() if where else b""
+        entry = disk.open_sealed(raw, name, bare=False)
         if entry["sources"] == _digest_files(entry["sources"]):
             report = MemoryReport.from_json(entry["report"])
             return dataclasses.replace(report, cached=True)
@@ -86,16 +91,12 @@ def store(name: str, report: MemoryReport) -> None:
     where = folder()
     if where is None:
         return
+    lines = {row.source for row in report.rows} | {report.peak_instant.source}
+    files = {line.rsplit(":", 1)[0] for line in lines if line}
+    entry = {"sources": _digest_files(files), "report": report.to_json()}
     with contextlib.suppress(OSError):
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=where, suffix=".partial", delete=False
-        ) as file:
-            lines = {row.source for row in report.rows} | {report.peak_instant.source}
-            files = {line.rsplit(":", 1)[0] for line in lines if line}
-            entry = {"sources": _digest_files(files), "report": report.to_json()}
-            file.write(json.dumps(entry))
-        os.replace(file.name, where / f"{name}.json")
+        disk.write_atomically(where / f"{name}.json", disk.seal(entry))
 
 
 def _digest_files(files: Iterable[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from jmem import disk
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
 from jmem.memory.breakdown import Contents, Row, shorten_source
@@ -78,7 +79,7 @@ class Saved:
         """The whole report as JSON; written to `path` when one is given."""
         text = json.dumps({"schema": self.schema} | dataclasses.asdict(self))
         if path is not None:
-            pathlib.Path(path).write_text(text + "\n")
+            disk.write_atomically(path, text + "\n")
         return text
 
     @classmethod
@@ -91,10 +92,7 @@ class Saved:
         where = "report"
         if isinstance(text, pathlib.Path):
             where, text = str(text), text.read_text()
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from error
+        values = disk.parse_json(text, where)
         if not isinstance(values, dict) or values.pop("schema", None) != cls.schema:
             raise ValueError(f"{where}: not a {cls.__name__} of schema {cls.schema}.")
         return _build(cls, values, where)

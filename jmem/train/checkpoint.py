@@ -4,27 +4,36 @@ Orbax writes the arrays into a folder of another name, a manifest of what was wr
 follows, and a rename makes the checkpoint appear: a process killed in the middle
 leaves the older ones. The manifest is there because a flipped bit in an array file is
 otherwise read back without a word, and a missing one ends in a page of errors from
-Orbax's threads (both seen in Orbax 0.12).
+Orbax's threads (both seen in Orbax 0.12). It carries a digest of itself, and what it
+says counts, whatever the folder is called.
 
     folder/400/state/...        the leaves by key path, not compressed
     folder/400/manifest.json    {"format", "step", "data",
+                                 "order": {"seed": 0, ...}     (`jmem.train.order`)
                                  "leaves": {path: "float32[2,3]"},
-                                 "files": {path: [bytes, CRC-32]}}
+                                 "files": {path: [bytes, CRC-32]},
+                                 "sha256": of all this; older ones have none}
 """
 
-import json
 import os
 import pathlib
+import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jmem import disk
 from jmem.offload import HOST_SPACE
 from jmem.program import HOST, by_key
+from jmem.terminal import tell
+from jmem.train.errors import DivergedError
+from jmem.train.finite import find_not_finite, name_leaves
+from jmem.train.folder import Hold
+from jmem.train.order import explain_difference
 
 FORMAT = 1
 
@@ -34,44 +43,81 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run: `folder/<step>/`, of which the last `keep` stay."""
+    """The checkpoints of one run: `folder/<step>/`, of which the last `keep` stay.
+
+    The folder is this process's until `close`, or until nobody has this object.
+
+    Raises:
+      FolderError: another process holds the folder; nothing was touched.
+    """
 
     def __init__(self, folder: pathlib.Path, *, keep: int = 2):
         self.folder = folder.absolute()
         self.keep = keep
         self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob("*.partial"):
-            shutil.rmtree(unfinished)
+        self._hold = Hold(self.folder)
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        self._hold.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def list_steps(self) -> tuple[int, ...]:
         """Steps of the complete checkpoints, ascending."""
-        names = (entry.name for entry in self.folder.iterdir())
-        return tuple(sorted(int(name) for name in names if name.isdecimal()))
+        names = (entry.name for entry in self.folder.iterdir() if entry.is_dir())
+        return tuple(sorted(int(n) for n in names if re.fullmatch("0|[1-9][0-9]*", n)))
 
-    def save(self, step: int, state: Any, *, data: str) -> None:
+    def remove_unfinished(self) -> None:
+        """Delete what a process that was killed left of a checkpoint."""
+        for unfinished in self.folder.glob("*.partial/"):
+            shutil.rmtree(unfinished)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data: str,
+        order: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write `state` as the checkpoint of `step`; drop the oldest beyond `keep`.
 
+        `data` is the digest of the data that it was trained on, and `order` says in
+        which order they came.
+
         Raises:
+          DivergedError: a floating leaf is not finite; nothing was touched.
           CheckpointError: it could not be written; the older ones are still there.
         """
         from orbax import checkpoint
 
+        if names := find_not_finite(state):
+            raise DivergedError.after(step, name_leaves(names), self.list_steps())
         leaves = _name_leaves(state)
         arrays = {name: _unwrap_key(leaf) for name, leaf in leaves.items() if leaf.size}
         partial = self.folder / f"{step}.partial"
         handler = checkpoint.PyTreeCheckpointHandler(use_compression=False)
         try:
+            self.remove_unfinished()
             with checkpoint.Checkpointer(handler) as writer:
                 writer.save(partial / "state", args=checkpoint.args.PyTreeSave(arrays))
             manifest = {
                 "format": FORMAT,
                 "step": step,
                 "data": data,
+                "order": dict(order or {}),
                 "leaves": _describe_leaves(state),
                 "files": _digest_files(partial / "state"),
             }
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            sealed = disk.seal(manifest, indent=1)
+            disk.write_atomically(partial / "manifest.json", sealed)
             os.rename(partial, self.folder / str(step))
+            disk.sync_folder(self.folder)
         except Exception as error:  # Orbax and TensorStore have no error class
             shutil.rmtree(partial, ignore_errors=True)  # the room may be needed
             kept = self.list_steps()
@@ -83,27 +129,37 @@ class Checkpoints:
         for old in self.list_steps()[: -self.keep]:
             self.remove(old)
 
-    def restore(self, like: Any, *, data: str) -> tuple[int, Any]:
+    def restore(
+        self,
+        like: Any,
+        *,
+        data: str,
+        order: Callable[[int], Mapping[str, Any]] | None = None,
+    ) -> tuple[int, Any]:
         """The latest intact checkpoint as (step, state).
 
-        `like` gives the state's tree, shapes, dtypes and shardings (`abstract`). A
-        damaged checkpoint is passed over, with a line that says so, and removed: the
-        run is about to write that step again.
+        `like` gives the state's tree, shapes, dtypes and shardings (`abstract`), and
+        `order` of a step what a run says that saves it. A damaged checkpoint is passed
+        over, with a line that says so, and removed: the run is about to write that step
+        again.
 
         Raises:
           CheckpointError: the latest checkpoint is of another state (the first leaf
-            that differs is named) or of other data; or no checkpoint is intact.
+            that differs is named), of other data, or of data in another order; or no
+            checkpoint is intact.
         """
         damaged = {}
+        self._name_by_content()
         for step in reversed(self.list_steps()):
-            manifest, why = self._read_manifest(step)
-            if why:
-                damaged[step] = why
+            try:
+                manifest = self._read_manifest(step)
+                self._check(step, manifest, like, data, order)
+                state = self._read(step, like)
+            except disk.DamagedError as error:
+                damaged[step] = str(error)
                 continue
-            self._check(step, manifest, like, data)
-            state = self._read(step, like)
             for bad, why in damaged.items():
-                print(f"checkpoint {bad} is damaged ({why}); going back to {step}")
+                tell(f"checkpoint {bad} is damaged ({why}); going back to {step}")
                 self.remove(bad)
             return step, state
         reasons = [f"step {step}: {why}" for step, why in damaged.items()]
@@ -118,29 +174,49 @@ class Checkpoints:
         os.rename(self.folder / str(step), partial)
         shutil.rmtree(partial)
 
-    def _read_manifest(self, step: int) -> tuple[dict, str]:
-        """A checkpoint's manifest, and what is wrong with its files ("" if nothing)."""
+    def _name_by_content(self) -> None:
+        """Gives a folder of another name that of the step that its manifest says."""
+        for name in self.list_steps():
+            try:
+                step = _parse_manifest(self.folder / str(name))["step"]
+            except disk.DamagedError:
+                continue
+            if step != name and not (self.folder / str(step)).exists():
+                os.rename(self.folder / str(name), self.folder / str(step))
+                tell(f"checkpoint {name} is of step {step}, and is called so now")
+
+    def _read_manifest(self, step: int) -> dict[str, Any]:
+        """A checkpoint's manifest, which is of that step and of the files beside it.
+
+        Raises:
+          DamagedError: it is not.
+          CheckpointError: it is of another version.
+        """
         where = self.folder / str(step)
-        try:
-            manifest = json.loads((where / "manifest.json").read_text())
-            files, written = manifest["files"], manifest["format"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            return {}, f"manifest.json: {_take_first_line(error)}"
-        if written != FORMAT:
+        manifest = _parse_manifest(where)
+        if (written := manifest["format"]) != FORMAT:
             raise CheckpointError(
                 f"{where}: format={written!r}; this version reads format {FORMAT}.\n"
                 "Resume with the version that wrote it, or start in a new folder."
             )
-        found = _digest_files(where / "state")
+        if manifest["step"] != step:
+            raise disk.DamagedError(f"manifest.json is of step {manifest['step']}")
+        files = manifest["files"]
+        try:
+            found = _digest_files(where / "state")
+        except OSError as error:
+            raise disk.DamagedError(_take_first_line(error)) from error
         for name in sorted(files.keys() | found.keys()):
             if files.get(name) != found.get(name):
-                return manifest, (
+                raise disk.DamagedError(
                     f"state/{name} is {_describe_file(found.get(name))} and was "
                     f"written as {_describe_file(files.get(name))}"
                 )
-        return manifest, ""
+        return manifest
 
-    def _check(self, step: int, manifest: Mapping, like: Any, data: str) -> None:
+    def _check(
+        self, step: int, manifest: Mapping, like: Any, data: str, order: Any
+    ) -> None:
         where = self.folder / str(step)
         if changed := _find_first_difference(
             manifest["leaves"], _describe_leaves(like)
@@ -156,6 +232,13 @@ class Checkpoints:
                 f"{where}: was trained on data with digest={manifest['data']!r}, "
                 f"and this run's is {data!r}.\n"
                 "Resume with the same data, or start in a new folder."
+            )
+        saved = manifest["order"]
+        if saved and order and (why := explain_difference(saved, order(step))):
+            raise CheckpointError(
+                f"{where}: the order of its data had {why}.\n"
+                "Rows would be seen twice and others never. Resume with the same order "
+                "(seed, batch size, shuffling), or start in a new folder."
             )
 
     def _read(self, step: int, like: Any) -> Any:
@@ -183,7 +266,37 @@ class Checkpoints:
                 # lowered for that type would bring it there, and abort.
                 leaf = jax.device_put(leaf, HOST_SPACE)
             leaves.append(leaf)
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        if names := find_not_finite(state):  # saved by an older version
+            raise disk.DamagedError(f"{name_leaves(names)} is not finite")
+        return state
+
+
+def _parse_manifest(where: pathlib.Path) -> dict[str, Any]:
+    """The manifest in a checkpoint's folder, whose fields are what they must be."""
+    try:
+        raw = (where / "manifest.json").read_bytes()
+    except OSError as error:
+        raise disk.DamagedError(f"manifest.json: {_take_first_line(error)}") from error
+    manifest: dict[str, Any] = {"order": {}}
+    manifest |= disk.open_sealed(raw, "manifest.json")
+    for field, kind in _FIELDS.items():
+        if type(manifest.get(field)) is not kind:
+            raise disk.DamagedError(
+                f"manifest.json: {field} is {str(manifest.get(field, 'absent'))[:40]}"
+            )
+    if manifest["step"] < 0 or not all(map(_is_digest, manifest["files"].values())):
+        raise disk.DamagedError("manifest.json: step or files are out of range")
+    return manifest
+
+
+_FIELDS = {"format": int, "step": int, "data": str} | dict.fromkeys(
+    ("order", "leaves", "files"), dict
+)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, list) and [type(v) for v in value] == [int, int]
 
 
 def _digest_files(folder: pathlib.Path) -> dict[str, list[int]]:

@@ -40,17 +40,21 @@ class Best:
     def __init__(self, folder: pathlib.Path, start: int):
         self.step, self._loss, self._since = 0, math.inf, 0
         for row in read(folder) if (folder / NAME).exists() else []:
-            if "held_out_loss" in row and row["step"] <= start:
-                self.record(row["step"], row["held_out_loss"])
+            loss = row.get("held_out_loss")
+            if loss is not None and row["step"] <= start:
+                self.record(row["step"], loss)
         self._folder = folder / "best"
         if self._folder.exists():  # a better one of updates that are done again
-            for step in (kept := Checkpoints(self._folder)).list_steps():
-                if step != self.step:
-                    kept.remove(step)
+            with Checkpoints(self._folder) as kept:
+                kept.remove_unfinished()
+                for step in kept.list_steps():
+                    if step != self.step:
+                        kept.remove(step)
 
-    def save(self, state: Any, *, data: str) -> None:
-        """Keeps the state of the best step, and no other."""
-        Checkpoints(self._folder, keep=1).save(self.step, state, data=data)
+    def save(self, state: Any, **more: Any) -> None:
+        """Keeps the state of the best step, and no other; `more` as a checkpoint's."""
+        with Checkpoints(self._folder, keep=1) as kept:
+            kept.save(self.step, state, **more)
 
     def record(self, step: int, loss: float) -> bool:
         """Takes the loss after `step` updates; returns whether it is the best."""

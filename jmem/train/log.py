@@ -66,12 +66,7 @@ class Log:
         for name in ("loss", "grad_norm", "held_out_loss"):
             if not math.isfinite(values.get(name, 0.0)):
                 kept = self._checkpoints.list_steps()
-                raise DivergedError(
-                    f"update {step}: {name}={values[name]} is not finite.\n"
-                    "Lower the learning rate, clip the gradient, or look at the data "
-                    f"of batch {max(step - 1, 0)}. "
-                    + (f"The checkpoint of step {kept[-1]} is kept." if kept else "")
-                )
+                raise DivergedError.after(step, f"{name}={values[name]}", kept)
 
 
 _FIRST = ("loss", "lr", "grad_norm", "active")

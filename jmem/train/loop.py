@@ -16,7 +16,6 @@ step late: the device never waits for a row to be written.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
@@ -28,15 +27,18 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from jmem import disk
 from jmem.models.contract import Batch
 from jmem.train import progress as progresses
 from jmem.train.checkpoint import Checkpoints, abstract
 from jmem.train.errors import DivergedError, Interrupted, TrainingError
 from jmem.train.evaluation import Best, compile_evaluation
 from jmem.train.finetuner import Finetuner
-from jmem.train.folder import prepare, require_free
+from jmem.train.finite import find_not_finite, name_leaves
+from jmem.train.folder import Hold, prepare, require_free
 from jmem.train.log import Log, Trace
 from jmem.train.metrics import MetricsFile
+from jmem.train.order import describe_order
 from jmem.train.step import check_batch, choose_placement, compile_step, describe_plan
 
 __all__ = ["Data", "DivergedError", "Interrupted", "TrainingError", "train"]
@@ -47,7 +49,11 @@ SPARE_BYTES = 64 * 2**20
 
 @runtime_checkable
 class Data(Protocol):
-    """Batches by number, and what they are made of."""
+    """Batches by number, and what they are made of.
+
+    It may also have `order`, a mapping of the settings that say which rows are in which
+    batch, as a seed: a run that goes on then names the one that differs.
+    """
 
     @property
     def digest(self) -> str:
@@ -55,7 +61,7 @@ class Data(Protocol):
         ...
 
     def batch(self, step: int) -> Batch:
-        """The batch of update `step`, from 0; a pure function of `step`."""
+        """The batch of update `step`, from 0; a pure function of `step`, everywhere."""
         ...
 
 
@@ -111,12 +117,17 @@ def train[State](
       progress: tell loss, rate (tokens a second) and time left on standard output.
 
     Raises:
-      TrainingError: an argument is out of range, `folder` already holds a run, `step`
-        changes the state's layout, or a batch has another shape.
-      DivergedError: loss or gradient norm is not finite; older checkpoints stay.
-      FolderError: `folder` cannot be written, or has no room for the checkpoints.
-      CheckpointError: `folder` holds a checkpoint of another state or of other data.
-      Interrupted: Ctrl-C; the state is in a checkpoint, and `resume=True` continues.
+      TrainingError: an argument is out of range, `folder` already holds a run, a
+        leaf of `state` is not finite, `step` changes the state's layout, or a batch
+        has another shape.
+      DivergedError: loss, gradient norm or a leaf of the state that is to be saved or
+        returned is not finite; older checkpoints stay.
+      FolderError: `folder` cannot be written, has no room for the checkpoints, or
+        belongs to another process just now.
+      CheckpointError: `folder` holds a checkpoint of another state, of other data, or
+        of data that came in another order.
+      Interrupted: Ctrl-C, SIGTERM or SIGHUP; the state is in a checkpoint, and
+        `resume=True` continues.
     """
     _check_arguments(
         steps=(steps, 1),
@@ -135,18 +146,30 @@ def train[State](
     state = jax.tree.map(_copy_to_jax, state)
     like = abstract(state)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(Hold(folder))  # before anything in it is touched
         checkpoints = Checkpoints(folder / "checkpoints", keep=keep)
+        stack.callback(checkpoints.close)
         start = 0
         if resume and checkpoints.list_steps():
             jax.tree.map(lambda leaf: leaf.delete(), state)
-            start, state = checkpoints.restore(like, data=data.digest)
+            start, state = checkpoints.restore(
+                like,
+                data=data.digest,
+                order=lambda step: describe_order(data, data.batch(step - 1)),
+            )
         elif not resume:
             _check_unused(folder, checkpoints)
+        if not start and (names := find_not_finite(state)):
+            raise TrainingError(
+                f"train: {name_leaves(names)} is not finite before the first update.\n"
+                "Look at the weights it was made of."
+            )
         if start > steps:
             raise TrainingError(
                 f"train: steps={steps} and {folder} is already at update {start}. "
                 "Ask for more steps, or start in a new folder."
             )
+        checkpoints.remove_unfinished()
         best = Best(folder, start)
         if start == steps or best.is_exhausted(patience):
             return state
@@ -167,7 +190,7 @@ def train[State](
         )
         stack.callback(lines.close)
         plan = describe_plan(step, program)
-        (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        disk.write_atomically(folder / "plan.json", disk.seal(plan, indent=1) + "\n")
         lines.note(
             f"compiled in {compiling:.1f} s; XLA plans {plan['bytes'] / 2**30:.2f} GiB "
             "for a step here"
@@ -205,16 +228,18 @@ def train[State](
                 log.flush()
                 if trace.is_over(done):
                     trace.stop()
-                if evaluating and evaluated(done) and keep_best:
-                    best.save(state, data=data.digest)
+                better = evaluating and evaluated(done) and keep_best
                 if best.is_exhausted(patience):
                     saving = True
                     lines.note(
                         f"no better held-out loss since update {best.step}; stopping"
                     )
+                of = {"data": data.digest, "order": describe_order(data, batch)}
+                if better:
+                    best.save(state, **of)
                 if saving:
                     file.sync()
-                    checkpoints.save(done, state, data=data.digest)
+                    checkpoints.save(done, state, **of)
                 log.restart_clock()
             if best.is_exhausted(patience):
                 break
@@ -237,11 +262,15 @@ def _is_due(done: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def _stop_between_steps(lines: progresses.Progress) -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event; a second one stops at once."""
+    """Ctrl-C, SIGTERM and SIGHUP set the event; a second one stops at once.
+
+    But for SIGHUP: a terminal that closes may send several. `nohup` ignores it, and so
+    it stays.
+    """
     asked = threading.Event()
 
     def ask(signum, frame):
-        if asked.is_set():
+        if asked.is_set() and signum != signal.SIGHUP:
             raise KeyboardInterrupt
         asked.set()
         lines.note("stopping after this step; once more to stop without a checkpoint")
@@ -249,7 +278,10 @@ def _stop_between_steps(lines: progresses.Progress) -> Iterator[threading.Event]
     if threading.current_thread() is not threading.main_thread():
         yield asked  # Python lets only the main thread handle signals
         return
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    asking = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asking.append(signal.SIGHUP)
+    before = {number: signal.signal(number, ask) for number in asking}
     try:
         yield asked
     finally:

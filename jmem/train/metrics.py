@@ -7,12 +7,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jmem.train.folder import FolderError
+from jmem import disk
+from jmem.train.folder import FolderError, Hold
 
 Row = dict[str, Any]
 
 NAME = "metrics.jsonl"
 """File name inside a method's folder."""
+NUMBERS = ("loss", "grad_norm", "held_out_loss", "seconds")
+"""Columns that hold one number; null is one that was not finite."""
 
 
 class MetricsError(ValueError):
@@ -28,38 +31,63 @@ def read(path: str | os.PathLike) -> list[Row]:
     write) is left out.
 
     Raises:
-      MetricsError: a complete line is not a JSON object with an integer `step`.
+      MetricsError: a complete line is no row: an object with an integer `step`, not
+        below that of the row before, whose losses are numbers; says which line.
     """
     path = pathlib.Path(path)
     if path.is_dir():
         path = path / NAME
-    rows = []
+    rows, last = [], 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise MetricsError(f"{path}:{number}: not JSON: {error}.") from None
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise MetricsError(
-                    f"{path}:{number}: a row must be an object with an integer 'step'."
-                )
-            rows.append(row)
+            rows.append(_read_row(line, f"{path}:{number}", last))
+            last = rows[-1]["step"]
     return rows
 
 
+def _read_row(line: bytes, where: str, last: int) -> Row:
+    """The row of a line, which may not be of a step below `last`."""
+    try:
+        row = disk.parse_json(line, where)
+    except disk.DamagedError as error:
+        raise MetricsError(str(error)) from None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise MetricsError(f"{where}: a row must be an object with an integer 'step'.")
+    if row["step"] < last:
+        raise MetricsError(f"{where}: step={row['step']} follows step={last}.")
+    for name, value in row.items():
+        if name in NUMBERS and not isinstance(value, int | float | None):
+            raise MetricsError(f"{where}: {name}={value!r} is no number.")
+    return row
+
+
 class MetricsFile:
-    """Appends rows to `folder/metrics.jsonl`, after dropping those past `step`."""
+    """Appends rows to `folder/metrics.jsonl`, after dropping those past `step`.
+
+    Raises:
+      FolderError: another process holds the folder; nothing was touched.
+      MetricsError: a row that is there is damaged.
+    """
 
     def __init__(self, folder: pathlib.Path, *, step: int = 0):
         self.path = folder / NAME
-        kept = [r for r in read(folder) if r["step"] <= step] if step else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(map(_write_line, kept)))
-        os.replace(partial, self.path)
-        self._file = self.path.open("ab", buffering=0)
+        self._hold = Hold(folder)
+        try:
+            self._drop_rows(step)
+            self._file = self.path.open("ab", buffering=0)
+        except BaseException:
+            self._hold.release()
+            raise
+
+    def _drop_rows(self, step: int) -> None:
+        """Leaves the rows up to `step` and no torn line; does nothing if that is so."""
+        there = self.path.read_bytes() if self.path.exists() else b""
+        rows = read(self.path) if step and there else []
+        lines = there.splitlines(True)[: sum(row["step"] <= step for row in rows)]
+        if (kept := b"".join(lines)) != there:
+            disk.write_atomically(self.path, kept)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row, unbuffered: it outlives this process, however that ends.
@@ -68,7 +96,7 @@ class MetricsFile:
           FolderError: the disk is full, or gone.
         """
         try:
-            self._file.write(_write_line(row).encode())
+            disk.append(self._file, _write_line(row).encode())
         except OSError as error:
             raise FolderError(
                 f"{self.path}: the row of step {row['step']} could not be written: "
@@ -81,6 +109,7 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+        self._hold.release()
 
 
 def _write_line(row: Mapping[str, Any]) -> str:

@@ -1,9 +1,14 @@
-"""How a run's progress is told: a live bar on a terminal, plain lines elsewhere."""
+"""How a run's progress is told: a live bar on a terminal, plain lines elsewhere.
+
+What cannot be told, as nobody reads it any more, is not told, and the run goes on.
+"""
 
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from jmem.terminal import Forgiving
 
 
 class Progress:
@@ -24,7 +29,7 @@ def choose(
     steps: int,
     *,
     start: int = 0,
-    unit: str,
+    unit: str = "tokens",
     silent: bool = False,
     stream: Any = None,
 ) -> Progress:
@@ -34,7 +39,7 @@ def choose(
     """
     if silent:
         return Progress()
-    stream = sys.stdout if stream is None else stream
+    stream = Forgiving(sys.stdout if stream is None else stream)
     kind = Bar if stream.isatty() else Lines
     return kind(name, steps, start=start, unit=unit, stream=stream)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import fcntl
 import importlib.machinery
 import json
 import os
@@ -26,7 +27,7 @@ EXPERIMENT = '''
 
 More.
 """
-import dataclasses
+import dataclasses, os, signal
 from experiments.harness import cli
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,17 @@ def main(config, run):
         raise ValueError("Toy: fail='refused' is refused.\\nUse another.")
     if config.fail == "bug":
         1 / 0
+    if config.fail == "file":
+        open("not/there")
+    if config.fail == "memory":
+        from jax.errors import JaxRuntimeError
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    if config.fail == "closed":
+        os.kill(os.getpid(), signal.SIGHUP)
     run.note(f"compiled for {run.target.name}")
     if config.fail == "stopped":
         raise KeyboardInterrupt("toy: stopped after update 3")
+    return int(config.fail == "no")
 
 if __name__ == "__main__":
     cli.run(main, Config)
@@ -106,6 +115,29 @@ class TestProcess:
         assert err.startswith("ValueError: target='h20' is no known GPU; did you mean")
         assert not (tmp_path / "runs").exists()
 
+    @pytest.mark.parametrize("fail", ["file", "memory", "no"])
+    def test_what_the_machine_refuses_is_said_and_no_verdict(self, toy, fail):
+        status, _, err = toy("--fail", fail)
+        words = {
+            "file": (2, "FileNotFoundError: [Errno 2] No such file"),
+            "memory": (2, "JaxRuntimeError: RESOURCE_EXHAUSTED: out of memory"),
+            "no": (1, ""),
+        }[fail]
+        assert (status, err[: len(words[1])]) == words
+
+    def test_a_run_that_goes_on_elsewhere_is_not_touched(self, toy, tmp_path):
+        status, *_ = toy()
+        [folder] = (tmp_path / "runs" / "toy").iterdir()
+        holding = os.open(folder, os.O_RDONLY)
+        fcntl.flock(holding, fcntl.LOCK_EX)  # of another open file: as if elsewhere
+        before = {path: path.stat() for path in (folder, *folder.iterdir())}
+        status, _, err = toy("--resume", str(folder))
+        os.close(holding)
+        assert status == 2
+        assert err.startswith(f"FolderError: folder={str(folder)!r} is in use by proc")
+        assert {path: path.stat() for path in before} == before
+        assert toy("--resume", str(folder))[0] == 0
+
     def test_folder_that_cannot_be_written(self, toy, tmp_path):
         (tmp_path / "file").touch()
         status, _, err = toy("--runs", "file/runs")
@@ -137,6 +169,29 @@ class TestProcess:
         assert done.returncode == 2
         assert done.stderr.startswith("ValueError: Toy: fail='refused'")
         assert (tmp_path / "runs" / "toy").is_dir()  # named by the module, not __main__
+
+    @pytest.mark.parametrize(
+        ("fail", "status", "words"),
+        [("bug", 2, "ZeroDivisionError: division by zero"), ("closed", 130, "")],
+    )
+    def test_status_of_a_bug_and_of_a_terminal_that_closes(
+        self, tmp_path, fail, status, words
+    ):
+        """A traceback's own, 1, would be a verdict; a pipe's reader is gone as well."""
+        (tmp_path / "toy.py").write_text(EXPERIMENT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "toy", "--fail", fail],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout and process.stderr  # noqa: PT018
+        process.stdout.close()
+        last = (process.stderr.read().splitlines() or [""])[-1]
+        process.stderr.close()
+        assert (process.wait(timeout=60), last) == (status, words)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """The run's folder: what was said stays, whatever happens."""
 
 import json
+import math
+import re
 
 import pytest
 from toy_experiment import Config, memories
 
-from experiments.harness import config, memory, plots, report
+from experiments.harness import config, memory, plots, record, report
+from experiments.harness.claim import ClaimsError
 from experiments.harness.run import Run
 from experiments.harness.sweep import say_where, search
+from jmem.disk import DamagedError
 from jmem.targets import resolve
 from jmem.train.folder import FolderError
 from jmem.train.loop import DivergedError
@@ -85,6 +89,21 @@ class TestRun:
             "second"
         ]
 
+    def test_a_report_that_was_changed_since_answers_no_claim(self, tmp_path):
+        with self.start(tmp_path) as run:
+            run.table("T", ["x", "y"], [["a", 1.5]])
+        assert record.read_report(run.folder)["tables"]["T"]["a"]["y"] == 1.5
+        path = run.folder / "report.json"
+        path.write_text(path.read_text().replace("1.5", "2.5"))
+        with pytest.raises(ClaimsError, match=r"report\.json: its values are not"):
+            record.read_report(run.folder)
+
+    def test_a_plan_that_is_damaged_costs_no_report(self, tmp_path):
+        with self.start(tmp_path) as run:
+            (run.folder_of("lisa") / "plan.json").write_text("{")
+        saved = json.loads((run.folder / "report.json").read_text())
+        assert "plan.json: not JSON" in saved["notes"][0]
+
     def test_full_disk(self, tmp_path, monkeypatch):
         def full(*_, **__):
             raise OSError(28, "No space left on device")
@@ -134,6 +153,28 @@ class TestSweep:
     def test_nothing_left_to_compare_is_said(self, tmp_path, diverges, words):
         with pytest.raises(DivergedError, match=words):
             self.sweep(tmp_path, diverges)
+
+    def test_a_loss_that_is_no_number_is_not_chosen(self, tmp_path):
+        def train(trial, folder):
+            return {"choose": math.nan if trial.factor == 3 else 2.0, "loss": 1.0}
+
+        run = Run("toy", Config(), runs=tmp_path)
+        assert search(run, ["one"], (1.0, 3.0), (0,), train)["one"].factor == 1
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda text: text.replace('"loss": 1.0', '"loss": 0.0'),
+            lambda text: '{"choose": 1.0, "loss": "low"}',
+            lambda text: text[:20],
+        ],
+    )
+    def test_a_trial_that_was_changed_since_is_refused(self, tmp_path, damage):
+        run, _ = self.sweep(tmp_path, lambda trial: False)
+        path = run.folder / "one-x3-seed0" / "done.json"
+        path.write_text(damage(path.read_text()))
+        with pytest.raises(DamagedError, match=rf"^{re.escape(str(path))}: "):
+            search(run, ["one"], (1.0, 3.0), (0,), lambda *trial: {})
 
     def test_trials_of_another_machine_keep_its_name(self, tmp_path):
         run = Run("toy", Config(), runs=tmp_path)

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jmem.finetune.adamw import AdamW, descend
+from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 
 
@@ -85,6 +86,18 @@ def test_descent_adds_in_float32():
     [
         (lambda: AdamW(learning_rate=-1.0), "learning_rate=-1.0"),
         (lambda: AdamW(learning_rate=float("nan")), "learning_rate=nan"),
+        (lambda: AdamW(learning_rate=float("inf")), "learning_rate=inf must be finite"),
+        (
+            lambda: AdamW(learning_rate=1e39),
+            r"learning_rate=1e\+39 must be finite",
+        ),
+        (lambda: AdamW(weight_decay=float("inf")), "weight_decay=inf"),
+        (
+            lambda: AdamW(learning_rate=1e30, rates=(("*", 1e9),)),
+            r"learning_rate \* 1.* of rates=(1e\+39|9\.99)",
+        ),
+        (lambda: AdamW(eps=1e-50), "eps=1e-50"),
+        (lambda: Lomo(learning_rate=float("inf")), "Lomo: learning_rate=inf"),
         (lambda: AdamW(b2=1.0), "b2=1.0"),
         (lambda: AdamW(eps=0.0), "eps=0.0"),
         (lambda: AdamW(schedule="cosine"), "total_steps=0"),

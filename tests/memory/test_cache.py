@@ -1,11 +1,14 @@
 """A kept report is the one that measuring again would give, or it is not taken."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import mutations
+import numpy as np
 import pytest
 
 from jmem.memory import cache
@@ -65,6 +68,48 @@ def test_a_damaged_entry_is_measured_again_and_replaced(folder):
     assert not ask().cached
     assert ask().device_bytes == first.device_bytes
     assert ask().cached
+
+
+def test_an_entry_that_was_changed_since_counts_as_none(folder):
+    """Also a digit, which is as good a number; and what a print would stumble over."""
+    first = ask()
+    (path,) = folder.iterdir()
+    entry = json.loads(path.read_text())
+    report = json.loads(entry["report"])
+    for change in ({"device_bytes": 42}, {"versions": {}}, {"interval": []}):
+        changed = entry | {"report": json.dumps(report | change)}
+        bare = {name: changed[name] for name in ("sources", "report")}
+        for text in (json.dumps(changed), json.dumps(bare), "[" * 100_000):
+            path.write_text(text)
+            assert cache.load(path.stem) is None
+    assert ask().device_bytes == first.device_bytes
+
+
+def test_mutated_entries(folder):
+    """The report that was kept, or none: never another."""
+    first = ask()
+    (path,) = folder.iterdir()
+    raw, same = path.read_bytes(), 0
+    for case in range(mutations.count(100)):
+        random = np.random.default_rng([case, 18])
+        damage = (mutations.damage_text, mutations.damage_bytes)[case % 2]
+        path.write_bytes(damage(raw, random))
+        if found := cache.load(path.stem):
+            assert dataclasses.replace(found, cached=False) == first
+            same += 1
+    assert same < mutations.count(100)
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    def none():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("JMEM_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cache.pathlib.Path, "home", none)
+    assert cache.folder() is None
+    monkeypatch.setenv("JMEM_CACHE_DIR", "elsewhere")
+    assert str(cache.folder()) == "elsewhere"
 
 
 def test_two_processes_share_it(folder):

@@ -2,20 +2,25 @@
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import mutations
 import numpy as np
 import pytest
+from orbax import checkpoint as ocp
 
+from jmem.data import Batch, Loader
 from jmem.train import checkpoint, loop, metrics, progress
 from jmem.train.folder import FolderError
 
@@ -38,6 +43,12 @@ class Altered(tiny.Tiny):
             del metrics["loss"]
         if self.change == "nan":
             metrics["loss"] = jnp.where(state["step"] == 9, jnp.nan, metrics["loss"])
+        if self.change in ("params", "average", "optimizer"):  # and no metric tells
+            broken = jax.tree.map(lambda a: a + (a * jnp.inf), state[self.change])
+            state[self.change] = jax.tree.map(
+                lambda a, b: jnp.where(state["step"] == 9, b, a) if a.ndim else a,
+                *(state[self.change], broken),
+            )
         return state, metrics
 
 
@@ -46,11 +57,28 @@ class Interrupting(tiny.Walk):
     """Data that presses Ctrl-C while it makes the batch of update `at`."""
 
     at: int = -1
+    signals: tuple[int, ...] = (signal.SIGINT,)
 
     def batch(self, step):
         if step == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in self.signals:
+                os.kill(os.getpid(), number)
         return super().batch(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordered(tiny.Walk):
+    """The same data, as its digest says, whose order has a seed."""
+
+    shuffle: int = 0
+    order: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self):
+        return "walk"
+
+    def batch(self, step):
+        return super().batch(step + 100 * self.shuffle)
 
 
 class TestRun:
@@ -184,6 +212,24 @@ class TestResume:
         resumed = tiny.run(tmp_path / "stopped", resume=True)
         chex.assert_trees_all_equal(whole, resumed)
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_a_terminal_that_closes_leaves_a_run_that_resumes(self, tmp_path, number):
+        """It may send several SIGHUP, where a second SIGTERM would stop at once."""
+        signals = (number,) * (3 if number == signal.SIGHUP else 1)
+        before = signal.getsignal(number)
+        with pytest.raises(loop.Interrupted, match="after update 6 of 12"):
+            tiny.run(tmp_path, data=Interrupting(at=5, signals=signals))
+        assert signal.getsignal(number) is before
+        assert checkpoint.Checkpoints(tmp_path / "checkpoints").list_steps() == (6,)
+
+    def test_what_nohup_ignores_stays_ignored(self, tmp_path):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            tiny.run(tmp_path, data=Interrupting(at=5, signals=(signal.SIGHUP,)))
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert checkpoint.Checkpoints(tmp_path / "checkpoints").list_steps() == (12,)
+
     def test_only_the_last_checkpoints_stay(self, tmp_path):
         tiny.run(tmp_path, checkpoint_every=3, keep=2)
         names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
@@ -224,6 +270,136 @@ class TestDamage:
             match=r"no checkpoint is intact: step 10: state/",
         ):
             tiny.run(tmp_path, resume=True)
+
+    CHANGES: Mapping[str, Any] = {
+        "a bit of data": lambda manifest: manifest | {"data": "walk-1"},
+        "files a number": lambda manifest: manifest | {"files": 5},
+        "no leaves": lambda manifest: dict(list(manifest.items())[:3]),
+        "another format": lambda manifest: manifest | {"format": 0},
+        "a list": lambda manifest: [manifest],
+    }
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_a_manifest_that_was_changed_is_damaged(self, saved_twice, capsys, name):
+        path = saved_twice.folder / "2" / "manifest.json"
+        path.write_text(json.dumps(self.CHANGES[name](json.loads(path.read_text()))))
+        step, state = saved_twice.restore(checkpoint.abstract(STATE), data="walk-0")
+        assert (step, state["w"].tolist()) == (1, [1, 1, 1])
+        assert "checkpoint 2 is damaged (manifest.json: " in capsys.readouterr().out
+        assert saved_twice.list_steps() == (1,)
+
+    def test_mutated_manifests(self, saved_twice):
+        """Nothing but the older checkpoint, or the same one, comes of it."""
+        path = saved_twice.folder / "2" / "manifest.json"
+        whole = path.read_bytes()
+        for case in range(mutations.count(12)):
+            random = np.random.default_rng([case, 15])
+            damage = (mutations.damage_text, mutations.damage_bytes)[case % 2]
+            shutil.copytree(path.parent, kept := saved_twice.folder / "kept")
+            path.write_bytes(damage(whole, random))
+            step, state = saved_twice.restore(checkpoint.abstract(STATE), data="walk-0")
+            assert state["w"].tolist() == [step] * 3
+            shutil.rmtree(path.parent, ignore_errors=True)
+            kept.rename(path.parent)
+
+    def test_a_manifest_without_a_digest_is_read_as_before(self, saved_twice):
+        path = saved_twice.folder / "2" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"], manifest["order"]
+        path.write_text(json.dumps(manifest))
+        assert saved_twice.restore(checkpoint.abstract(STATE), data="walk-0")[0] == 2
+
+    def test_a_folder_is_of_the_step_that_is_in_it(self, saved_twice, capsys):
+        (saved_twice.folder / "2").rename(saved_twice.folder / "7")
+        step, state = saved_twice.restore(checkpoint.abstract(STATE), data="walk-0")
+        assert (step, state["w"].tolist()) == (2, [2, 2, 2])
+        assert saved_twice.list_steps() == (1, 2)
+        assert "checkpoint 7 is of step 2" in capsys.readouterr().out
+
+    def test_a_copy_under_another_step_is_none(self, saved_twice):
+        shutil.copytree(saved_twice.folder / "1", saved_twice.folder / "9")
+        assert saved_twice.restore(checkpoint.abstract(STATE), data="walk-0")[0] == 2
+        assert saved_twice.list_steps() == (1, 2)
+
+    def test_a_state_of_an_older_version_that_is_not_finite(self, saved_twice):
+        """It could be saved then; now the one before it is used."""
+        array = saved_twice.folder / "2" / "state"
+        saved_twice.save(3, STATE, data="walk-0")
+        bad = {"w": jnp.array([1.0, jnp.nan, 1.0])}
+        shutil.rmtree(array)
+        with ocp.PyTreeCheckpointer() as writer:
+            writer.save(array, bad)
+        manifest = array.with_name("manifest.json")
+        values = json.loads(manifest.read_text())
+        del values["sha256"]
+        values["files"] = {
+            path.relative_to(array).as_posix(): [
+                path.stat().st_size,
+                zlib.crc32(path.read_bytes()),
+            ]
+            for path in array.rglob("*")
+            if path.is_file()
+        }
+        manifest.write_text(json.dumps(values))
+        saved_twice.remove(3)
+        assert saved_twice.restore(checkpoint.abstract(STATE), data="walk-0")[0] == 1
+
+
+STATE = {"w": jnp.ones(3)}
+
+
+@pytest.fixture
+def saved_twice(tmp_path):
+    """Checkpoints of steps 1 and 2 of a vector of as many."""
+    kept = checkpoint.Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        kept.save(step, {"w": jnp.full(3, float(step))}, data="walk-0")
+    return kept
+
+
+class TestOrder:
+    """A run goes on with the rows that would have come, or not at all."""
+
+    @pytest.mark.parametrize(
+        ("before", "now", "words"),
+        [
+            ({}, {"shuffle": 1}, "had another batch at the last update than"),
+            ({"order": {"seed": 0}}, {"order": {"seed": 1}}, "had seed=0, and this"),
+            (
+                {"order": {"seed": 0, "size": 4}},
+                {"order": {"seed": 1, "size": 2}},
+                "had seed=0, size=4, and this run has seed=1, size=2",
+            ),
+        ],
+    )
+    def test_another_one_is_refused(self, tmp_path, before, now, words):
+        tiny.run(tmp_path, steps=2, data=Ordered(**before))
+        with pytest.raises(checkpoint.CheckpointError, match=words):
+            tiny.run(tmp_path, steps=4, data=Ordered(**now), resume=True)
+        tiny.run(tmp_path, steps=4, data=Ordered(**before), resume=True)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"seed": 7}, "had seed=0, and this run has seed=7"),
+            ({"batch_size": 2}, "had batch_size=4, and this run has batch_size=2"),
+        ],
+    )
+    def test_of_a_loader(self, tmp_path, change, words):
+        rows = Batch(*(np.concatenate([leaf] * 4) for leaf in tiny.Walk().batch(0)))
+        data = Loader(rows, 4)
+        tiny.run(tmp_path, steps=2, data=data)
+        other = dataclasses.replace(data, **change)
+        with pytest.raises(checkpoint.CheckpointError, match=words):
+            tiny.run(tmp_path, steps=4, data=other, resume=True)
+
+    def test_of_a_run_that_did_not_note_it(self, tmp_path):
+        tiny.run(tmp_path, steps=2, data=Ordered())
+        path = tmp_path / "checkpoints" / "2" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"], manifest["order"]
+        path.write_text(json.dumps(manifest))
+        tiny.run(tmp_path, steps=3, data=Ordered(shuffle=1), resume=True)
 
 
 class TestRefuses:
@@ -272,6 +448,25 @@ class TestRefuses:
         assert "checkpoint of step 8 is kept" in str(caught.value)
         assert checkpoint.Checkpoints(tmp_path / "checkpoints").list_steps() == (4, 8)
         assert [r["step"] for r in metrics.read(tmp_path)] == [*range(1, 9)]
+
+    @pytest.mark.parametrize("steps", [9, 12], ids=["the last", "one in between"])
+    @pytest.mark.parametrize("change", ["params", "average", "optimizer"])
+    def test_a_state_that_is_not_finite(self, tmp_path, change, steps):
+        """The loss of a step is that before its update: it does not tell."""
+        settings = {"checkpoint_every": 1, "keep": 1, "steps": steps}
+        with pytest.raises(loop.DivergedError, match=f"update 9: leaf '{change}/.*not"):
+            tiny.run(tmp_path, finetuner=Altered(change=change), **settings)
+        assert checkpoint.Checkpoints(tmp_path / "checkpoints").list_steps() == (8,)
+
+    def test_weights_that_are_not_finite(self, tmp_path):
+        class Broken(tiny.Tiny):
+            def init(self, model, params, stats, key):
+                params["head"] = params["head"].at[3, 5].set(jnp.nan)
+                return super().init(model, params, stats, key)
+
+        with pytest.raises(loop.TrainingError, match=r"leaf '.*head' .* before the fi"):
+            tiny.run(tmp_path, finetuner=Broken())
+        assert not (tmp_path / "metrics.jsonl").exists()
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -332,12 +527,49 @@ class TestMetrics:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": nope}\n')
         with pytest.raises(metrics.MetricsError, match=r"metrics\.jsonl:2: not JSON"):
             metrics.read(tmp_path)
-        (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
-        with pytest.raises(metrics.MetricsError, match=r":1: .* integer 'step'"):
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ('{"loss": 1}', "integer 'step'"),
+            ('{"step": true}', "integer 'step'"),
+            ('{"step": 1}', "step=1 follows step=2"),
+            ('{"step": 3, "held_out_loss": "1.5"}', "held_out_loss='1.5' is no number"),
+            ("[" * 100_000, "not JSON"),
+        ],
+    )
+    def test_a_line_that_is_no_row_is_refused_at_its_place(self, tmp_path, line, words):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2}}\n{line}\n')
+        with pytest.raises(metrics.MetricsError, match=rf"metrics\.jsonl:2: .*{words}"):
             metrics.read(tmp_path)
+
+    def test_mutated_rows(self, tmp_path):
+        row = {"step": 1, "loss": 2.5, "active": [1, 2], "held_out_loss": None}
+        raw = "".join(json.dumps(row | {"step": n}) + "\n" for n in range(9)).encode()
+        damages = (mutations.damage_text, mutations.damage_bytes)
+        mutants = (
+            damages[case % 2](raw, np.random.default_rng([case, 16]))
+            for case in range(mutations.count(200))
+        )
+        error = metrics.MetricsError
+        found = mutations.outcomes(
+            mutants, tmp_path / "metrics.jsonl", metrics.read, error
+        )
+        assert all(found.values())
 
 
 class TestProgress:
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_a_run_goes_on_where_nobody_reads_it(self, tmp_path, monkeypatch, terminal):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w") as stream:
+            monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+            monkeypatch.setattr(sys, "stdout", stream)
+            tiny.run(tmp_path, progress=True, held_out=[HELD_OUT])
+            monkeypatch.undo()
+        assert metrics.read(tmp_path)[-1]["step"] == 12
+
     def test_lines_come_first_last_and_in_between_by_time(self):
         stream, clock = io.StringIO(), iter(range(0, 1000, 4))
         lines = progress.Lines(
