@@ -16,6 +16,8 @@ import pathlib
 import tomllib
 from typing import Any
 
+from jmem.disk import write_atomically
+
 CAPABILITY = {
     "NVIDIA H200": "9.0",
     "NVIDIA H100 80GB HBM3": "9.0",
@@ -74,7 +76,7 @@ def write(path: pathlib.Path, bench: str, entries: list[dict[str, Any]]) -> None
     for entry in newest.values():
         lines = (f"{name} = {_toml(value)}" for name, value in entry.items())
         parts.append("\n".join(["[[tile]]", *lines]) + "\n")
-    path.write_text("\n".join(parts))
+    write_atomically(path, "\n".join(parts))
 
 
 def _toml(value: Any) -> str:

@@ -114,8 +114,8 @@ class Checkpoint:
             read, so that the device never holds them at full width.
 
         Raises:
-          CheckpointError: a file changed since `load`, a value overflows `dtype`, or
-            nothing can stay packed.
+          CheckpointError: a file changed since `load`, a value is not finite (names
+            the tensor) or overflows `dtype`, or nothing can stay packed.
           ValueError: another type, or a map whose rows are not whole blocks of it.
         """
         return layout.assemble(self.config, self.tensors, self.dtype, packed)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jmem.checkpoints.files import CheckpointError, LazyTensor
+from jmem.checkpoints.files import CheckpointError, LazyTensor, read_finite
 from jmem.checkpoints.names import Leaf, Naming, find_family, list_leaves
 from jmem.models.config import DecoderConfig
 from jmem.nn import quantised
@@ -138,8 +138,8 @@ def assemble(
     each layer quantised as it is read.
 
     Raises:
-      CheckpointError: a file changed since it was checked, a value overflows dtype, or
-        nothing can stay packed.
+      CheckpointError: a file changed since it was checked, a value is not finite or
+        overflows dtype, or nothing can stay packed.
       ValueError: rows are not whole blocks of the type.
     """
     params: dict = {}
@@ -244,12 +244,12 @@ def _write_row(stacked: jax.Array, row: jax.Array, layer: jax.Array) -> jax.Arra
 
 
 def _cast(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
-    values = tensor.read()
+    values = read_finite(tensor)
     if values.dtype == dtype:
         return values
     with np.errstate(all="ignore"):
         cast = values.astype(dtype)
-    if np.isinf(cast).any() and not np.isinf(values).any():
+    if np.isinf(cast).any():
         raise CheckpointError(
             f"{tensor.origin}: tensor {tensor.name!r} holds values beyond "
             f"{ml_dtypes.finfo(dtype).max}, the largest {dtype}. Load it as bfloat16 "

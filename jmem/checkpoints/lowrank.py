@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jmem.checkpoints import fused, layout
-from jmem.checkpoints.files import CheckpointError, LazyTensor
+from jmem.checkpoints.files import CheckpointError, LazyTensor, read_finite
 from jmem.checkpoints.modules import Module, Stack
 from jmem.nn.maps import insert
 from jmem.program import by_key
@@ -102,7 +102,9 @@ def stack_tensors(
     stack: Stack, tensors: Mapping[str, LazyTensor], dtype: np.dtype
 ) -> Shaped[np.ndarray, "LE ..."]:
     """The tensors of a stack in one array [layers * experts, ...], in our layout."""
-    return np.stack([tensors[name].read().T.astype(dtype) for name in stack.names])
+    return np.stack(
+        [read_finite(tensors[name]).T.astype(dtype) for name in stack.names]
+    )
 
 
 def _put_beside(

@@ -127,12 +127,6 @@ def load_mixlora(folder: str | os.PathLike[str], config: DecoderConfig) -> Mixtu
     ranks = {_name_tensors(one, experts): rank for one in chosen}
     tree, _ = lowrank.assemble(ranks, tensors, rank)
     kernel = lowrank.stack_tensors(router, tensors, np.dtype(np.float32))
-    if not np.isfinite(kernel).all():
-        layer = np.isfinite(kernel).all((1, 2)).argmin()
-        raise CheckpointError(
-            f"{file}: tensor {router.names[layer]!r} holds values that are not finite, "
-            "so that no token has an expert. Take an earlier save of the adapter."
-        )
     insert(tree, _ROUTER, jnp.array(kernel))
     maps = tuple(one.paths[0].rpartition("/")[2] for one in chosen)
     return Mixture(settings=settings | {"maps": maps}, adapters=tree, base=base)

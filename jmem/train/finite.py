@@ -20,12 +20,13 @@ def find_not_finite(tree: Any) -> list[str]:
         for name, leaf in by_key(tree).items()
         if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)
     }
-    finite = jax.device_get(_look([*floating.values()]))
+    finite = jax.device_get(look([*floating.values()]))
     return [name for name, fine in zip(floating, finite) if not fine]
 
 
 @jax.jit
-def _look(leaves: list[jax.Array]) -> list[jax.Array]:
+def look(leaves: list[jax.Array]) -> list[jax.Array]:
+    """A flag for each floating array: whether all of it is finite."""
     return [_is_finite(leaf) for leaf in leaves]
 
 

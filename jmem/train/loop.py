@@ -159,11 +159,6 @@ def train[State](
             )
         elif not resume:
             _check_unused(folder, checkpoints)
-        if not start and (names := find_not_finite(state)):
-            raise TrainingError(
-                f"train: {name_leaves(names)} is not finite before the first update.\n"
-                "Look at the weights it was made of."
-            )
         if start > steps:
             raise TrainingError(
                 f"train: steps={steps} and {folder} is already at update {start}. "
@@ -179,6 +174,11 @@ def train[State](
         began = time.perf_counter()
         first = data.batch(start)
         place = choose_placement(model, state)
+        if not start and (names := find_not_finite(state)):
+            raise TrainingError(
+                f"train: {name_leaves(names)} is not finite before the first update.\n"
+                "Look at the weights it was made of."
+            )
         step, program = compile_step(finetuner, model, state, place(first))
         held_out_loss = compile_evaluation(
             finetuner, model, state, held_out, evaluate, place

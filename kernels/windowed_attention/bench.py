@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jmem.disk import write_atomically
 from jmem.kernels import _bench, _tuned
 from jmem.kernels._bench import NoGPUError, Time, attached, copy_bandwidth
 from jmem.kernels.windowed_attention import windowed_attention
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
             _tuned.write(TUNED, MODULE, tuned)
         if given.out:
             given.out.parent.mkdir(parents=True, exist_ok=True)
-            given.out.write_text(json.dumps(records, indent=1) + "\n")
+            write_atomically(given.out, json.dumps(records, indent=1) + "\n")
     for words in slow:
         print(words)
     return int(bool(slow))

@@ -153,6 +153,29 @@ class TestDtype:
             checkpoints.load(folder, dtype="float16").params()
         checkpoints.load(folder, dtype="bfloat16").params()
 
+    @pytest.mark.parametrize("dtype", layout.WEIGHT_DTYPES, ids=str)
+    @pytest.mark.parametrize("value", [np.nan, -np.inf])
+    @pytest.mark.parametrize("place", ["mlp/up", "head"])
+    def test_values_that_are_not_finite_are_an_error(
+        self, tmp_path, dtype, value, place
+    ):
+        """Also one, the last of several chunks; and the greatest number is no error."""
+        config = dataclasses.replace(TINY, vocab_size=2100)  # 32 wide: over 2**16
+        params = random_params(config, dtype)
+        greatest = ml_dtypes.finfo(dtype).max
+        leaf, name = {
+            "mlp/up": (params["blocks"]["mlp"]["up"], "model.layers.4.mlp.up_proj"),
+            "head": (params["head"], "lm_head"),
+        }[place]
+        leaf["kernel"].flat[-1] = greatest
+        fine = folder_of(tmp_path / "fine", config, params=params)
+        checkpoints.load(fine).params()
+        leaf["kernel"].flat[-1] = value
+        folder = folder_of(tmp_path / "m", config, params=params)
+        message = rf"tensor '{name}\.weight' holds values that are not finite"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.load(folder).params()
+
     @pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e4m3fn"])
     def test_dtypes_that_parameters_cannot_have(self, tmp_path, dtype):
         with pytest.raises(

@@ -443,6 +443,13 @@ class TestAnotherBase:
         with pytest.raises(CheckpointError, match="has dtype int8; adapters are flo"):
             checkpoints.load_adapter(folder, TINY)
 
+    def test_values_that_are_not_finite(self, tmp_path):
+        tensors = peft_tensors(["q_proj", "v_proj"])
+        tensors[self.Q][0, 1] = np.inf
+        message = f"{re.escape(self.Q)}' holds values that are not finite"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.load_adapter(folder_of(tmp_path / "a", tensors), TINY)
+
 
 class TestFiles:
     def test_what_is_not_there(self, tmp_path):

@@ -76,6 +76,18 @@ def test_a_run_prints_explains_and_draws(tmp_path, monkeypatch, capsys):
     assert "what fills the peak" in (folder / "report.md").read_text()
 
 
+def test_what_does_not_fit_is_a_verdict_that_is_no(tmp_path, monkeypatch, capsys):
+    arguments = ["--model=tiny", "--program=decode", "--seq-len=128", "--gpu=rtx4090"]
+    arguments += ["--reserve=23.9", f"--runs={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["memory", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(memory.main, memory.Config)
+    assert stop.value.code == 1
+    assert "does not fit rtx4090" in capsys.readouterr().out
+    [folder] = (tmp_path / "memory").iterdir()
+    assert json.loads((folder / "report.json").read_text())["status"] == "complete"
+
+
 def test_saved_activations_are_measured_under_every_remat(
     tmp_path, monkeypatch, capsys
 ):
