@@ -94,7 +94,7 @@ def test_descent_adds_in_float32():
         (lambda: AdamW(weight_decay=float("inf")), "weight_decay=inf"),
         (
             lambda: AdamW(learning_rate=1e30, rates=(("*", 1e9),)),
-            r"learning_rate \* 1.* of rates=(1e\+39|9\.99)",
+            r"learning_rate \* 1\S* of rates=1\S* must",
         ),
         (lambda: AdamW(eps=1e-50), "eps=1e-50"),
         (lambda: Lomo(learning_rate=float("inf")), "Lomo: learning_rate=inf"),
