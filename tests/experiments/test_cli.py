@@ -233,8 +233,8 @@ class TestScript:
     def test_help_is_the_module_and_the_fields(self, capsys):
         assert self.start(["--help"]) == 0
         shown = capsys.readouterr().out
-        assert "python -m experiments.test_harness" in shown
-        assert "The harness: config in and out" in shown
+        assert "python -m experiments.test_cli" in shown
+        assert "From the command line to the exit status" in shown
         assert "Whether it is only looked at." in shown
         assert "--no-check" not in shown
 
