@@ -32,12 +32,12 @@ from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
 from jmem.finetune.layerwise import make_slot_gradients
 from jmem.finetune.lisa import checks, rows
+from jmem.finetune.lisa.layers import count, cut
 from jmem.finetune.lisa.moments import AtDraw, Moments, Outside, drop_blocks
 from jmem.finetune.orders import Order, choose_active
 from jmem.finetune.patterns import join, split
 from jmem.finetune.walk import Update
 from jmem.nn.quantised import refuse_packed
-from jmem.nn.stack import depth
 
 # Around any optimizer -----------------------------------------------------------------
 
@@ -60,17 +60,30 @@ def transform(
     moments: AtDraw = "reset_layers",
     weights: tuple[float, ...] = (),
     order: Order = "drawn",
-    blocks: str = "blocks",
+    blocks: str | tuple[str, ...] = "blocks",
+    stacked: bool | None = None,
 ) -> optax.GradientTransformation:
     """LISA around any optax optimizer, for anybody's training loop.
 
-    Parameters are a dict whose entry `blocks` holds every layer's parameters stacked on
-    axis 0; all other entries always train. Updates of frozen blocks are exactly zero.
-    The optimizer's state covers `active_layers` blocks only; gradients still exist for
-    all, as they come from outside (the `Lisa` finetuner avoids that too).
+    Parameters are any pytree, and updates come in its structure. Below the path
+    `blocks` ("params/layers", or the words of it) are the layers; everything else
+    always trains. Numbered entries are a layer each, in the order of their numbers: a
+    list, a dict {"0": ..., "10": ...}, modules layers_0, layers_1 ... ("params/layers"
+    means those too). Without numbers every leaf holds all layers, stacked on axis 0.
+    `stacked` says which it is, where it is not to be told.
+
+    Updates of frozen blocks are exactly zero. The optimizer's state covers
+    `active_layers` blocks only; gradients still exist for all, as they come from
+    outside (the `Lisa` finetuner avoids that too).
 
     `inner` sees one block at a time and starts afresh at each draw: put learning-rate
-    schedules and global-norm clipping outside, into an `optax.chain`.
+    schedules and global-norm clipping outside, into an `optax.chain`. What is outside
+    the blocks it sees with None in their place.
+
+    Raises:
+      ValueError: `blocks` is no path of the parameters, or could be read either way;
+        stacked leaves disagree about the number of layers, or layers are not alike;
+        there are fewer than `active_layers`.
 
     >>> params = {"head": jnp.ones(2), "blocks": {"w": jnp.ones((6, 3))}}
     >>> lisa = transform(optax.scale_by_adam(), active_layers=2, period=10)
@@ -83,43 +96,38 @@ def transform(
     lisa = Lisa(active_layers=active_layers, moments=moments, **drawn)
     persist = moments == "persist"
 
-    def split(tree):
-        return {k: v for k, v in tree.items() if k != blocks}, tree[blocks]
-
     def init(params):
-        outside, stacked = split(params)
-        layers = depth(stacked)
-        checks.check_draw(layers, active_layers, weights)
+        layers = cut(params, blocks, stacked)
+        checks.check_draw(number := count(layers), active_layers, weights)
+        held = number if persist else active_layers
         return LisaState(
             step=jnp.int32(0),
             active=jnp.arange(active_layers, dtype=jnp.int32),
-            outside=inner.init(outside),
-            blocks=rows.init_rows(inner, stacked, layers if persist else active_layers),
+            outside=inner.init(layers.outside),
+            blocks=rows.init_rows(inner, layers.described, held),
         )
 
     def update(updates: Any, state: Any, params: Any = None):
         if params is None:
             raise ValueError("lisa.transform: update needs params; pass them as third.")
-        outside, stacked = split(params)
-        outside_grads, grads = split(updates)
+        layers = cut(params, blocks, stacked)
+        grads = cut(updates, blocks, layers.stacked)
         fresh = state.step % period == 0
-        active = lisa.draw(state.step // period, jax.random.key(seed), depth(stacked))
-        held = state.outside
+        active = lisa.draw(state.step // period, jax.random.key(seed), count(layers))
+        outside, held = layers.outside, state.outside
         if moments == "reset_all":
             held = rows.restart(fresh, inner.init(outside), held)
-        moved: Any
-        moved, held = inner.update(outside_grads, held, outside)
+        moved, held = inner.update(grads.outside, held, outside)
         moved_rows, optimizer = rows.update_rows(
             inner,
             persist,
             fresh,
             active,
-            rows.take_rows(grads, active),
+            grads.take(active),
             state.blocks,
-            stacked,
+            layers.take(active),
         )
-        still = jax.tree.map(jnp.zeros_like, grads)
-        updates = moved | {blocks: rows.put_rows(still, active, moved_rows)}
+        updates = grads.put(moved, active, moved_rows)
         return updates, LisaState(state.step + 1, active, held, optimizer)
 
     return optax.GradientTransformation(init, update)
@@ -268,11 +276,12 @@ class Lisa:
         outside = descend(outside, updates, drop_blocks(rates))
 
         blocks = trained["blocks"]
+        own = rows.take_rows(blocks, active)
         updates, optimizer = rows.update_rows(
-            inner, kept.rows_of_all, fresh, active, grads, state["blocks"], blocks
+            inner, kept.rows_of_all, fresh, active, grads, state["blocks"], own
         )
         rates = jax.tree.map(lambda r: r[active] if r.ndim else r, rates["blocks"])
-        moved = descend(rows.take_rows(blocks, active), updates, rates)
+        moved = descend(own, updates, rates)
         trained = outside | {"blocks": rows.put_rows(blocks, active, moved)}
         new = {
             "params": join(trained, frozen),
@@ -311,6 +320,7 @@ class Lisa:
             outside_count=count + 1,
             rates=self.adamw.find_leaf_rates(trained, rate, layers),
             step=state["step"],
+            decays=self.adamw.decays,
             train=self.train,
         )
         new = {

@@ -38,16 +38,16 @@ def restart(fresh: jax.Array | bool, start: Any, state: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(fresh, a, b), start, state)
 
 
-def update_rows(inner, rows_of_all, fresh, active, grads, optimizer, blocks):
+def update_rows(inner, rows_of_all, fresh, active, grads, optimizer, params):
     """`inner` on every active block: (updates [S, ...], optimizer).
 
-    The state of a block lives in row `layer` if there is one for each, else in row
-    `slot`, where a draw starts it afresh.
+    `params`, as `grads`, are the rows of active blocks. The state of a block lives in
+    row `layer` if there is one for each, else in row `slot`, where a draw starts it
+    afresh.
     """
-    params = take_rows(blocks, active)
     if rows_of_all:
         own = take_rows(optimizer, active)
         updates, rows = jax.vmap(inner.update)(grads, own, params)
         return updates, put_rows(optimizer, active, rows)
-    start = init_rows(inner, blocks, active.shape[0])
+    start = init_rows(inner, params, active.shape[0])
     return jax.vmap(inner.update)(grads, restart(fresh, start, optimizer), params)
