@@ -2,7 +2,8 @@
 
 Stock `optax.adamw(mu_dtype=...)` keeps the second moment in the parameters' dtype. Here
 both moments are stored in `moment_dtype` and updated in float32, whatever the
-parameters are.
+parameters are. Its bias correction, 1 - b**t, rounds b to float32 first, and is off by
+1.3e-5 of itself at b = 0.999 and the first updates: `correct_bias` is not.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from jmem.program import by_key, format_path
 Place = Literal["device", "host"]
 """Where moments live; "host" is pinned memory that the GPU reads and writes."""
 Rounding = Literal["nearest", "random"]
+Convention = Literal["plain", "transformers"]
 
 
 def cast(tree: Any, dtype) -> Any:
@@ -52,22 +54,59 @@ def store_in(
     return optax.GradientTransformation(init, update)
 
 
+def correct_bias(decay: float, count: jax.Array) -> jax.Array:
+    """1 - decay**count of a moment after `count` updates (from 1), float32.
+
+    Within 4e-7 of the exact value: the logarithm is that of the Python float.
+    """
+    log = math.log(decay) if decay else -math.inf
+    return -jnp.expm1(count.astype(jnp.float32) * log)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """`optax.scale_by_adam`, with its state, whose bias correction is exact."""
+
+    def update(updates, state, params=None):
+        del params
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+        first, second = correct_bias(b1, count), correct_bias(b2, count)
+        updates = jax.tree.map(
+            lambda m, v: m / first / (jnp.sqrt(v / second) + eps), mu, nu
+        )
+        return updates, ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam().init, update)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Decoupled weight decay Adam (Loshchilov and Hutter, 2019, arXiv:1711.05101)."""
+    """Decoupled weight decay Adam (Loshchilov and Hutter, 2019, arXiv:1711.05101).
+
+    Where recipes differ, `convention` says which is followed: a warm-up of n steps
+    begins at 1/n of the peak here, at 0 in transformers; here all that is trained is
+    decayed, there neither norms nor biases are.
+    """
 
     learning_rate: float = 5e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate falls from its peak to zero over `total_steps`."""
     warmup_steps: int = 0
-    """Steps of linear rise to the peak."""
+    """Steps of linear rise to the peak, which update number `warmup_steps` has (from
+    1, or from 0 where `convention` is "transformers")."""
     total_steps: int = 0
     """Updates the schedule is laid out for; needed unless it is constant."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    """Share of a weight, times the rate, that an update takes off it."""
+    convention: Convention = "plain"
+    """Whose warm-up and weight decay: "plain" moves weights from the first update on
+    and decays all that is trained; "transformers" is Hugging Face's Trainer, whose
+    first update of a warm-up has rate 0, and which decays neither norms nor biases."""
     max_grad_norm: float = 1.0
     """Global norm that gradients are scaled down to; 0 leaves them alone."""
     moment_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
@@ -115,6 +154,7 @@ class AdamW:
             own = self.learning_rate * factor
             check_rate("AdamW", f"learning_rate * {factor} of rates", own)
         check_choice("AdamW", "weight_rounding", self.weight_rounding, Rounding)
+        check_choice("AdamW", "convention", self.convention, Convention)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(
                 f"AdamW: layer_decay={self.layer_decay} must be above 0 and at most 1, "
@@ -124,7 +164,8 @@ class AdamW:
     def rate(self, step: jax.Array) -> jax.Array:
         """Learning rate of update number `step` (from 0), float32."""
         step = jnp.asarray(step, jnp.float32)
-        warmup = jnp.minimum(1.0, (step + 1) / max(1, self.warmup_steps))
+        begun = 0 if self.convention == "transformers" and self.warmup_steps else 1
+        warmup = jnp.minimum(1.0, (step + begun) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return self.learning_rate * warmup
         span = self.total_steps - self.warmup_steps
@@ -171,11 +212,21 @@ class AdamW:
 
         return jax.tree.map_with_path(leaf, trained)
 
-    def direction(self) -> optax.GradientTransformation:
+    def decays(self, path: str) -> bool:
+        """Whether the parameter at `path` is decayed: by transformers, no norm or bias.
+
+        >>> AdamW(convention="transformers").decays("blocks/attention_norm/scale")
+        False
+        """
+        is_small = path.endswith(("bias", "scale")) or "norm" in path.lower()
+        return self.convention == "plain" or not is_small
+
+    def direction(self, above: str = "") -> optax.GradientTransformation:
         """The update before it is scaled by -rate: no schedule, no clipping.
 
         Its step count is that of its own moments, so a group of parameters whose
-        moments start afresh gets its bias correction afresh.
+        moments start afresh gets its bias correction afresh. `above` leads the paths
+        of its leaves.
 
         Raises:
           ValueError: moments of 8 bits, which only a fused step keeps.
@@ -185,9 +236,18 @@ class AdamW:
                 "AdamW: moment_dtype='float8' needs a fused step: Lisa with "
                 "adamw.max_grad_norm=0 and accumulate=1. Choose that, or 'bfloat16'."
             )
-        adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
+        adam = scale_by_adam(self.b1, self.b2, self.eps)
         if self.weight_decay:
-            adam = optax.chain(adam, optax.add_decayed_weights(self.weight_decay))
+
+            def mask(tree):
+                return jax.tree.map_with_path(
+                    lambda path, _: self.decays(above + format_path(path)), tree
+                )
+
+            decayed = optax.add_decayed_weights(
+                self.weight_decay, None if self.convention == "plain" else mask
+            )
+            adam = optax.chain(adam, decayed)
         return store_in(self.moment_dtype, adam)
 
     def rule(
@@ -198,7 +258,7 @@ class AdamW:
         rate: jax.Array,
         t: jax.Array,
         salt: jax.Array,
-        weight_decay: jax.Array | None = None,
+        weight_decay: jax.Array | float | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Update number `t` (from 1) of a part of a weight: (w, its moments).
 
@@ -210,9 +270,9 @@ class AdamW:
         m, v = self._widen(state)
         m = self.b1 * m + (1 - self.b1) * dw
         v = self.b2 * v + (1 - self.b2) * jnp.square(dw)
-        t = t.astype(jnp.float32)
         wide = w.astype(jnp.float32)
-        moved = m / (1 - self.b1**t) / (jnp.sqrt(v / (1 - self.b2**t)) + self.eps)
+        first, second = correct_bias(self.b1, t), correct_bias(self.b2, t)
+        moved = m / first / (jnp.sqrt(v / second) + self.eps)
         decay = self.weight_decay if weight_decay is None else weight_decay
         wide -= rate * (moved + decay * wide)
         if self.weight_rounding == "random" and w.dtype == jnp.bfloat16:
@@ -295,10 +355,10 @@ def add_master(rule: Callable) -> Callable:
     rounded: what 16 bits would lose of an update adds up.
     """
 
-    def moved(w, state, dw, rate, t, salt):
+    def moved(w, state, dw, rate, t, salt, **decay):
         *state, copy = state
         wide = jnp.where(t == 1, w.astype(jnp.float32), copy)
-        wide, state = rule(wide, tuple(state), dw, rate, t, salt)
+        wide, state = rule(wide, tuple(state), dw, rate, t, salt, **decay)
         return wide.astype(w.dtype), (*state, wide)
 
     return moved

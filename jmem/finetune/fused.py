@@ -19,6 +19,7 @@ See      jmem/finetune/lisa/, tests/finetune/test_fused.py
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,6 +67,7 @@ def fused_step(
     outside_count: Int[Array, ""],
     rates: dict,
     step: Int[Array, ""],
+    decays: Callable[[str], bool],
     train: tuple[str, ...] = (),
 ) -> Moved:
     """One update of everything outside the blocks, and of the blocks that have a row.
@@ -75,17 +77,18 @@ def fused_step(
     `blocks` and `outside` are trees as the trained parameters, each leaf a tuple of
     arrays; those of the blocks are [S, ...]. Counts are the numbers of this update.
     `rates` is a tree as the trained parameters (`AdamW.find_leaf_rates`). `step`
-    counts from 0 and must be traced (see Fence). The loss is a decoder's
+    counts from 0 and must be traced (see Fence). `decays(path)` says whether the rule
+    decays a weight (`AdamW.decays`). The loss is a decoder's
     (`Decoder.loss`).
     """
     chosen, rest = split(params, train, "fused_step: train")
     positions = token_positions(batch.tokens)
     own_rates, below = by_key(rates["blocks"]), bool(jax.tree.leaves(chosen["embed"]))
     walk = _Blocks(
-        *(model, rule, batch, positions, step),
+        *(model, rule, batch, positions, step, decays),
         *(chosen["blocks"], rest["blocks"], block_counts, own_rates, below),
     )
-    tables = Tables(model, outside_rule or rule, batch, positions, step)
+    tables = Tables(model, outside_rule or rule, batch, positions, step, decays)
 
     table = chosen["embed"].get("embedding")
     added = {k: v for k, v in chosen["embed"].items() if k != "embedding"}

@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jmem.finetune.adamw import AdamW
+from jmem.finetune.adamw import AdamW, Convention
 from jmem.finetune.checks import check_choice, check_rate
 from jmem.finetune.descent import refuse_stats
 from jmem.finetune.fused import fused_step
@@ -45,7 +45,8 @@ class Lomo:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     total_steps: int = 0
-    """These three as `AdamW`'s."""
+    convention: Convention = "plain"
+    """These four as `AdamW`'s."""
     weight_decay: float = 0.0
     clip_value: float = 0.0
     """Size that each value of a gradient is cut to; 0 leaves them alone."""
@@ -72,6 +73,7 @@ class Lomo:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
             weight_decay=self.weight_decay,
+            convention=self.convention,
             max_grad_norm=0,
         )
 
@@ -128,6 +130,7 @@ class Lomo:
             outside_count=step + 1,
             rates=self.adamw.find_leaf_rates(trained, rate, layers),
             step=step,
+            decays=self.adamw.decays,
             train=self.train,
         )
         moments = moved.outside | {"blocks": moved.blocks}

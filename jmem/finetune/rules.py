@@ -41,10 +41,11 @@ class Sgd:
         del leaf
         return ()
 
-    def __call__(self, w, state, dw, rate, t, salt):
+    def __call__(self, w, state, dw, rate, t, salt, weight_decay: float | None = None):
         del t, salt
         wide = w.astype(jnp.float32)
-        wide -= rate * (_clip(dw, self.clip_value) + self.weight_decay * wide)
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        wide -= rate * (_clip(dw, self.clip_value) + decay * wide)
         return wide.astype(w.dtype), state
 
 
@@ -120,7 +121,9 @@ class Factored:
         dw = dw * jax.lax.rsqrt(rows / mean)[:, None]
         return dw * jax.lax.rsqrt(columns[0])[None]
 
-    def factors(self, rate, seen: Seen, square, size: int) -> tuple:
+    def factors(
+        self, rate, seen: Seen, square, size: int, weight_decay: float | None = None
+    ) -> tuple:
         """What the weight and its direction are multiplied by: (kept, moved).
 
         `square` is the sum of the direction's squares over all `size` values.
@@ -129,7 +132,8 @@ class Factored:
             own = jnp.sqrt(seen.weights / size)
             rate = rate * jnp.maximum(own, jnp.float32(self.floor))
         over = jnp.maximum(jnp.sqrt(square / size) / self.threshold, 1.0)
-        return 1 - rate * self.weight_decay, rate / over
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        return 1 - rate * decay, rate / over
 
     def move(self, w, direction, factors):
         """Some rows of the weight, updated."""
@@ -139,12 +143,12 @@ class Factored:
 
     # A matrix at once -----------------------------------------------------------------
 
-    def __call__(self, w, state, dw, rate, t, salt):
+    def __call__(self, w, state, dw, rate, t, salt, weight_decay: float | None = None):
         del salt
         start = jnp.int32(0)
         seen = self.look(self.begin(w.shape), start, w, dw)
         state = self.settle(state, seen, t)
         direction = self.direction(state, jnp.mean(state[0]), dw)
         square = jnp.sum(jnp.square(direction))
-        factors = self.factors(rate, seen, square, w.size)
+        factors = self.factors(rate, seen, square, w.size, weight_decay)
         return self.move(w, direction, factors), state

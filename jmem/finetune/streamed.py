@@ -52,17 +52,18 @@ def stream_step(
     Returns (trained, optimizer, metrics).
     """
     factor, norm = adamw.clip_factor(grads)
-    rate, inner = adamw.rate(step), adamw.direction()
+    rate = adamw.rate(step)
     rates = adamw.find_leaf_rates(trained, rate, layers)
 
-    def update(held, grads, rates):
-        rows, moments = held
-        grads = scale(grads, factor)  # here, or clipped stacks would exist besides
-        updates, moments = inner.update(grads, moments, rows)
-        return descend(rows, updates, rates), moments
-
     def leaf(path, value, grad, rates, moments):
-        rows = _cut(path, value)
+        rows, inner = _cut(path, value), adamw.direction(format_path(path))
+
+        def update(held, grads, rates):
+            rows, moments = held
+            grads = scale(grads, factor)  # here, or clipped stacks would exist besides
+            updates, moments = inner.update(grads, moments, rows)
+            return descend(rows, updates, rates), moments
+
         # A rate is of a whole leaf, [], or of its layers, [L, 1, ...].
         rates = jnp.broadcast_to(rates, (rows.shape[0], *rates.shape[1:]))
         rows, moments = update_rows(update, (rows, moments), _cut(path, grad), rates)

@@ -274,7 +274,10 @@ class Tables(Walk):
         zeros = dict.fromkeys(leaves, jnp.float32(0))
         squares = jax.lax.fori_loop(0, trips, measure, zeros)
         found = {
-            name: rule.factors(rates[name], seen[name], squares[name], leaf.size)
+            name: rule.factors(
+                *(rates[name], seen[name], squares[name], leaf.size),
+                **self.override_decay(name),
+            )
             for name, leaf in leaves.items()
         }
         states = {name: turned(name, state) for name, state in moments.items()}

@@ -19,7 +19,7 @@ Rule = Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
 
 `state` holds arrays that have w's rows, `dw` is float32, `t` the number of this update
 since the state began (1 is the first; `state` is zeros then). `salt` is a uint32 that
-no other part and no other step has."""
+no other part and no other step has. `weight_decay=` stands in for the rule's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Walk:
     positions: jax.Array
     number: jax.Array
     """Of the step."""
+    decays: Callable[[str], bool]
+    """Whether the rule decays the weight at a path."""
 
     @property
     def ops(self) -> Ops:
@@ -66,7 +68,12 @@ class Walk:
         """The rule on a part; a state begins as zeros at its first update."""
         state = tuple(jnp.where(t == 1, jnp.zeros_like(s), s) for s in state)
         salt = make_salt(path, self.number, layer, index)
-        return self.rule(w, state, dw.astype(jnp.float32), rate, t, salt)
+        dw, decay = dw.astype(jnp.float32), self.override_decay(path)
+        return self.rule(w, state, dw, rate, t, salt, **decay)
+
+    def override_decay(self, path) -> dict[str, float]:
+        """What a rule is told where the weight at `path` is not to be decayed."""
+        return {} if self.decays(path) else {"weight_decay": 0.0}
 
     def move_leaf(self, path, w, state, dw, rate, t, layer=0):
         """A small leaf at once: (w, state, square of the gradient's norm)."""

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
-from jmem.finetune.adamw import AdamW, descend
+from jmem.finetune.adamw import AdamW, correct_bias, descend, gradient_step
 from jmem.finetune.lomo import Lomo
 from jmem.finetune.lora import Lora
 
@@ -31,6 +32,30 @@ def test_direction_is_optax_adamw():
         )
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.95, 0.999, 0.9999])
+def test_bias_correction_is_exact(decay):
+    count = np.array([1, 2, 3, 10, 100, 1_000, 30_000, 1_000_000], np.int32)
+    with np.errstate(divide="ignore"):
+        expected = -np.expm1(count * np.log(np.float64(decay)))
+    found = jax.jit(correct_bias, static_argnums=0)(decay, jnp.asarray(count))
+    # Roundings of t, log b, their product and expm1: half a unit each, expm1 some.
+    np.testing.assert_allclose(found, expected, rtol=4e-7)
+
+
+def test_the_first_updates_have_the_size_of_the_rate():
+    """In both forms; 1 - b**t in float32 made them 6.4e-6 smaller."""
+    adamw, w = AdamW(eps=1e-30), jnp.zeros(3)
+    grads = jnp.asarray([1e-3, -2.0, 3e2])
+    state, moments = adamw.direction().init(w), (w, w)
+    for number in range(1, 4):
+        found, state = adamw.direction().update(grads, state, w)
+        moved, moments = adamw.rule(
+            w, moments, grads, jnp.float32(1), jnp.int32(number), jnp.uint32(0)
+        )
+        for update in (found, -moved):
+            np.testing.assert_allclose(update, jnp.sign(grads), rtol=1e-6)
+
+
 def test_small_gradients_survive_in_bfloat16_weights_float32_moments():
     """g² of a bf16 gradient of 1e-3, times 1 - b2, is lost if added in bf16."""
     params = {"w": jnp.ones(4, jnp.bfloat16)}
@@ -44,6 +69,9 @@ def test_small_gradients_survive_in_bfloat16_weights_float32_moments():
     assert state.nu["w"].dtype == jnp.float32
 
 
+TRANSFORMERS = {"convention": "transformers"}
+
+
 @pytest.mark.parametrize(
     "options, expected",
     [
@@ -54,6 +82,21 @@ def test_small_gradients_survive_in_bfloat16_weights_float32_moments():
         (
             {"schedule": "linear", "warmup_steps": 2, "total_steps": 4},
             [0.5, 1.0, 1.0, 0.5, 0.0],
+        ),
+        # get_linear_schedule_with_warmup, get_cosine_..., get_constant_... of
+        # transformers 5.24: step / warmup_steps, from 0
+        (
+            {"schedule": "linear", "warmup_steps": 2, "total_steps": 4} | TRANSFORMERS,
+            [0.0, 0.5, 1.0, 0.5, 0.0],
+        ),
+        (
+            {"schedule": "cosine", "warmup_steps": 1, "total_steps": 4} | TRANSFORMERS,
+            [0.0, 1.0, 0.75, 0.25, 0.0],
+        ),
+        ({"warmup_steps": 4} | TRANSFORMERS, [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (
+            {"schedule": "linear", "total_steps": 4} | TRANSFORMERS,
+            [1.0, 0.75, 0.5, 0.25, 0.0],
         ),
     ],
 )
@@ -73,6 +116,39 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
     chex.assert_trees_all_equal(untouched, grads)
     inside, _ = AdamW(max_grad_norm=20.0).clip(grads)
     chex.assert_trees_all_equal(inside, grads)
+
+
+DECAYED = {
+    "embed/embedding": True,
+    "blocks/attention_norm/scale": False,
+    "blocks/attention/q/kernel": True,
+    "blocks/attention/q/bias": False,
+    "blocks/attention/q/lora_a": True,
+    "blocks/attention/q/magnitude": True,
+    "blocks/attention/k_norm/scale": False,
+    "final_norm/scale": False,
+    "final_norm/bias": False,
+    "head/kernel": True,
+}
+
+
+@pytest.mark.parametrize("convention", ["plain", "transformers"])
+def test_what_is_decayed(convention):
+    """Without a gradient nothing else moves: what `Full` and `Lora` do."""
+    adamw = AdamW(weight_decay=0.5, learning_rate=0.1, convention=convention)
+    params = traverse_util.unflatten_dict(dict.fromkeys(DECAYED, jnp.ones(2)), sep="/")
+    grads = jax.tree.map(jnp.zeros_like, params)
+    moved, *_ = gradient_step(
+        *(adamw, jnp.float32(0), grads, params, adamw.direction().init(params)),
+        *(jnp.int32(0), 1),
+    )
+    moved = traverse_util.flatten_dict(moved, sep="/")
+    for path, decayed in DECAYED.items():
+        expected = 0.95 if decayed or convention == "plain" else 1.0
+        np.testing.assert_allclose(moved[path], expected, rtol=1e-6, err_msg=path)
+        alone, w = adamw.direction(path), jnp.ones(2)  # as moments on the host have it
+        update, _ = alone.update(jnp.zeros(2), alone.init(w), w)
+        np.testing.assert_allclose(1 - 0.1 * update, expected, rtol=1e-6, err_msg=path)
 
 
 def test_descent_adds_in_float32():

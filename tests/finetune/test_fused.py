@@ -94,7 +94,11 @@ CASES = {
     "llama, norms": {"train": ("*norm*", "blocks/mlp/up")},
     "tied": {"moments": "persist"},
     "gpt2": {"adamw": dataclasses.replace(ADAMW, layer_decay=0.8)},
-    "phi2": {"adamw": dataclasses.replace(ADAMW, rates=(("head", 3.0),))},
+    "phi2": {
+        "adamw": dataclasses.replace(
+            ADAMW, rates=(("head", 3.0),), convention="transformers", warmup_steps=3
+        )
+    },
 }
 
 
