@@ -71,6 +71,8 @@ def choose(
     weights, chosen = lax.top_k(probabilities, slots)
     if router == "top_k":
         used = jnp.arange(slots)[None] < jnp.array(top_k)[:, None]  # [J, K]
+        # An expert that is used counts as load, though its probability underflows.
+        weights = jnp.maximum(weights, jnp.finfo(jnp.float32).tiny)
         weights = jnp.where(used[:, None], weights, 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         return chosen, weights / total, probabilities

@@ -20,7 +20,8 @@ class Sampling:
     top_k: int = 0
     """Draw among the k likeliest tokens (and ties of the last); 0 for all."""
     top_p: float = 1.0
-    """Draw among the fewest tokens whose probabilities reach this sum; 1 for all."""
+    """Draw among the fewest tokens whose probabilities reach this sum, exactly those
+    that transformers keeps; of equal ones at the edge the later. 1 for all."""
 
     def __post_init__(self):
         if not self.temperature >= 0:
@@ -46,10 +47,12 @@ class Sampling:
             least = jax.lax.top_k(scores, self.top_k)[0][:, -1:]
             scores = jnp.where(scores < least, -jnp.inf, scores)
         if self.top_p < 1:
-            falling = jnp.sort(scores, axis=-1, descending=True)
-            chances = jax.nn.softmax(falling, axis=-1)
-            # A token stays while those before it fall short: the first always does.
-            short = jnp.cumsum(chances, axis=-1) - chances < self.top_p
-            least = jnp.min(jnp.where(short, falling, jnp.inf), axis=-1, keepdims=True)
-            scores = jnp.where(scores < least, -jnp.inf, scores)
+            # As transformers: the least likely go while their sum stays within the
+            # rest. Ties are broken by place, and the likeliest always stays.
+            order = jnp.argsort(scores, axis=-1)
+            rising = jnp.take_along_axis(scores, order, axis=-1)
+            mass = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1)
+            goes = (mass <= 1 - self.top_p).at[:, -1].set(False)
+            rising = jnp.where(goes, -jnp.inf, rising)
+            scores = jnp.put_along_axis(scores, order, rising, axis=-1, inplace=False)
         return jax.random.categorical(key, scores, axis=-1).astype(jnp.int32)

@@ -35,8 +35,8 @@ class PyramidKV(SnapKV):
     def budgets(self, layers: int, prompt: int) -> tuple[int, ...]:
         """In the official code's integer arithmetic."""
         mean, rest = self.capacity - self.window, prompt - self.window
-        if prompt < 2 * mean or layers == 1:
-            return (mean,) * layers
+        if prompt < max(2 * mean, self.capacity) or layers == 1:
+            return (mean,) * layers  # below capacity, that is all of the prompt
         top = mean // self.divisor
         bottom = 2 * mean - top
         if bottom >= rest:

@@ -286,6 +286,14 @@ class TestBalance:
         assert values == sorted(values)
         assert float(self.of(jnp.zeros((1, 8, 4)))) == 2.0
 
+    def test_an_expert_counts_though_its_probability_underflows(self):
+        """exp(-200) is 0 in float32; the official code counts whom it chose."""
+        logits = jnp.array([[[0.0, -200.0, -300.0, -400.0], [0.0, 1.0, 2.0, 3.0]]])
+        own = choose(logits, router="top_k", top_k=(2,), top_p=(1.0,))
+        load = measure_traffic(*own, jnp.ones((1, 2), bool))["load"]
+        np.testing.assert_array_equal(load, [[0.5, 0.5, 0.5, 0.5]])
+        np.testing.assert_allclose(own[1][0, 0], [1, 0], atol=1e-30)
+
     def test_what_padding_holds_does_not_matter(self):
         logits = jnp.array(
             np.random.default_rng(1).standard_normal((1, 6, 4)), jnp.float32

@@ -41,6 +41,34 @@ def test_the_kept_tokens_come_in_proportion(options, kept):
     assert (found[expected == 0] == 0).all()
 
 
+def keep_as_transformers(logits: np.ndarray, top_p: float) -> np.ndarray:
+    """Which tokens its TopPLogitsWarper (5.24) leaves, float32 throughout."""
+    order = np.argsort(logits, kind="stable")
+    chances = np.exp(logits[order] - logits.max())
+    mass = np.cumsum(chances / chances.sum(), dtype=np.float32)
+    stays = mass > np.float32(1 - top_p)
+    stays[-1] = True
+    return np.sort(order[stays])
+
+
+@pytest.mark.parametrize("top_p", [0.125, 0.25, 0.5, 0.75, 0.875, 1e-6])
+@pytest.mark.parametrize(
+    "chances",
+    [
+        [1 / 8] * 8,  # equal ones: as many as reach the sum, and no more
+        [1 / 2, 1 / 4, 1 / 8, 1 / 8, 0, 0, 0, 0],  # the sum is reached exactly
+        [1 / 8, 1 / 4, 1 / 8, 1 / 2, 0, 0, 0, 0],
+        [1 / 4, 1 / 8, 1 / 4, 1 / 8, 1 / 4, 0, 0, 0],
+    ],
+)
+def test_a_sum_that_is_reached_exactly_keeps_what_transformers_keeps(chances, top_p):
+    logits = np.log2(np.maximum(chances, 2.0**-40)).astype(np.float32) * np.log(2)
+    logits = logits.astype(np.float32)
+    found = drawn(Sampling(temperature=1.0, top_p=top_p), jnp.asarray(logits)[None])
+    expected = keep_as_transformers(logits, top_p)
+    assert np.flatnonzero(found).tolist() == expected.tolist()
+
+
 def test_temperature_sharpens():
     squared = CHANCES**2 / (CHANCES**2).sum()
     found = drawn(Sampling(temperature=0.5))

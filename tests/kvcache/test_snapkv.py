@@ -125,6 +125,19 @@ def test_a_pyramid_follows_the_prompt(prompt, expected):
     assert plan.selected == expected
 
 
+@pytest.mark.parametrize("capacity, window", [(12, 10), (9, 8), (40, 8), (64, 63)])
+def test_a_pyramid_keeps_all_of_a_prompt_within_its_capacity(capacity, window):
+    """Its window may be longer than the prompt, and twice the rest of it shorter."""
+    policy = PyramidKV(capacity=capacity, window=window)
+    for prompt in range(1, 3 * capacity):
+        plan = policy.plan(MODEL, prompt=prompt, new_tokens=1)
+        kept = [size + plan.recent for size in plan.selected]
+        assert kept[-1] >= min(prompt, window)
+        assert kept == sorted(kept, reverse=True)
+        if prompt <= capacity:
+            assert kept == [prompt] * 4
+
+
 def test_sinks_and_recent_tokens():
     plan, found = chosen(StreamingLLM(capacity=C, first=C - WINDOW))
     kept = np.sort(GOLDEN["streaming_pos"], axis=1)
