@@ -2,7 +2,7 @@
 
     uv run python -m tests.train.kills                  30 kills of each fine-tuner
     uv run python -m tests.train.kills lisa lora        of these
-    uv run python -m tests.train.kills --kills 5 --seed 1
+    uv run python -m tests.train.kills tiny --kills 3   of the smallest, which is none
 
 A small run is killed (SIGKILL) while it starts, after a row, or while a checkpoint is
 written, then continued in the same folder and killed again, until it ends; then the
@@ -55,24 +55,24 @@ PATIENCE = 300.0
 
 def train(name: str, folder: pathlib.Path, keep: int = 2) -> Any:
     """The run that is killed: from where it was, to its end."""
-    finetuner = FINETUNERS[name].finetuner
+    settings: dict[str, Any] = {
+        "steps": STEPS,
+        "held_out": [tiny.Walk(seed=9).batch(0)],
+        "evaluate_every": EVALUATE_EVERY,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        "keep": keep,
+        "resume": True,
+        "progress": False,
+    }
+    if name == "tiny":
+        return tiny.run(folder, **settings)
+    member, key = FINETUNERS[name], jax.random.key(0)
+    finetuner = member.finetuner
     model = Decoder(dataclasses.replace(TINY, hidden=64, head_dim=16))  # NF4's blocks
-    params = jax.jit(model.init)(jax.random.key(0))
-    begin = jax.jit(lambda p: finetuner.init(model, p, {}, jax.random.key(1)))
-    return loop.train(
-        finetuner,
-        model,
-        begin(params),
-        DATA,
-        steps=STEPS,
-        folder=folder,
-        held_out=[tiny.Walk(seed=9).batch(0)] * FINETUNERS[name].merges,
-        evaluate_every=EVALUATE_EVERY,
-        checkpoint_every=CHECKPOINT_EVERY,
-        keep=keep,
-        resume=True,
-        progress=False,
-    )
+    begin = jax.jit(lambda key: finetuner.init(model, model.init(key), {}, key))
+    if not member.merges:
+        del settings["held_out"]
+    return loop.train(finetuner, model, begin(key), DATA, folder=folder, **settings)
 
 
 def run_child(name: str, folder: pathlib.Path) -> None:
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    if unknown := set(given.names) - FINETUNERS.keys():
+    if unknown := set(given.names) - FINETUNERS.keys() - {"tiny"}:
         parser.error(f"no fine-tuner {sorted(unknown)}; there are {[*FINETUNERS]}")
     totals = []
     for name in given.names:

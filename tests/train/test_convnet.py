@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from jmem.train import metrics
 from jmem.train.finetuner import Finetuner
 
 from . import convnet
-from .test_kill import kill_when, rows
+from .kills import read_rows, wait_until
 
 MODEL = convnet.ConvNet()
 FUSED_LORA = Lora(update="fused", adamw=AdamW(max_grad_norm=0.0))
@@ -124,7 +125,11 @@ def test_killed_and_resumed_is_bit_equal_statistics_too(tmp_path, whole):
     script = pathlib.Path(convnet.__file__)
     process = subprocess.Popen([sys.executable, script, killed], text=True)
     stop = chance.randint(12, 45)
-    kill_when(process, lambda: len(rows(killed)) > stop)
+    wait_until(
+        lambda: len(read_rows(killed)) > stop or process.poll() is not None, "a row"
+    )
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
     resumed = convnet.long_run(killed, resume=True)
     chex.assert_trees_all_equal(whole[1], resumed)
     expected, found = (metrics.read(folder) for folder in (whole[0], killed))

@@ -1,11 +1,6 @@
-"""The smallest thing the loop can train, with every kind of leaf a method may have.
-
-python tests/train/tiny.py FOLDER [--resume]    train it; for tests that kill
-"""
+"""The smallest thing the loop can train, with every kind of leaf a method may have."""
 
 import dataclasses
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +11,7 @@ from jmem.data.batch import Batch
 from jmem.train import loop
 
 VOCAB, WIDTH = 23, 8
-STEPS, EVALUATE_EVERY, CHECKPOINT_EVERY = 120, 30, 15
+STEPS = 120  # until its rate is zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,19 +114,3 @@ def run(folder, *, finetuner=None, data=None, **settings):
         evaluate=lambda state, batch: model.loss(state["params"], batch),
         **settings,
     )
-
-
-def long_run(folder, *, resume=False):
-    """The run that the kill test interrupts and repeats."""
-    return run(
-        folder,
-        steps=STEPS,
-        held_out=[Walk(seed=9).batch(n) for n in range(2)],
-        evaluate_every=EVALUATE_EVERY,
-        checkpoint_every=CHECKPOINT_EVERY,
-        resume=resume,
-    )
-
-
-if __name__ == "__main__":
-    long_run(pathlib.Path(sys.argv[1]), resume="--resume" in sys.argv)
