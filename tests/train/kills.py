@@ -183,7 +183,7 @@ class Victim:
         """What a kill left in the folder, once it is known to be right."""
         rows, checkpoints = read_rows(self.run), self.run / "checkpoints"
         found = sorted(p.name for p in checkpoints.glob("*")) if rows else []
-        steps = [int(name) for name in found if name.isdecimal()]
+        steps = sorted(int(name) for name in found if name.isdecimal())
         assert rows == self.rows[: len(rows)], "a row is not that of the whole run"
         newest = max(steps, default=0)
         assert newest >= self.newest, f"checkpoint {self.newest} is lost"
