@@ -15,7 +15,7 @@ from jmem.methods import Family
 ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = (
-    ("targets", "disk", "terminal"),
+    ("targets", "confined", "disk", "terminal"),
     ("program", "lowering"),
     ("memory", "kernels"),
     ("offload",),

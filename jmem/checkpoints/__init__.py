@@ -14,6 +14,7 @@
     huggingface  config.json                       llamacpp  GGUF's metadata
     layout       names, transposes, stacking       smollm2   the packaged model
     tokenizer    tokenizer.json, or GGUF's metadata
+    ends         tokens that end a text
     peft         LoRA adapters, as PEFT's folders
     mixlora      LoRA experts with a router, as MoE-PEFT's folders
 
@@ -27,12 +28,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from jmem.checkpoints import (
+    ends,
     files,
     gguf,
     huggingface,
@@ -42,7 +44,7 @@ from jmem.checkpoints import (
     smollm2,
 )
 from jmem.checkpoints import tokenizer as tokenizer_files
-from jmem.checkpoints.files import CheckpointError, LazyTensor
+from jmem.checkpoints.files import CheckpointError, CheckpointWarning, LazyTensor
 from jmem.checkpoints.mixlora import Mixture, load_mixlora, save_mixlora
 from jmem.checkpoints.peft import Adapter, load_adapter, save_adapter
 from jmem.models import zoo
@@ -55,6 +57,7 @@ __all__ = [
     "Adapter",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointWarning",
     "Mixture",
     "load",
     "load_adapter",
@@ -79,7 +82,7 @@ class Checkpoint:
     tokenizer: "Tokenizer | None" = dataclasses.field(repr=False)
     """None if the checkpoint carries none."""
     eos_ids: tuple[int, ...]
-    """Tokens that end a text; may be empty."""
+    """Tokens that end a text or a turn (`jmem.checkpoints.ends`); may be empty."""
     tokenizer_files: Mapping[str, str] = dataclasses.field(repr=False)
     """What transformers reads beside tokenizer.json, by file name: special tokens and
     the chat template. Of a GGUF file, made from its metadata."""
@@ -240,15 +243,20 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     where, text = folder / "config.json", folder / "tokenizer.json"
     raw = files.read_json(where, _CONFIG_LIMIT)
     config = huggingface.parse_config(raw, str(where))
-    found = _match(path, config, expect, read(path), "huggingface")
+    config, found = _match(path, config, expect, read(path), "huggingface")
     size = config.vocab_size
+    tokenizer = tokenizer_files.from_json(text, size) if text.exists() else None
+    beside = tokenizer_files.read_files(folder)
+    named = [(where, raw)]
+    if (more := folder / "generation_config.json").exists():  # transformers' own
+        named.append((more, files.read_json(more, _CONFIG_LIMIT)))
     return Checkpoint(
         path=path,
         config=config,
         dtype=_find_dtype(found),
-        tokenizer=tokenizer_files.from_json(text, size) if text.exists() else None,
-        eos_ids=_read_eos(raw, size, folder),
-        tokenizer_files=tokenizer_files.read_files(folder),
+        tokenizer=tokenizer,
+        eos_ids=ends.read_folder(named, beside, tokenizer, size),
+        tokenizer_files=beside,
         tensors=found,
     )
 
@@ -257,31 +265,18 @@ def _open_gguf(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     source = gguf.read_file(path)
     config, metadata = llamacpp.parse_config(source), source.metadata
     tensors = llamacpp.reorder_tensors(source, config)
-    found = _match(path, config, expect, tensors, "gguf")
+    config, found = _match(path, config, expect, tensors, "gguf")
     return Checkpoint(
         path=path,
         config=config,
         dtype=_find_dtype(found),
         tokenizer=tokenizer_files.from_gguf(metadata, config.vocab_size, path),
-        eos_ids=llamacpp.parse_eos(source, config.vocab_size),
+        eos_ids=ends.read_metadata(metadata, config.vocab_size, path),
         tokenizer_files=tokenizer_files.make_files(
             metadata, config.max_positions, path
         ),
         tensors=found,
     )
-
-
-def _read_eos(raw: Mapping[str, Any], vocab_size: int, folder: Path) -> tuple[int, ...]:
-    """Ids that end a text by config.json, then those that chat models add.
-
-    Those stand in generation_config.json, which transformers generates by.
-    """
-    ids = huggingface.parse_eos(raw, vocab_size, str(folder / "config.json"))
-    path = folder / "generation_config.json"
-    if path.exists():
-        more = files.read_json(path, _CONFIG_LIMIT)
-        ids += huggingface.parse_eos(more, vocab_size, str(path))
-    return tuple(dict.fromkeys(ids))
 
 
 def _match(
@@ -290,8 +285,12 @@ def _match(
     expect: DecoderConfig | None,
     tensors: Mapping[str, LazyTensor],
     naming: layout.Naming,
-) -> dict[str, tuple[LazyTensor, ...]]:
-    """The tensors of each parameter; refuses another model than the expected one."""
+) -> tuple[DecoderConfig, dict[str, tuple[LazyTensor, ...]]]:
+    """The decoder, tied if its file is, and the tensors of each of its parameters.
+
+    Refuses another model than the expected one.
+    """
+    config, tensors = layout.settle_head(config, tensors, naming)
     if expect is not None:
         layout.match(expect, tensors, naming, "the expected model")
         for field in dataclasses.fields(expect):
@@ -301,7 +300,7 @@ def _match(
                     f"{path}: has {field.name}={given}, but the expected model has "
                     f"{wanted}. It is the checkpoint of another model."
                 )
-    return layout.match(config, tensors, naming, "its configuration")
+    return config, layout.match(config, tensors, naming, "its configuration")
 
 
 def _find_dtype(found: Mapping[str, tuple[LazyTensor, ...]]) -> np.dtype:

@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written whole; nothing partial is left."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint that contradicts itself, and how it is read all the same."""
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A named array whose values cost nothing until `read()` is called."""
@@ -42,6 +46,8 @@ class LazyTensor:
     """llama.cpp's name of the type it is stored in; empty in other formats."""
     read_packed: Callable[[], np.ndarray] | None = None
     """The stored bytes, uint8 [..., bytes of a row]; None in other formats."""
+    read_rows: Callable[[int, int], np.ndarray] | None = None
+    """Rows [start, stop) of axis 0; None where a part cannot be read alone."""
 
     @property
     def nbytes(self) -> int:

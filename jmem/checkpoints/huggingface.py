@@ -224,20 +224,6 @@ def _parse_plain(given: Fields, kind: str, sizes: Mapping[str, int]) -> dict[str
     }
 
 
-def parse_eos(raw: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
-    """Ids that end a text: `eos_token_id`, which may be one, several or none.
-
-    Raises:
-      CheckpointError: anything else, or an id beyond the vocabulary.
-    """
-    given = Fields(raw, where)
-    value = given.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise given.make_error("eos_token_id", value, f"ids below {vocab_size}")
-    return tuple(ids)
-
-
 def render_config(
     config: DecoderConfig, dtype: np.dtype, eos_ids: tuple[int, ...] = ()
 ) -> dict[str, Any]:

@@ -7,8 +7,10 @@ Memory   `assemble` fills one stacked leaf at a time, in place on the device: th
          is the result and one tensor.
 """
 
+import dataclasses
 import functools
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +19,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jmem.checkpoints.files import CheckpointError, LazyTensor, read_finite
+from jmem.checkpoints.files import (
+    CheckpointError,
+    CheckpointWarning,
+    LazyTensor,
+    read_finite,
+)
 from jmem.checkpoints.names import Leaf, Naming, find_family, list_leaves
 from jmem.models.config import DecoderConfig
 from jmem.nn import quantised
@@ -32,6 +39,9 @@ _NOT_PARAMETERS = re.compile(
     r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 )
 """Tables that some exporters store beside the weights; they follow from the config."""
+
+COMPARED_BYTES = 1 << 25
+"""Bytes of two tables that are compared at a time."""
 
 
 def _strip_root(name: str) -> str:
@@ -72,6 +82,50 @@ def check_dtype(what: str, dtype: np.dtype, kind: str = "weights") -> None:
         raise CheckpointError(f"{what} has dtype {dtype}; {kind} are {known}.")
 
 
+def settle_head(
+    config: DecoderConfig, tensors: Mapping[str, LazyTensor], naming: Naming
+) -> tuple[DecoderConfig, Mapping[str, LazyTensor]]:
+    """The decoder that the file holds, where its configuration says that it is tied.
+
+    A head that differs from the embedding is one of its own: the decoder is not tied,
+    and both are kept (adapters of heads, merged, leave such files). A head alone is the
+    embedding too. Reads both tables, some rows at a time, where both are stored.
+    """
+    if not config.tied:
+        return config, tensors
+    untied = dataclasses.replace(config, tied=False)
+    paths = {leaf.path: getattr(leaf, naming) for leaf in list_leaves(untied)}
+    embedding, head = paths["embed/embedding"], paths["head/kernel"]
+    if head not in tensors:
+        return config, tensors
+    names = [n for n in (embedding, _strip_root(embedding)) if n in tensors]
+    if not names:
+        rest = {name: tensor for name, tensor in tensors.items() if name != head}
+        return config, rest | {embedding: tensors[head]}
+    if _are_equal(tensors[names[0]], tensors[head]):
+        return config, tensors
+    warnings.warn(
+        f"{tensors[head].origin}: {head!r} differs from {names[0]!r}, though the "
+        "configuration says that they are one (tie_word_embeddings). Both are kept, "
+        "as a head of its own.",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+    return untied, tensors
+
+
+def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
+    if one.shape != other.shape or len(one.shape) != 2:
+        return one.shape == other.shape
+    if one.read_rows is None or other.read_rows is None:
+        return bool(np.array_equal(one.read(), other.read()))
+    step = max(1, COMPARED_BYTES // (one.dtype.itemsize * one.shape[1] or 1))
+    return all(
+        np.array_equal(one.read_rows(at, at + step), other.read_rows(at, at + step))
+        for at in range(0, one.shape[0], step)
+    )
+
+
 def match(
     config: DecoderConfig, tensors: Mapping[str, LazyTensor], naming: Naming, where: str
 ) -> dict[str, tuple[LazyTensor, ...]]:
@@ -108,7 +162,7 @@ def match(
             used.add(name)
         found[leaf.path] = tuple(members)
     for name, tensor in tensors.items():
-        # A tied model's own copy of its head is ignored, as transformers does.
+        # A tied model's copy of its embedding, as `settle_head` has found.
         tied_copy = config.tied and name == "lm_head.weight"
         if name not in used and not tied_copy and not _NOT_PARAMETERS.fullmatch(name):
             raise CheckpointError(

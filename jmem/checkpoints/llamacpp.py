@@ -39,6 +39,9 @@ _NEUTRAL: Mapping[str, tuple] = {
 """Keys (below the architecture's name) that change the result unless they are absent
 or hold one of these values."""
 
+_TABLES = ("token_embd.weight", "output.weight")
+"""Embedding and head; a file that holds one of them has a tied model."""
+
 
 def parse_config(source: Gguf) -> DecoderConfig:
     """The decoder that the metadata describe.
@@ -66,10 +69,10 @@ def parse_config(source: Gguf) -> DecoderConfig:
         supported = f"full attention, or {max_positions}"
         raise given.make_error("attention.sliding_window", window, supported)
     theta = given.number("rope.freq_base", 10_000.0)
-    table = tensors.get("token_embd.weight")
+    tables = [t for n in _TABLES if (t := tensors.get(n)) is not None]
     with given.name_errors():
         return DecoderConfig(
-            vocab_size=given.size("vocab_size", table.shape[0] if table else None),
+            vocab_size=given.size("vocab_size", tables[0].shape[0] if tables else None),
             layers=given.size("block_count"),
             hidden=hidden,
             heads=heads,
@@ -80,7 +83,7 @@ def parse_config(source: Gguf) -> DecoderConfig:
             rope_theta=theta,
             rope_scaling=_parse_scaling(source, head_dim, theta),
             rms_eps=given.number("attention.layer_norm_rms_epsilon"),
-            tied="output.weight" not in tensors,
+            tied=len(tables) < 2,
             qkv_bias="blk.0.attn_q.bias" in tensors,
         )
 
@@ -108,23 +111,6 @@ def _parse_scaling(source: Gguf, head_dim: int, theta: float) -> Llama3Scaling |
         f"hold Llama-3 scaling ({Llama3Scaling()} with any factor), the only one "
         "supported."
     )
-
-
-def parse_eos(source: Gguf, vocab_size: int) -> tuple[int, ...]:
-    """Ids that end a text or a turn; may be empty.
-
-    Raises:
-      CheckpointError: an id beyond the vocabulary.
-    """
-    given, ids = Fields(source.metadata, str(source.path), "tokenizer.ggml."), []
-    for key in ("eos_token_id", "eot_token_id"):
-        value = given.get(key)
-        if value is None or value in ids:
-            continue
-        if type(value) is not int or not 0 <= value < vocab_size:
-            raise given.make_error(key, value, f"ids below {vocab_size}")
-        ids.append(value)
-    return tuple(ids)
 
 
 def reorder_tensors(source: Gguf, config: DecoderConfig) -> dict[str, LazyTensor]:

@@ -92,8 +92,15 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
                 "back. The file is damaged."
             )
         position, previous = end, name
-        read = functools.partial(_read, path, data_start + begin, dtype, shape)
-        tensors[name] = LazyTensor(name, shape, dtype, read, str(path))
+        stored = path, data_start + begin, dtype, shape
+        tensors[name] = LazyTensor(
+            name,
+            shape,
+            dtype,
+            functools.partial(_read, *stored),
+            str(path),
+            read_rows=functools.partial(_read_rows, *stored),
+        )
     if position != data_bytes:
         raise CheckpointError(
             f"{path}: {data_bytes - position} bytes follow the last tensor, "
@@ -149,6 +156,19 @@ def _are_sizes(value: Any) -> bool:
 def _read(path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]):
     nbytes = math.prod(shape) * dtype.itemsize
     return read_span(path, offset, nbytes).view(dtype).reshape(shape)
+
+
+def _read_rows(
+    path: Path,
+    offset: int,
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    start: int,
+    stop: int,
+):
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    part = (min(stop, shape[0]) - start, *shape[1:])
+    return _read(path, offset + start * row_bytes, dtype, part)
 
 
 def read_folder(folder: Path) -> dict[str, LazyTensor]:

@@ -15,13 +15,23 @@ to make and which tokens are special, and hold the chat template.
 """
 
 import contextlib
+import functools
 import json
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jmem import confined
+from jmem.checkpoints import ends
 from jmem.checkpoints.fields import Fields
-from jmem.checkpoints.files import CheckpointError, parse_json, read_whole
+from jmem.checkpoints.files import (
+    CheckpointError,
+    CheckpointWarning,
+    parse_json,
+    read_whole,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,12 +44,13 @@ _FILES = (_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 _FILE_LIMIT = 1 << 26
 """Longest of them, in bytes (the first may list every added token)."""
 _LEAST_COVER = 0.5
-"""Share of the model's ids that its tokenizer must know. Published models pad their
-tables by under 3 %; a tokenizer of half the size belongs to another model."""
+"""Share of the model's ids that its tokenizer must know, and of the tokenizer's that
+the model must. Published models pad their tables by under 3 %, and a few have tokens
+without rows; a tokenizer of half or twice the size belongs to another model."""
 _PIECE_LIMIT = 256
 """Longest SentencePiece token, in characters: each is cut everywhere to find merges.
 Published vocabularies have up to 48."""
-_PROBE = "One 12 three.\n"
+_PROBE = "".join(map(chr, range(32, 127))) + "\r\n\tOne 12 three: é, 你好 🙂.\n"
 """Encoded once when a tokenizer is made, so that a broken one is found then."""
 
 _LLAMA3 = (
@@ -59,17 +70,34 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 def from_json(path: Path, vocab_size: int) -> "Tokenizer":
     """The tokenizer of a `tokenizer.json`, without its truncation and padding.
 
+    Tried in a process with limits first, as a few lines of one may ask for any time and
+    memory.
+
     Raises:
       CheckpointError: not readable as one, or not this model's.
     """
     from tokenizers import Tokenizer
 
     raw = read_whole(path, _JSON_LIMIT)
+    status = os.stat(path)
+    _try(path, status.st_size, status.st_mtime_ns, status.st_ino)
     with _name_errors(path):
         tokenizer = Tokenizer.from_buffer(raw)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return _check(tokenizer, vocab_size, path)
+
+
+@functools.lru_cache(maxsize=64)
+def _try(path: Path, *stamp: int) -> None:
+    del stamp  # a changed file is another call
+    try:
+        confined.ask("tokenizer", path=os.path.abspath(path), probe=_PROBE)
+    except confined.ConfinedError as error:
+        raise CheckpointError(
+            f"{path}: not a tokenizer that can be used ({error}). Copy it again, or "
+            "take the model's own."
+        ) from error
 
 
 def read_files(folder: Path) -> dict[str, str]:
@@ -162,6 +190,8 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, path: Path):
     with _name_errors(path):
         tokens = _read_strings(given, "tokens")
         types = _read_items(given, "token_type", len(tokens), [1] * len(tokens))
+        # As llama.cpp does: some writers call what ends a turn a normal token.
+        types = [_CONTROL if t in ends.TEXTS else k for t, k in zip(tokens, types)]
         if len(set(tokens)) < len(tokens):
             raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice.")
         if model == "llama":
@@ -293,14 +323,29 @@ def _read_items(
 
 
 def _check(tokenizer: "Tokenizer", vocab_size: int, path: Path) -> "Tokenizer":
-    """The tokenizer, if all its ids are the model's and it knows most of them."""
+    """The tokenizer, if it knows most of the model's ids and the model most of its.
+
+    Warns of tokens that the model has no row for.
+    """
     ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
-    largest = max(ids | set(tokenizer.encode(_PROBE).ids), default=-1)
-    if largest >= vocab_size or len(ids) < _LEAST_COVER * vocab_size:
+    ids |= set(tokenizer.encode(_PROBE).ids)
+    beyond = sorted(number for number in ids if number >= vocab_size)
+    shared = len(ids) - len(beyond)
+    if shared < _LEAST_COVER * max(vocab_size, len(ids)):
         raise CheckpointError(
-            f"{path}: the tokenizer has {len(ids)} tokens with ids up to {largest}, "
-            f"but the model's vocabulary is 0 to {vocab_size - 1}. It belongs to "
-            "another model; put this model's tokenizer in its place."
+            f"{path}: the tokenizer has {len(ids)} tokens with ids up to "
+            f"{max(ids, default=-1)}, but the model's vocabulary is 0 to "
+            f"{vocab_size - 1}. It belongs to another model; put this model's "
+            "tokenizer in its place."
+        )
+    if beyond:
+        warnings.warn(
+            f"{path}: the tokenizer has {len(beyond)} token(s) that the model has no "
+            f"row for, {tokenizer.id_to_token(beyond[0])!r} the first: ids from "
+            f"{beyond[0]}, but the vocabulary is 0 to {vocab_size - 1}. A text that "
+            "uses one is refused.",
+            CheckpointWarning,
+            stacklevel=2,
         )
     return tokenizer
 
@@ -313,7 +358,6 @@ def _name_errors(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except BaseException as error:
-        # A panic is no Exception, and its class cannot be imported.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise CheckpointError(f"{path}: not a tokenizer ({error}).") from error
-        raise
+        if not confined.is_failure(error):
+            raise
+        raise CheckpointError(f"{path}: not a tokenizer ({error}).") from error

@@ -4,34 +4,33 @@ Idea    A template is a Jinja program in the checkpoint. What an assistant turn 
         to is found by rendering the chat up to it (with the prompt that asks for an
         answer) and through it: what the second adds to the first. Both must be how the
         whole rendering starts, so training sees each turn as generation would.
-Source  `apply_chat_template` of Hugging Face's transformers: whitespace control,
-        `raise_exception`, `tojson`, loop controls, `generation` blocks (whose contents
-        are rendered; the spans do not need them).
-Differs `strftime_now` is not defined: a rendering does not depend on the day, and
-        templates that ask whether it is defined write their fixed date. No tools and
-        no documents are passed.
-Safety  Templates come from somebody else: they run in Jinja's immutable sandbox, with
-        no loader. Their length and what they write are bounded; their time and the
-        memory of a single expression are not.
+        Templates that drop the reasoning of earlier turns break that: such a chat is
+        refused, or made one document an answer (`render_each`).
+Source  `apply_chat_template` of Hugging Face's transformers 5: whitespace control,
+        `raise_exception`, `tojson`, `strftime_now`, loop controls, `generation` blocks
+        (whose contents are rendered; the spans do not need them), tools. No documents.
+Safety  Templates come from somebody else: they run in Jinja's immutable sandbox, in a
+        process whose time and memory are limited (`jmem.confined`).
 """
 
-import functools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from jmem import confined
 from jmem.data import rows
-from jmem.data.document import DataError, Document, make_missing_column_error, read_text
-from jmem.data.text import check_files, gather
+from jmem.data.document import DataError, Document, read_text
+from jmem.data.messages import ALPACA, BESIDE, COLUMNS, Chat, make_chat, read_chat
+from jmem.data.text import Source, check_sources, gather
 
 if TYPE_CHECKING:
     import datasets
-    import jinja2
 
-KINDS = (".jsonl", ".parquet")
+    from jmem.checkpoints import Checkpoint
+
+KINDS = (".jsonl", ".json", ".parquet")
 TEMPLATE_LIMIT = 1 << 18
 """Longest template, in bytes of UTF-8 (those in use have some 10 KiB)."""
 RENDERED_LIMIT = 1 << 24
@@ -40,6 +39,7 @@ CONFIG_LIMIT = 1 << 26
 """Longest tokenizer_config.json, in bytes (it may list every added token)."""
 
 _JINJA, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
 _KINDS_OF_TOKEN = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -55,6 +55,8 @@ class ChatTemplate:
     """The Jinja program."""
     tokens: Mapping[str, str] = field(default_factory=dict)
     """Special tokens that the program may name: `bos_token`, `eos_token` ..."""
+    today: str = ""
+    """The day that `strftime_now` tells, as 2026-12-31; empty: the day it is."""
 
     def __post_init__(self):
         size = len(self.source.encode(errors="replace"))
@@ -63,13 +65,25 @@ class ChatTemplate:
                 f"ChatTemplate: source has {size} bytes; a template has at most "
                 f"{TEMPLATE_LIMIT}. Give the template itself."
             )
-        _compile(self.source)
+        try:
+            confined.ask("compile", source=self.source)
+        except confined.ConfinedError as error:
+            raise DataError(
+                f"the chat template is not Jinja that can be used ({error}). Repair "
+                "it, or use another."
+            ) from error
 
-    def render(self, messages: Any, source: str = "messages") -> Document:
+    def render(
+        self,
+        messages: Any,
+        source: str = "messages",
+        tools: list[Any] | None = None,
+    ) -> Document:
         """The chat as text, with the loss on what its assistant turns render to.
 
         That is the content and whatever the template writes behind it (an end marker,
-        a line end), not the header that a generation prompt already holds.
+        a line end), not the header that a generation prompt already holds. A turn with
+        `"weight": 0` is not learnt.
 
         Raises:
           DataError: messages that are not a list of objects with the strings `role`
@@ -77,145 +91,227 @@ class ChatTemplate:
             that writes earlier turns otherwise once later ones follow. Starts with
             `source`.
         """
-        _check(messages, source)
-        text = self._write(messages, source)
+        return self._render(make_chat(messages, source, tools), source)
+
+    def render_each(
+        self,
+        messages: Any,
+        source: str = "messages",
+        tools: list[Any] | None = None,
+    ) -> list[Document]:
+        """The chat as a document an answer, each up to it, with the loss on it alone.
+
+        Every answer is read as it is generated, whatever the template makes of it once
+        later turns follow.
+
+        Raises:
+          DataError: as `render`, but for earlier turns that are written otherwise.
+        """
+        return self._render_each(make_chat(messages, source, tools), source)
+
+    def _render(self, chat: Chat, source: str) -> Document:
+        text, *pairs = self._write(chat, source, whole=True)
         spans: list[tuple[int, int]] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._write(messages[:i], source, add_generation_prompt=True)
-            after = self._write(messages[: i + 1], source)
+        for i, (before, after) in zip(_list_answers(chat), _pair(pairs)):
             if not (text.startswith(after) and after.startswith(before)):
                 raise DataError(
                     f"{source}: this template rewrites earlier turns: message {i} (by "
                     "the assistant) is written otherwise in the whole chat than when "
-                    "it is generated. Cut the chat after its first answer, or use "
-                    "another template."
+                    "it is generated. Make a document of each answer (--split-chats, "
+                    "split=True), cut the chat after its first answer, or use another "
+                    "template."
                 )
             spans.append((len(before), len(after)))
-        text = read_text({"messages": text}, "messages", source)
-        return Document(text=text, source=source, loss_spans=spans)
+        return _make_document(text, source, spans)
 
-    def _write(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        place: str,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        names = {"messages": messages, "tools": None, "documents": None}
-        names["add_generation_prompt"] = add_generation_prompt
-        pieces, length = [], 0
+    def _render_each(self, chat: Chat, source: str) -> list[Document]:
+        found = []
+        for before, after in _pair(self._write(chat, source, whole=False)):
+            if not after.startswith(before):
+                raise DataError(
+                    f"{source}: this template writes an answer otherwise than it asks "
+                    "for one: the prompt for it is not how it begins. Use another "
+                    "template."
+                )
+            found.append(_make_document(after, source, [(len(before), len(after))]))
+        return found
+
+    def _write(self, chat: Chat, place: str, *, whole: bool) -> list[str]:
+        """The chat's text, if `whole`; then, by answer, the text before and through."""
+        parts = [(len(chat.messages), False)] if whole else []
+        for i in _list_answers(chat):
+            parts += [(i, True), (i + 1, False)]
         try:
-            for piece in _compile(self.source).generate(self.tokens, **names):
-                pieces.append(piece)
-                length += len(piece)
-                if length > RENDERED_LIMIT:
-                    break
-        # It runs a stranger's program, which may raise anything.
-        except Exception as error:
-            raise DataError(
-                f"{place}: the chat template refuses these messages or fails "
-                f"({_describe_error(error)}). Change the messages, or use another "
-                "template."
-            ) from error
-        if length > RENDERED_LIMIT:
-            raise DataError(
-                f"{place}: the chat template writes more than {RENDERED_LIMIT} "
-                "characters. Split the chat, or use another template."
+            return confined.ask(
+                "render",
+                source=self.source,
+                tokens=dict(self.tokens),
+                messages=chat.messages,
+                parts=parts,
+                tools=chat.tools,
+                today=self.today,
+                limit=RENDERED_LIMIT,
             )
-        return "".join(pieces)
+        except confined.ConfinedError as error:
+            raise DataError(
+                f"{place}: the chat template refuses these messages or fails ({error})."
+                " Change the messages, or use another template."
+            ) from error
 
 
-def read_template(folder: str | os.PathLike[str]) -> ChatTemplate:
-    """The chat template of a Hugging Face checkpoint's folder.
+def read_template(
+    source: "str | os.PathLike[str] | Checkpoint", today: str = ""
+) -> ChatTemplate:
+    """The chat template of a checkpoint.
 
-    From `chat_template.jinja`, else `chat_template` of `tokenizer_config.json` (of
-    several, the one named "default"), which also names the special tokens.
+    Of a Hugging Face folder from `chat_template.jinja`, else `chat_template` of
+    `tokenizer_config.json` (of several, the one named "default"), which also names the
+    special tokens; of a GGUF file from its metadata, or else from such files beside it.
+
+    Args:
+      source: an opened checkpoint, or what `jmem.checkpoints.load` takes.
+      today: the day that the template is told, as `ChatTemplate` says.
 
     Raises:
       DataError: no such folder, no template in it, or a file that is damaged or too
         long.
     """
-    from jmem.checkpoints.files import CheckpointError, parse_json, read_whole
+    from jmem import checkpoints
 
-    program, config = Path(folder, _JINJA), Path(folder, _CONFIG)
+    if isinstance(source, str | os.PathLike) and not Path(source).is_dir():
+        source = checkpoints.load(source)
+    if isinstance(source, checkpoints.Checkpoint):
+        place, texts = source.path, source.tokenizer_files
+        found = _find_template(texts, place)
+        if found is None and not place.is_dir():
+            found = _find_template(_read_texts(place.parent), place.parent)
+    else:
+        place = Path(source)
+        found = _find_template(_read_texts(place), place)
+    if found is None:
+        raise DataError(
+            f"{place}: no chat template: looked for {_JINJA}, and for 'chat_template' "
+            f"in {_CONFIG} (of a GGUF file, tokenizer.chat_template). Give the "
+            "checkpoint of a chat model, or write ChatTemplate(source, tokens)."
+        )
+    where, program, tokens = found
     try:
-        raw: dict[str, Any] = {}
-        if config.exists():
-            raw = parse_json(read_whole(config, CONFIG_LIMIT), str(config))
-        where, source = config, raw.get("chat_template")
-        if program.exists():
-            content = read_whole(program, TEMPLATE_LIMIT)
-            where, source = program, rows.decode(content, program, first_line=1)
+        return ChatTemplate(program, tokens, today)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def read_chats(
+    *sources: Source,
+    template: ChatTemplate,
+    column: str | None = None,
+    split: bool = False,
+    skip_bad_rows: bool = False,
+) -> "datasets.Dataset":
+    """Chats of the files, in order, as a Dataset: `text`, `source`, `loss_spans`.
+
+    Each row of a `.jsonl`, `.json` (an array) or `.parquet` file, of a folder that
+    `datasets` saved, or of a Dataset holds a conversation in one of the forms of
+    `jmem.data.messages`; further keys of a message go to the template as they are. The
+    source is `path:line` (in Parquet and Arrow `path:row`, from 1). The template writes
+    the begin token where there is one, which the documents say to `tokenise`.
+
+    Args:
+      *sources: files, folders or Datasets.
+      template: writes the chats out.
+      column: holds the messages, or Alpaca's instruction; None: the first of messages,
+        conversations, conversation and instruction that a row has.
+      split: a document an answer (`ChatTemplate.render_each`), not one a chat.
+      skip_bad_rows: leave out rows that cannot be used, with a warning that counts
+        them, instead of refusing the first.
+
+    Raises:
+      DataError: as `read` for files and rows, as `ChatTemplate.render` for messages.
+        The message starts with `path:line` where there is one.
+    """
+    columns = (column,) if column else ()
+    beside = (*BESIDE, *ALPACA, *(() if column else COLUMNS))
+
+    def documents(place: str, row: Any) -> list[Document]:
+        chat = read_chat(row, column, place)
+        if split:
+            return template._render_each(chat, place)
+        return [template._render(chat, place)]
+
+    return gather(
+        check_sources("read_chats", sources, KINDS),
+        lambda s: rows.read_rows(s, columns, strings=False, beside=beside) or (),
+        documents,
+        skip_bad_rows=skip_bad_rows,
+    )
+
+
+def _list_answers(chat: Chat) -> list[int]:
+    return [i for i, learnt in enumerate(chat.learnt) if learnt]
+
+
+def _pair(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return zip(texts[::2], texts[1::2])
+
+
+def _make_document(text: str, source: str, spans: list[tuple[int, int]]) -> Document:
+    text = read_text({"messages": text}, "messages", source)
+    return Document(
+        text=text, source=source, loss_spans=spans, add_special_tokens=False
+    )
+
+
+def _read_texts(folder: Path) -> dict[str, str]:
+    """The files of a folder that hold a template and special tokens."""
+    from jmem.checkpoints.files import CheckpointError, read_whole
+
+    found = {}
+    try:
+        for name in (_JINJA, _CONFIG, _SPECIAL):
+            path = folder / name
+            if path.exists():
+                limit = TEMPLATE_LIMIT if name == _JINJA else CONFIG_LIMIT
+                found[name] = rows.decode(read_whole(path, limit), path, first_line=1)
     except CheckpointError as error:
         raise DataError(f"{error} Copy it again.") from error
+    return found
+
+
+def _find_template(
+    texts: Mapping[str, str], place: Path
+) -> tuple[Path, str, dict[str, str]] | None:
+    """(where it stands, the template, special tokens); None if there is none."""
+    from jmem.checkpoints.files import CheckpointError, parse_json
+
+    folder = place if place.is_dir() else place.parent
+    named: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    try:
+        for name in (_SPECIAL, _CONFIG):
+            if name in texts:
+                config = parse_json(texts[name].encode(), str(folder / name))
+                named |= {k: v for k, v in config.items() if v is not None}
+    except CheckpointError as error:
+        raise DataError(f"{error} Copy it again.") from error
+    where, source = folder / _CONFIG, named.get("chat_template")
+    if _JINJA in texts:
+        where, source = folder / _JINJA, texts[_JINJA]
     if isinstance(source, list):
-        named = [t for t in source if isinstance(t, Mapping)]
+        several = [t for t in source if isinstance(t, Mapping)]
         source = next(
-            (t.get("template") for t in named if t.get("name") == "default"), 0
+            (t.get("template") for t in several if t.get("name") == "default"), 0
         )
     if source is None:
-        raise DataError(
-            f"{os.fspath(folder)}: no chat template: looked for {_JINJA}, and for "
-            f"'chat_template' in {_CONFIG}. Give the folder of a chat model, or write "
-            "ChatTemplate(source, tokens)."
-        )
+        return None
     if not isinstance(source, str):
         raise DataError(
             f"{where}: 'chat_template' is neither a string nor a list of {{'name', "
             "'template'}} with one named 'default'. Write ChatTemplate(source, tokens)."
         )
     try:
-        return ChatTemplate(source, _read_special_tokens(raw))
+        return where, source, _read_special_tokens(named)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-
-
-def read_chats(
-    *paths: str | os.PathLike[str], template: ChatTemplate, column: str = "messages"
-) -> "datasets.Dataset":
-    """Chats of the files, in order, as a Dataset: `text`, `source`, `loss_spans`.
-
-    Each row of a `.jsonl` or `.parquet` file holds in `column` a list of messages
-    {"role", "content"}; their further keys go to the template as they are. The source
-    is `path:line` (in Parquet `path:row`, from 1). Most templates write the begin token
-    themselves: give the Dataset to `tokenise` with `add_special_tokens=False`.
-
-    Raises:
-      DataError: as `read` for files and rows, as `ChatTemplate.render` for messages.
-        The message starts with `path:line` where there is one.
-    """
-
-    def documents(path: Path) -> Iterator[Document]:
-        for place, row in rows.read_rows(path, (column,), strings=False) or ():
-            if not isinstance(row, Mapping) or column not in row:
-                found = row if isinstance(row, Mapping) else ()
-                raise make_missing_column_error(place, column, found)
-            yield template.render(row[column], place)
-
-    return gather(check_files("read_chats", paths, KINDS), documents)
-
-
-def _check(messages: Any, place: str) -> None:
-    if not isinstance(messages, list | tuple):
-        raise DataError(
-            f"{place}: a chat is a list of messages, not {type(messages).__name__}. "
-            'Write it as [{"role": "user", "content": ...}, ...].'
-        )
-    for i, message in enumerate(messages):
-        known = message if isinstance(message, Mapping) else {}
-        role, content = known.get("role"), known.get("content")
-        if not (isinstance(role, str) and role.strip() and isinstance(content, str)):
-            raise DataError(
-                f"{place}: message {i} is {message!r:.80}, which lacks a role or "
-                'a content (strings). Write it as {"role": "user", "content": ...}.'
-            )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(
-            f"{place}: no message has the role 'assistant', so there is nothing to "
-            "learn. Remove the chat."
-        )
 
 
 def _read_special_tokens(raw: Mapping[str, Any]) -> dict[str, str]:
@@ -231,45 +327,3 @@ def _read_special_tokens(raw: Mapping[str, Any]) -> dict[str, str]:
                 f"{name}={value!r:.80} is not a token. Write it as a string."
             )
     return found
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> "jinja2.Template":
-    import jinja2
-    from jinja2 import ext, nodes, sandbox
-
-    class Generation(ext.Extension):
-        """Renders what stands between `generation` and `endgeneration`."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        """`value` as JSON, not escaped for HTML as Jinja's own filter does."""
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Generation]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = tojson
-    try:
-        return environment.from_string(source)
-    # Compiling folds constants, and so runs parts of the program.
-    except Exception as error:
-        raise DataError(
-            f"the chat template is not Jinja that can be used "
-            f"({_describe_error(error)}). Repair it, or use another."
-        ) from error
-
-
-def _describe_error(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]:.200}"

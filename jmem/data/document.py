@@ -1,12 +1,17 @@
 """What every reader returns, `Document`, and the error of this package, `DataError`."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 
 class DataError(ValueError):
     """Data that cannot be used: names the file, the place, the rule and a way out."""
+
+
+class DataWarning(UserWarning):
+    """Data that are used in part: says what is left out, and why."""
 
 
 class Document(TypedDict):
@@ -22,6 +27,27 @@ class Document(TypedDict):
     loss_spans: NotRequired[list[tuple[int, int]]]
     """Characters [start, end) of the text that the loss covers, in order and apart.
     Absent: all."""
+    add_special_tokens: NotRequired[bool]
+    """Whether the tokenizer puts its begin and end tokens around the text. Absent: yes;
+    no for a chat, whose template writes them out."""
+
+
+def _name_chats(column: str) -> str:
+    return (
+        f"These are conversations: give --chat {column}, or "
+        f"jmem.data.read_chats(..., column={column!r})."
+    )
+
+
+_KINDS_OF_ROWS = {
+    ("prompt", "completion"): "These are prompts with completions: give --prompt prompt"
+    " --completion completion, or prompt=..., completion=...",
+    **{
+        own: _name_chats(own[0])
+        for own in (("instruction", "output"), ("conversations",), ("messages",))
+    },
+}
+"""Columns by which rows of another kind are known, and how to read these."""
 
 
 def join_completion(prompt: str, completion: str, source: str) -> Document:
@@ -39,10 +65,13 @@ def make_missing_column_error(
 ) -> DataError:
     """The error that names the column, those there are, and the nearest."""
     names = sorted(map(str, columns))
+    way_out = "Name the column that holds the text: --column, column=..."
+    for own, hint in _KINDS_OF_ROWS.items():
+        if {*own} <= {*names} and column not in own:
+            way_out = hint
     return DataError(
         f"{place}: no column {column!r} among "
-        f"{names}{suggest_nearest(column, names)}. Name the column that holds the "
-        "text: column=..."
+        f"{names}{suggest_nearest(column, names)}. {way_out}"
     )
 
 
@@ -50,10 +79,12 @@ def read_text(row: Any, column: str, place: str, *, blank: bool = False) -> str:
     """The text in `column` of a row, once it is known to be usable.
 
     Raises:
-      DataError: `row` is not a mapping or has no such column, or the value is not a
-        string, is blank (unless it may be), or holds a lone surrogate (which no UTF-8
-        text can). The message starts with `place`.
+      DataError: `row` is one, is not a mapping or has no such column, or the value is
+        not a string, is blank (unless it may be), or holds a lone surrogate (which no
+        UTF-8 text can). The message starts with `place`.
     """
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, Mapping):
         raise DataError(
             f"{place}: a row must be an object with a column {column!r}, "
@@ -63,9 +94,11 @@ def read_text(row: Any, column: str, place: str, *, blank: bool = False) -> str:
         raise make_missing_column_error(place, column, row)
     text = row[column]
     if not isinstance(text, str):
+        chats = isinstance(text, list) and text and isinstance(text[0], Mapping)
+        way_out = "Convert it, or name another column: --column, column=..."
         raise DataError(
             f"{place}: column {column!r} holds {type(text).__name__}, not a string. "
-            "Convert it, or name another column: column=..."
+            f"{_name_chats(column) if chats else way_out}"
         )
     if not blank and not text.strip():
         raise DataError(
@@ -81,6 +114,16 @@ def read_text(row: Any, column: str, place: str, *, blank: bool = False) -> str:
             'text. Repair it where it was written (often a cut "\\ud83d\\ude00" pair).'
         ) from error
     return text
+
+
+def warn_of_bad_rows(bad: Sequence[DataError], counted: int) -> None:
+    """Says how many rows of those counted are left out, if any."""
+    if bad:
+        warnings.warn(
+            f"{len(bad)} of {counted} rows left out. The first: {bad[0]}",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def suggest_nearest(name: str, known: Iterable[str]) -> str:

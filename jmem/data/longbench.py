@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jmem.data import answers, rows
 from jmem.data.document import DataError, read_text, suggest_nearest
 from jmem.data.text import check_files, read_all
+from jmem.data.tokens import encode_start
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -248,7 +249,7 @@ def encode_prompt(
       DataError: the limit leaves no room for a message.
     """
     before, after = chat if example.task.chat else ("", "")
-    front = tokenizer.encode(before).ids
+    front = encode_start(tokenizer, before)
     back = tokenizer.encode(after, add_special_tokens=False).ids
     message = tokenizer.encode(example.prompt(), add_special_tokens=False).ids
     room = limit - len(front) - len(back)

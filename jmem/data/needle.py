@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jmem.data.document import DataError
+from jmem.data.tokens import encode_start
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -130,7 +131,7 @@ def make_needle_prompt(
     name = NAMES[random.integers(len(NAMES))]
     number = _draw_number(haystack.numbers, random)
     encode = haystack.tokenizer.encode
-    front = encode(wording.header).ids
+    front = encode_start(haystack.tokenizer, wording.header)
     needle, answer_tokens = _encode_needle(
         haystack.tokenizer, wording.needle, name, number
     )

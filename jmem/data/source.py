@@ -10,6 +10,7 @@ training, held_out = source.batches(
 """
 
 import dataclasses
+import datetime
 import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -44,20 +45,35 @@ class TextSource:
     """
 
     data: str = ""
-    """A .jsonl or .txt file to train on; empty for Python's own documentation."""
+    """A .jsonl, .json, .csv, .parquet or .txt file, or a folder that `datasets` saved,
+    to train on; empty for Python's own documentation."""
     held_out: str = ""
     """A file never trained on; empty to keep back whole documents of `data`."""
     column: str = "text"
-    """The key that holds the text in a .jsonl file."""
+    """The column that holds the text."""
     prompt: str = ""
     """The column of prompts, in place of `column`; with `completion`."""
     completion: str = ""
     """The column of what is to be learnt after each prompt, and alone is."""
     chat: str = ""
-    """The column of chats, as lists of messages. The checkpoint's template writes them
-    out, and only what the assistant says is learnt."""
+    """The column of chats: messages, conversations (ShareGPT), or instruction (with
+    Alpaca's input and output). The checkpoint's template writes them out, and only what
+    the assistant says is learnt."""
+    split_chats: bool = False
+    """A document of each answer with all before it, for templates that write earlier
+    turns otherwise once later ones follow (without their reasoning)."""
+    chat_date: str = ""
+    """The day that a template is told, as 2026-12-31; empty: when the run starts."""
+    special_tokens: bool = True
+    """Whether a text begins with the begin token, if the tokenizer has one for every
+    text; of chats the template says."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them, instead of refusing."""
 
     def __post_init__(self):
+        if self.chat and not self.chat_date:  # a resumed run reads it from its config
+            today = datetime.date.today().isoformat()
+            object.__setattr__(self, "chat_date", today)
         kinds = {name: getattr(self, name) for name in ("prompt", "completion", "chat")}
         if self.chat and (self.prompt or self.completion):
             raise DataError(f"data: {kinds} are two kinds of rows; give one of them.")
@@ -113,7 +129,9 @@ class TextSource:
             tokenizer=checkpoint.require_tokenizer(),
             end=self.find_end_token(checkpoint),
             vocab_size=checkpoint.config.vocab_size,
-            add_special_tokens=not self.chat,
+            # Of a chat, its document says.
+            add_special_tokens=None if self.chat else self.special_tokens,
+            skip_bad_rows=self.skip_bad_rows,
         )
         sequences = encode(training)
         if held_out is None:
@@ -123,11 +141,16 @@ class TextSource:
     def _choose_reader(self, checkpoint: "Checkpoint") -> Callable[[str], Iterable]:
         """How a file is read: as text, prompts with their completions, or chats."""
         if self.chat:
-            path = checkpoint.path
-            template = read_template(path if path.is_dir() else path.parent)
-            return functools.partial(read_chats, template=template, column=self.chat)
+            return functools.partial(
+                read_chats,
+                template=read_template(checkpoint, self.chat_date),
+                column=self.chat,
+                split=self.split_chats,
+                skip_bad_rows=self.skip_bad_rows,
+            )
         return functools.partial(
             read,
+            skip_bad_rows=self.skip_bad_rows,
             column=self.column,
             prompt=self.prompt or None,
             completion=self.completion or None,

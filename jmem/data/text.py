@@ -1,9 +1,9 @@
-"""Local files as documents, through `datasets`: JSON lines, CSV, Parquet, plain text.
+r"""Local files as documents, through `datasets`: JSON, CSV, Parquet, Arrow, plain text.
 
 Idea    `read` gives a `datasets.Dataset` with the columns of `Document`, so its own
         tools (`train_test_split`, `filter`, `map` ...) lie between reading and
         `jmem.data.tokenise`. That function takes any Dataset with a column of text:
-        whatever else `datasets` opens (Arrow, a hub) needs no reader here.
+        whatever else `datasets` opens (a hub) needs no reader here.
 Differs Rows are parsed here and not by `datasets.load_dataset`, which names no line in
         its errors, turns a column of dates into datetimes (seen in 5.2), and writes a
         cache. Here every row is checked before anything else happens, strings stay as
@@ -12,7 +12,7 @@ Memory  The documents, twice while they are read and once afterwards.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,33 +24,42 @@ from jmem.data.document import (
     join_completion,
     read_text,
     suggest_nearest,
+    warn_of_bad_rows,
 )
 
 if TYPE_CHECKING:
     import datasets
 
-KINDS = (".jsonl", ".csv", ".parquet", ".txt")
+type Source = "str | os.PathLike[str] | datasets.Dataset"
+"""A path, or rows in memory."""
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 def read(
-    *paths: str | os.PathLike[str],
+    *sources: Source,
     column: str = "text",
     unit: Literal["file", "paragraph"] = "file",
     prompt: str | None = None,
     completion: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> "datasets.Dataset":
     r"""Documents of the files, in order, as a Dataset with columns `text` and `source`.
 
-    A `.jsonl` file holds one JSON object a line (blank lines are skipped), a `.csv`
-    file a header and rows, a `.parquet` file columns of strings. The text is in
-    `column`, further columns are left behind, and the source is `path:line` (in Parquet
-    `path:row`, from 1). A `.txt` file is one document, or with `unit="paragraph"` one
-    for each group of lines between blank lines; line ends become `\n`. Text is UTF-8, a
-    leading byte order mark is dropped.
+    A `.jsonl` file holds one JSON object a line (blank lines are skipped), a `.json`
+    file an array of them, a `.csv` file a header and rows, a `.parquet` file columns of
+    strings; a folder that `Dataset.save_to_disk` made, or a Dataset, holds rows too.
+    The text is in `column`, further columns are left behind, and the source is
+    `path:line` (in Parquet and Arrow `path:row`, from 1). A `.txt` file is one
+    document, or with `unit="paragraph"` one for each group of lines between blank
+    lines; line ends become `\n`. Text is UTF-8, a leading byte order mark is dropped.
 
     With `prompt` and `completion`, two columns, the text is one after the other as they
     stand, and a third column, `loss_spans`, says that the loss covers the completion
     only: `tokenise`, `pack` and `pad` keep to it. A prompt may be empty.
+
+    With `skip_bad_rows`, rows that cannot be used are left out, and a `DataWarning`
+    says how many; otherwise the first is refused.
 
     Raises:
       DataError: no path; a file that is missing, not readable, empty, of another kind,
@@ -72,22 +81,27 @@ def read(
             f"read: prompt={prompt!r} and completion={completion!r} go together; for "
             "one column of text give column=..."
         )
-    columns = (
+    columns: tuple[str, ...] = (
         (column,) if prompt is None or completion is None else (prompt, completion)
     )
-    files = check_files("read", paths, KINDS)
-    for path in files:
-        if path.suffix.lower() == ".txt" and len(columns) > 1:
+    found = check_sources("read", sources, KINDS)
+    for path in found:
+        if isinstance(path, Path) and path.suffix.lower() == ".txt" and columns[1:]:
             raise DataError(
-                f"{path}: plain text has no columns {columns[0]!r} and {columns[1]!r}; "
+                f"{path}: plain text has no columns {prompt!r} and {completion!r}; "
                 "write prompts and completions as .jsonl, .csv or .parquet."
             )
-    return gather(files, lambda path: _read_documents(path, columns, unit))
+    return gather(
+        found,
+        lambda source: _read_source(source, columns, unit),
+        lambda place, row: [_make_document(row, columns, place)],
+        skip_bad_rows=skip_bad_rows,
+    )
 
 
 def read_all[Item](
-    files: Iterable[Path],
-    items_of: Callable[[Path], Iterable[Item]],
+    files: Iterable[Any],
+    items_of: Callable[[Any], Iterable[Item]],
     nothing: str = "no text, only blank lines or a header",
 ) -> list[Item]:
     """What all files hold, in order.
@@ -108,17 +122,68 @@ def read_all[Item](
 
 
 def gather(
-    files: Iterable[Path], documents_of: Callable[[Path], Iterable[Document]]
+    sources: Iterable[Any],
+    rows_of: Callable[[Any], Iterable[rows.Row]],
+    documents_of: Callable[[str, Any], Sequence[Document]],
+    *,
+    skip_bad_rows: bool = False,
 ) -> "datasets.Dataset":
-    """The documents of all files as a Dataset; each file must hold one at least."""
+    """The documents of all rows as a Dataset; each source must hold one at least.
+
+    Raises:
+      DataError: what a row is refused for, unless bad rows are skipped; a source with
+        no row, or with bad ones alone.
+    """
     from datasets import Dataset, Features, List, Value
 
-    documents = read_all(files, documents_of)
+    bad, counted = [], 0
+
+    def read(source: Any) -> Iterator[Document]:
+        nonlocal counted
+        before, good = len(bad), 0
+        for place, row in rows_of(source):
+            counted += 1
+            try:
+                made = documents_of(place, row)
+            except DataError as error:
+                if not skip_bad_rows:
+                    raise
+                bad.append(error)
+                continue
+            good += 1
+            yield from made
+        if not good and len(bad) > before:
+            raise bad[before]
+
+    documents = read_all(sources, read)
+    warn_of_bad_rows(bad, counted)
     # 64-bit offsets: the texts together may exceed 2 GiB.
     features: dict[str, Any] = dict.fromkeys(("text", "source"), Value("large_string"))
     if "loss_spans" in documents[0]:
         features["loss_spans"] = List(List(Value("int64"), length=2))
+    if "add_special_tokens" in documents[0]:
+        features["add_special_tokens"] = Value("bool")
     return Dataset.from_list([*map(dict, documents)], features=Features(features))
+
+
+def check_sources(
+    caller: str, sources: Iterable[Any], kinds: tuple[str, ...]
+) -> list[Any]:
+    """The sources: Datasets as they are, paths as `check_files`, or saved folders."""
+    given = [
+        Path(source) if isinstance(source, str | os.PathLike) else source
+        for source in sources
+    ]
+    for source in given:
+        if not isinstance(source, Path) and not hasattr(source, "features"):
+            raise DataError(
+                f"{caller}: {type(source).__name__} is neither a path nor a "
+                "datasets.Dataset. Make one: datasets.Dataset.from_list(rows)."
+            )
+    files = [s for s in given if isinstance(s, Path) and not rows.is_saved(s)]
+    if files or not given:
+        check_files(caller, files, kinds)
+    return given
 
 
 def check_files(
@@ -133,7 +198,8 @@ def check_files(
     for path in files:
         if path.is_dir():
             raise DataError(
-                f"{path}: is a folder; name the {_join_with_or(kinds)} files inside."
+                f"{path}: is a folder that no Dataset was saved to (save_to_disk); "
+                f"name the {_join_with_or(kinds)} files inside."
             )
         if not path.exists():
             folder = path.parent
@@ -155,13 +221,14 @@ def check_files(
     return files
 
 
-def _read_documents(
-    path: Path, columns: tuple[str, ...], unit: str
-) -> Iterable[Document]:
-    table = rows.read_rows(path, columns)
+def _read_source(
+    source: Any, columns: tuple[str, ...], unit: str
+) -> Iterable[rows.Row]:
+    table = rows.read_rows(source, columns)
     if table is not None:
-        return (_make_document(row, columns, place) for place, row in table)
-    return [_read_whole(path)] if unit == "file" else _read_paragraphs(path)
+        return table
+    read_rows = _read_whole if unit == "file" else _read_paragraphs
+    return ((place, {columns[0]: text}) for place, text in read_rows(source))
 
 
 def _make_document(row: Any, columns: tuple[str, ...], place: str) -> Document:
@@ -174,17 +241,16 @@ def _make_document(row: Any, columns: tuple[str, ...], place: str) -> Document:
     return Document(text=text, source=place)
 
 
-def _read_whole(path: Path) -> Document:
-    text = "\n".join(_read_lines(path))
-    return Document(text=read_text({"text": text}, "text", str(path)), source=str(path))
+def _read_whole(path: Path) -> Iterator[tuple[str, str]]:
+    yield str(path), "\n".join(_read_lines(path))
 
 
-def _read_paragraphs(path: Path) -> Iterator[Document]:
+def _read_paragraphs(path: Path) -> Iterator[tuple[str, str]]:
     numbered = enumerate(_read_lines(path), start=1)
     for blank, group in groupby(numbered, key=lambda item: not item[1].strip()):
         if not blank:
             numbers, lines = zip(*group)
-            yield Document(text="\n".join(lines), source=f"{path}:{numbers[0]}")
+            yield f"{path}:{numbers[0]}", "\n".join(lines)
 
 
 def _read_lines(path: Path) -> list[str]:

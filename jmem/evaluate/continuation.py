@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jmem.data.document import Document
+from jmem.data.tokens import encode_start
 from jmem.evaluate.decoding import Context, follow_text
 from jmem.evaluate.task import Prompts, Summary, Task
 
@@ -31,16 +32,18 @@ def take_passages(
     `continuation` that follow.
 
     A piece begins where half of the one before it is read, so that texts overlap and
-    continuations do not.
+    continuations do not. What the tokenizer puts before every text (a begin token) is
+    before each, and counts as read.
 
     Raises:
       ValueError: the documents have fewer.
     """
-    size, rows = passage + continuation, []
+    front = encode_start(tokenizer, "")
+    size, rows = passage + continuation - len(front), []
     for document in documents:
         tokens = tokenizer.encode(document["text"], add_special_tokens=False).ids
         starts = range(0, len(tokens) - size + 1, max(size // 2, continuation))
-        rows += [tokens[start : start + size] for start in starts]
+        rows += [[*front, *tokens[start : start + size]] for start in starts]
     if len(rows) < count:
         raise ValueError(
             f"passages={count}, but the text has only {len(rows)} pieces of passage="

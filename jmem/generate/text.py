@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from jmem.data.tokens import encode_start
 from jmem.generate.decode import Options, generate
 
 
@@ -14,6 +15,7 @@ def complete(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    add_special_tokens: bool = True,
     **options: Unpack[Options],
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt.
@@ -23,6 +25,9 @@ def complete(
       params: its parameters.
       tokenizer: of the `tokenizers` package, as `jmem.checkpoints.load` gives it.
       prompts: texts, each of at least one token.
+      add_special_tokens: begin a prompt with what the tokenizer puts before every text,
+        as training does (`jmem.data.tokenise`) and transformers too. False for text
+        that has it spelled out, as a chat template writes it.
       max_new_tokens: tokens decoded a prompt, in one program.
       stop: strings; a text ends before the first place where one of them begins. They
         are looked for in the text, so they may lie across tokens.
@@ -36,7 +41,10 @@ def complete(
         raise ValueError(
             f"complete: stop={stop!r} must be a list of strings, none of them empty."
         )
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
+    ids = [
+        encode_start(tokenizer, text, add_special_tokens=add_special_tokens)
+        for text in prompts
+    ]
     rows = generate(model, params, ids, max_new_tokens=max_new_tokens, **options)
     written = []
     for prompt, row in zip(ids, rows, strict=True):

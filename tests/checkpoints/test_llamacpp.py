@@ -95,13 +95,3 @@ def test_other_architectures_are_refused(tmp_path):
         CheckpointError, match=r"architecture is 'gemma3'; supported: ll"
     ):
         llamacpp.parse_config(source)
-
-
-def test_ends_of_text_and_of_turns(tmp_path):
-    ids = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 7}
-    source = opened(tmp_path, metadata=ids)
-    assert llamacpp.parse_eos(source, 40) == (2, 7)
-    with pytest.raises(
-        CheckpointError, match=r"eot_token_id is 7; supported: ids below"
-    ):
-        llamacpp.parse_eos(source, 7)

@@ -17,7 +17,7 @@ from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
 from jmem.checkpoints import files, layout
-from jmem.checkpoints.files import CheckpointError
+from jmem.checkpoints.files import CheckpointError, CheckpointWarning
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
 
@@ -122,6 +122,70 @@ class TestImport:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         folder = tiny.write_folder(tmp_path / "m", config, tensors)
         assert_same(checkpoints.load(folder).params(), params)
+
+
+class TestHeads:
+    """A flag that says tied, over a file that has its own opinion."""
+
+    @pytest.mark.parametrize("shards", [0, 3])
+    def test_a_head_of_its_own_is_kept_whatever_the_flag(
+        self, tmp_path, shards, monkeypatch
+    ):
+        params = random_params(TINY)
+        head = params["head"]["kernel"]
+        head[:] = params["embed"]["embedding"].T
+        head[3, -1] += 1  # one number in the last row differs
+        folder = folder_of(
+            tmp_path / "m", TINY, params, shards=shards, tie_word_embeddings=True
+        )
+        monkeypatch.setattr(layout, "COMPARED_BYTES", 1000)  # several pieces
+        with pytest.warns(CheckpointWarning, match=r"'lm_head.weight' differs from"):
+            found = checkpoints.load(folder)
+        assert found.config == TINY
+        assert_same(found.params(), params)
+        checkpoints.save(found.params(), found.config, tmp_path / "out", like=found)
+        again = checkpoints.load(tmp_path / "out")  # of one mind now: no warning
+        assert again.config == TINY
+        assert_same(again.params(), params)
+
+    def test_a_head_alone_is_the_embedding(self, tmp_path):
+        config = tiny.VARIANTS["tied"]
+        params = random_params(config)
+        tensors = tiny.torch_tensors(params, "huggingface")
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        found = checkpoints.load(tiny.write_folder(tmp_path / "m", config, tensors))
+        assert found.config == config
+        assert_same(found.params(), params)
+
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_gguf_has_no_flag_and_is_what_it_holds(self, tmp_path, alone):
+        config = tiny.VARIANTS["tied" if alone else "untied"]
+        params = random_params(config)
+        tensors = tiny.torch_tensors(params, "gguf")
+        path = tiny.write_gguf(tmp_path / "m.gguf", config, params)
+        if alone:
+            raw, size = path.read_bytes(), sum(v.nbytes for v in tensors.values())
+            given, name = (
+                len(name).to_bytes(8, "little") + name
+                for name in (b"token_embd.weight", b"output.weight")
+            )
+            assert raw.count(given) == 1
+            header = raw[:-size].replace(given, name)
+            path.write_bytes(header + b"\0" * 4 + raw[-size:])
+        found = checkpoints.load(path)
+        assert found.config == config
+        assert_same(found.params(), params)
+
+    def test_a_head_of_another_shape_is_no_copy(self, tmp_path):
+        config = tiny.VARIANTS["tied"]
+        tensors = tiny.torch_tensors(random_params(config), "huggingface")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][:-1]
+        folder = tiny.write_folder(tmp_path / "m", config, tensors)
+        with (
+            pytest.warns(CheckpointWarning, match="differs"),
+            pytest.raises(CheckpointError, match=r"lm_head.weight' has shape \(47, 32"),
+        ):
+            checkpoints.load(folder)
 
 
 class TestDtype:
@@ -255,8 +319,8 @@ class TestAnotherModel:
         assert checkpoint.config.max_positions == TINY.max_positions
 
     def test_a_tokenizer_that_is_not_the_models(self, tmp_path):
-        folder = folder_of(tmp_path / "m", tokenizer=tiny.tiny_tokenizer(49))
-        message = "tokenizer.json: the tokenizer has 49 tokens.*vocabulary is 0 to 47"
+        folder = folder_of(tmp_path / "m", tokenizer=tiny.tiny_tokenizer(97))
+        message = "tokenizer.json: the tokenizer has 97 tokens.*vocabulary is 0 to 47"
         with pytest.raises(CheckpointError, match=message):
             checkpoints.load(folder)
 

@@ -108,6 +108,7 @@ def deadline():
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.filterwarnings("ignore::jmem.checkpoints.CheckpointWarning")
 @pytest.mark.parametrize("kind", ["single", "sharded", "gguf", "quantised gguf"])
 def test_damaged_files_give_an_error_or_a_whole_result(
     kind, originals, tmp_path, deadline, capfd

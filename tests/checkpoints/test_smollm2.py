@@ -85,7 +85,7 @@ def reference_pass(forward, golden):
 
 def test_configuration(checkpoint, golden):
     assert checkpoint.config == zoo.get("smollm2-135m")
-    assert checkpoint.eos_ids == (2,)
+    assert checkpoint.eos_ids == (2, 0)  # a turn ends, and a document
     assert checkpoint.dtype == np.float32
     stated = json.loads(str(golden["config"]))
     assert checkpoint.config.rope_theta == stated["rope_theta"]

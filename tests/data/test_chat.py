@@ -83,10 +83,9 @@ class TestRender:
         assert covered(document) == ["assistant:Two. é;"]
 
     def test_json_is_not_escaped_and_tools_are_none(self):
-        source = "{{ messages | map(attribute='content') | list | tojson }}{{ tools }}"
-        template = ChatTemplate(source + "{{ strftime_now is defined }}")
-        text = template._write(MESSAGES[1:3], "here")
-        assert text == '["1+1? <b>", "Two. é"]NoneFalse'
+        source = "{% for m in messages %}{{ [m.content] | tojson }}{% endfor %}"
+        text = ChatTemplate("{{ tools }}" + source).render(MESSAGES[1:3])["text"]
+        assert text == 'None["1+1? <b>"]["Two. é"]'
 
     def test_generation_blocks_and_loop_controls(self):
         source = (
@@ -256,7 +255,9 @@ class TestReadChats:
         with pytest.raises(DataError, match=r"read_chats: no path given; .*\.parquet"):
             read_chats(template=TEMPLATE)
         (tmp_path / "a.csv").write_text("messages\nhi\n")
-        with pytest.raises(DataError, match=r"a\.csv: is not \.jsonl or \.parquet"):
+        with pytest.raises(
+            DataError, match=r"a\.csv: is not \.jsonl, \.json or \.parquet"
+        ):
             read_chats(tmp_path / "a.csv", template=TEMPLATE)
         table = tmp_path / "a.parquet"
         pq.write_table(pa.table({"messages": ["hi"]}), table)

@@ -170,7 +170,9 @@ class TestFiles:
             read(path, unit=unit)
 
     def test_other_kinds_are_pointed_to_datasets(self, write, tmp_path):
-        message = r"a\.xlsx: is not \.jsonl, \.csv, \.parquet or \.txt.*load_data"
+        message = (
+            r"a\.xlsx: is not \.jsonl, \.json, \.csv, \.parquet or \.txt.*load_data"
+        )
         with pytest.raises(DataError, match=message):
             read(write("a.xlsx", "text\nhello\n"))
         with pytest.raises(DataError, match="is a folder"):

@@ -1,0 +1,194 @@
+"""Conversations as people keep them, as the messages that a chat template reads.
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}     OpenAI, Hugging Face
+    {"conversations": [{"from": "human", "value": "..."}, ...]}              ShareGPT
+    {"instruction": "...", "input": "...", "output": "..."}                    Alpaca
+
+Idea    What a template gets is what transformers gives it: a key whose value is null is
+        no key, reasoning goes by every name that templates ask for, and `tools` beside
+        the messages are passed on. Beyond that, contents in parts are joined to one
+        text, a tool call may have no content, and a message's `weight` says whether it
+        is learnt. What can be neither kept nor understood is refused by its name.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jmem.data.document import DataError, make_missing_column_error
+
+COLUMNS = ("messages", "conversations", "conversation")
+"""Where lists of messages are looked for, if no column is named."""
+ALPACA = ("instruction", "input", "output", "history")
+BESIDE = ("tools", "system")
+"""Columns that belong to a conversation, where they are."""
+
+_ROLES: Mapping[str, str] = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "assistant": "assistant",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+"""Who speaks in ShareGPT, and the role that this is."""
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What reasoning before an answer is called; templates ask for the first or second."""
+
+
+class Chat(NamedTuple):
+    """One conversation."""
+
+    messages: list[dict[str, Any]]
+    learnt: list[bool]
+    """Whether the loss covers the message: the assistant's, unless its weight is 0."""
+    tools: list[Any] | None
+    """What the assistant may call, as JSON schemas."""
+
+
+def read_chat(row: Any, column: str | None, place: str) -> Chat:
+    """The conversation in a row of a table; `column` holds it, or any known one.
+
+    Raises:
+      DataError: there is none, or it is no conversation. Starts with `place`.
+    """
+    if isinstance(row, DataError):
+        raise row
+    known = row if isinstance(row, Mapping) else {}
+    names = [column] if column else [n for n in (*COLUMNS, ALPACA[0]) if n in known]
+    if not names or names[0] not in known:
+        raise make_missing_column_error(place, column or COLUMNS[0], known)
+    value = known[names[0]]
+    if isinstance(value, str) and known.get("output") is not None:
+        value = _read_alpaca(known, value, place)
+    messages, system = [*_check_list(value, place)], known.get("system")
+    if not isinstance(system, str | None):
+        raise DataError(f"{place}: system={system!r:.80} is not a string.")
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if system and "system" not in (first.get("role"), first.get("from")):
+        messages.insert(0, {"role": "system", "content": system})
+    return make_chat(messages, place, _read_tools(known.get("tools"), place))
+
+
+def make_chat(messages: Any, place: str, tools: list[Any] | None = None) -> Chat:
+    """Messages, each checked, and which of them are learnt.
+
+    Raises:
+      DataError: what they lack. Starts with `place`.
+    """
+    found = [
+        _read_message(message, f"{place}: message {i}")
+        for i, message in enumerate(_check_list(messages, place))
+    ]
+    if not any(message["role"] == "assistant" for message in found):
+        raise DataError(
+            f"{place}: no message has the role 'assistant', so there is nothing to "
+            "learn. Remove the chat."
+        )
+    learnt = [
+        _is_learnt(message, f"{place}: message {i}") for i, message in enumerate(found)
+    ]
+    if not any(learnt):
+        raise DataError(
+            f"{place}: every answer has weight 0, so there is nothing to learn. Remove "
+            "the chat."
+        )
+    return Chat(found, learnt, tools)
+
+
+def _check_list(messages: Any, place: str) -> list[Any] | tuple[Any, ...]:
+    if isinstance(messages, list | tuple):
+        return messages
+    raise DataError(
+        f"{place}: a chat is a list of messages, not {type(messages).__name__}. "
+        'Write it as [{"role": "user", "content": ...}, ...].'
+    )
+
+
+def _read_message(message: Any, place: str) -> dict[str, Any]:
+    """The message without nulls, with a role, and with one text as its content."""
+    known = message if isinstance(message, Mapping) else {}
+    found = {key: value for key, value in known.items() if value is not None}
+    if "role" not in found and "from" in found:
+        speaker = found.pop("from")
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            raise DataError(
+                f"{place} is from {speaker!r:.80}; known are {', '.join(_ROLES)}. "
+                'Write it as {"role": ..., "content": ...}.'
+            )
+        found = {"role": _ROLES[speaker], "content": found.pop("value", None)} | found
+    role, content = found.get("role"), found.get("content")
+    if isinstance(content, list | tuple):
+        content = found["content"] = _join_parts(content, place)
+    calls = found.get("tool_calls") or found.get("function_call")
+    if content is None and calls and role == "assistant":
+        content = found["content"] = ""
+    if not (isinstance(role, str) and role.strip() and isinstance(content, str)):
+        raise DataError(
+            f"{place} is {message!r:.80}, which lacks a role or a content (strings). "
+            'Write it as {"role": "user", "content": ...}.'
+        )
+    reasoning = [found[name] for name in _REASONING if name in found]
+    if reasoning:
+        found = {"thinking": reasoning[0]} | found | {"reasoning_content": reasoning[0]}
+    return found
+
+
+def _join_parts(parts: Any, place: str) -> str:
+    """The text of a content in parts, which templates write one after another."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{place}: a part of its content is {kind!r:.80}; only text is read, "
+                'as {"type": "text", "text": ...}. Remove the chat.'
+            )
+    return "".join(part["text"] for part in parts)
+
+
+def _is_learnt(message: Mapping[str, Any], place: str) -> bool:
+    weight, answers = message.get("weight", 1), message["role"] == "assistant"
+    if weight not in (0, 1) or (weight and "weight" in message and not answers):
+        raise DataError(
+            f"{place}, by {message['role']!r}, has weight={weight!r:.80}; an answer "
+            "has 1 or 0 (not learnt), and what others say is never learnt. Change or "
+            "remove the key."
+        )
+    return answers and bool(weight)
+
+
+def _read_alpaca(row: Mapping[str, Any], instruction: str, place: str) -> list[Any]:
+    """Turns of an instruction with its input and output, and of those before it."""
+    given, history = row.get("input"), row.get("history") or []
+    pairs = isinstance(history, list) and all(
+        isinstance(turn, list | tuple) and len(turn) == 2 for turn in history
+    )
+    if not isinstance(given, str | None) or not pairs:
+        raise DataError(
+            f"{place}: input={given!r:.80} is a string and history={history!r:.80} a "
+            "list of pairs in Alpaca's rows."
+        )
+    asked = f"{instruction}\n{given}" if given else instruction
+    turns = [*history, (asked, row["output"])]
+    return [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn)
+    ]
+
+
+def _read_tools(value: Any, place: str) -> list[Any] | None:
+    """Schemas of tools: a list, the same as JSON text, or none."""
+    tools = value
+    if isinstance(value, str):
+        try:
+            tools = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            tools = value
+    if tools is None or (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        return tools
+    raise DataError(
+        f"{place}: tools={value!r:.80} is not a list of objects, one a tool. Write it "
+        "as JSON schemas, or rename the column."
+    )
