@@ -63,8 +63,8 @@ class TestImport:
         folder = folder_of(tmp_path / "m", tokenizer=tiny.tiny_tokenizer())
         by_folder = checkpoints.load(str(folder))
         by_file = checkpoints.load(folder / "model.safetensors")
-        assert by_file.tokenizer.encode("one two").ids == [1, 2]
-        assert by_folder.tokenizer.encode("one two").ids == [1, 2]
+        assert by_file.require_tokenizer().encode("one two").ids == [1, 2]
+        assert by_folder.require_tokenizer().encode("one two").ids == [1, 2]
         assert_same(by_file.params(), by_folder.params())
 
     @VARIANTS

@@ -5,6 +5,7 @@ import json
 import resource
 import signal
 import struct
+from typing import Any
 
 import chex
 import numpy as np
@@ -49,7 +50,7 @@ def originals(tmp_path_factory) -> dict[str, dict[str, bytes]]:
     root = tmp_path_factory.mktemp("originals")
     config = tiny.VARIANTS["scaled"]
     tensors = tiny.torch_tensors(random_params(config), "huggingface")
-    more = {"tokenizer": tiny.tiny_tokenizer()}
+    more: dict[str, Any] = {"tokenizer": tiny.tiny_tokenizer()}
     tiny.write_folder(root / "single", config, tensors, **more)
     tiny.write_folder(root / "sharded", config, tensors, shards=2, **more)
     for name in ("gguf", "quantised gguf"):
