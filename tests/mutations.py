@@ -25,6 +25,11 @@ TOKENS = (
     b"\xe9",
 )
 
+STRANGE = [
+    *(None, True, False, -1, 0, 1, 3, 2**31, 2**64, 0.5, 1e308, float("nan")),
+    *("", "F16", "llama3", "a\0b", "\ud800", "../x", [], [1], [[[]]], {}, {"a": None}),
+]
+
 
 def count(usual: int) -> int:
     """How many mutants a test makes."""
@@ -54,6 +59,21 @@ def damage_bytes(raw: bytes, random: np.random.Generator) -> bytes:
             case 5:
                 data[at:at] = data[at : at + span]
     return bytes(data)
+
+
+def damage_json(value, random: np.random.Generator):
+    """The same object with one value somewhere replaced, removed or copied."""
+    if isinstance(value, dict | list) and value and random.random() < 0.9:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[random.integers(0, len(keys))]
+        if random.random() < 0.1:
+            del value[key]
+        elif random.random() < 0.1:
+            value[key] = value[keys[random.integers(0, len(keys))]]
+        else:
+            value[key] = damage_json(value[key], random)
+        return value
+    return STRANGE[random.integers(0, len(STRANGE))]
 
 
 def damage_text(raw: bytes, random: np.random.Generator) -> bytes:

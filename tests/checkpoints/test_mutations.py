@@ -10,7 +10,7 @@ from typing import Any
 import chex
 import numpy as np
 import pytest
-from mutations import count, damage_bytes
+from mutations import count, damage_bytes, damage_json
 from tiny_decoder import TINY, random_params
 
 from jmem import checkpoints
@@ -24,11 +24,6 @@ SECONDS = 5
 """No tiny file takes longer, on a machine busy with other work."""
 BOMB_BYTES = 256 << 20
 """Far above what tiny files need, far below what their damaged sizes may claim."""
-
-STRANGE = [
-    *(None, True, False, -1, 0, 1, 3, 2**31, 2**64, 0.5, 1e308, float("nan")),
-    *("", "F16", "llama3", "a\0b", "\ud800", "../x", [], [1], [[[]]], {}, {"a": None}),
-]
 
 
 @functools.cache
@@ -66,21 +61,6 @@ def originals(tmp_path_factory) -> dict[str, dict[str, bytes]]:
         metadata=words,
     )
     return {folder.name: bytes_of(folder) for folder in root.iterdir()}
-
-
-def damage_json(value, random: np.random.Generator):
-    """The same object with one value somewhere replaced, removed or copied."""
-    if isinstance(value, dict | list) and value and random.random() < 0.9:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key = keys[random.integers(0, len(keys))]
-        if random.random() < 0.1:
-            del value[key]
-        elif random.random() < 0.1:
-            value[key] = value[keys[random.integers(0, len(keys))]]
-        else:
-            value[key] = damage_json(value[key], random)
-        return value
-    return STRANGE[random.integers(0, len(STRANGE))]
 
 
 def damaged(name: str, raw: bytes, random: np.random.Generator) -> bytes:

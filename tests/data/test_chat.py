@@ -1,18 +1,27 @@
 """Chats: the text is the template's, the loss lies on the assistant's turns only."""
 
+import dataclasses
+import datetime
 import json
+import pathlib
 import re
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checkpoints import tiny
+from tiny_decoder import TINY, random_params
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from jmem import checkpoints
 from jmem.data import chat
 from jmem.data.chat import ChatTemplate, read_chats, read_template
-from jmem.data.document import DataError
-from jmem.data.tokens import tokenise
+from jmem.data.document import DataError, DataWarning
+from jmem.data.messages import make_chat
+from jmem.data.source import TextSource
+from jmem.data.tokens import encode_start, tokenise
 from jmem.data.windows import pack
 
 CHATML = """\
@@ -263,3 +272,221 @@ class TestReadChats:
         pq.write_table(pa.table({"messages": ["hi"]}), table)
         with pytest.raises(DataError, match=r"a\.parquet:1: a chat is a list"):
             read_chats(table, template=TEMPLATE)
+
+
+EXPECTED = json.loads(
+    (pathlib.Path(__file__).parent / "transformers_chats.json").read_text()
+)
+"""What transformers made of chats and texts; the file says how."""
+
+
+@pytest.fixture(scope="module")
+def worded():
+    """The tokenizer of EXPECTED: bytes, four special tokens, `<s>` before a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+class TestAsTransformers:
+    """`apply_chat_template` and `tokenizer(text)`, text by text and id by id."""
+
+    @pytest.mark.parametrize("case", EXPECTED["chats"], ids=lambda case: case["name"])
+    def test_chats(self, case, worded):
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        template = ChatTemplate(case["template"], tokens)
+        chat = make_chat(case["messages"], "here", case["tools"])
+        text, *_ = template._write(chat, "here", whole=True)
+        assert text == case["text"]
+        row = {"text": text, "add_special_tokens": False}
+        (ids,) = tokenise([row], worded, end="<|im_end|>")
+        assert ids[:-1].tolist() == case["ids"]
+
+    @pytest.mark.parametrize("case", EXPECTED["texts"], ids=lambda case: case["text"])
+    def test_texts(self, case, worded):
+        text = case["text"]
+        assert encode_start(worded, text) == case["ids"]
+        bare = encode_start(worded, text, add_special_tokens=False)
+        assert bare == case["bare"]
+        if text:
+            (ids,) = tokenise([{"text": text}], worded, end="<|im_end|>")
+            assert ids[:-1].tolist() == case["ids"]
+
+
+def test_a_template_is_told_the_day():
+    source = "{% for m in messages %}{{ strftime_now('%d %b %Y') }} {% endfor %}"
+    fixed = ChatTemplate(source, today="2024-07-26").render(MESSAGES[1:3])
+    assert fixed["text"] == "26 Jul 2024 " * 2
+    before = datetime.date.today()
+    text = ChatTemplate(source).render(MESSAGES[1:3])["text"]
+    days = {f"{day:%d %b %Y} " * 2 for day in (before, datetime.date.today())}
+    assert text in days
+
+
+DROPS_THOUGHTS = ChatTemplate(
+    "{% for m in messages %}{{ m.role }}:"
+    "{% if m.thinking and loop.last %}({{ m.thinking }}){% endif %}{{ m.content }};"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+THOUGHTS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b", "thinking": "1"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d", "thinking": "2"},
+]
+
+
+class TestSplit:
+    """A template that drops the reasoning of earlier turns."""
+
+    def test_is_refused_unless_split(self, tmp_path):
+        path = jsonl(tmp_path / "a.jsonl", {"messages": THOUGHTS})
+        message = r"a\.jsonl:1: .* message 1 .*\(--split-chats"
+        with pytest.raises(DataError, match=message):
+            read_chats(path, template=DROPS_THOUGHTS)
+        data = read_chats(path, template=DROPS_THOUGHTS, split=True)
+        assert data["text"][:] == [
+            "user:a;assistant:(1)b;",
+            "user:a;assistant:b;user:c;assistant:(2)d;",
+        ]
+        assert [covered(row) for row in data] == [["(1)b;"], ["(2)d;"]]
+
+    def test_answers_of_weight_0_are_context_alone(self):
+        thoughts = [THOUGHTS[0], THOUGHTS[1] | {"weight": 0}, *THOUGHTS[2:]]
+        (found,) = DROPS_THOUGHTS.render_each(thoughts)
+        assert covered(found) == ["(2)d;"]
+        assert covered(DROPS_THOUGHTS.render(thoughts)) == ["(2)d;"]
+
+    def test_a_prompt_that_no_answer_begins_with_is_refused(self):
+        source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        source += "{% if add_generation_prompt %}<think>{% endif %}"
+        with pytest.raises(DataError, match=r"^here: .* writes an answer otherwise"):
+            ChatTemplate(source).render_each(MESSAGES[1:3], "here")
+
+
+def write_gguf(path, template=CHATML):
+    """A GGUF of a byte-level tokenizer, with the metadata that chats need."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "<|im_start|>", "<|im_end|>"]
+    config = dataclasses.replace(TINY, vocab_size=len(tokens))
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * len(alphabet) + [3, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.chat_template": template,
+    }
+    tokens.insert(len(alphabet), "ab")
+    metadata["tokenizer.ggml.token_type"].insert(0, 1)
+    metadata["tokenizer.ggml.eos_token_id"] += 1
+    config = dataclasses.replace(config, vocab_size=len(tokens))
+    return tiny.write_gguf(path, config, random_params(config), metadata=metadata)
+
+
+class TestGguf:
+    def test_its_own_template_serves_and_is_exported(self, tmp_path):
+        path = write_gguf(tmp_path / "m.gguf")
+        assert read_template(path) == TEMPLATE
+        checkpoint = checkpoints.load(path)
+        assert read_template(checkpoint, "2024-07-26").today == "2024-07-26"
+        rows = jsonl(tmp_path / "a.jsonl", *[{"messages": MESSAGES}] * 3)
+        source = TextSource(data=str(rows), chat="messages")
+        training, held_out = source.sequences(checkpoint, 10)
+        assert len(training) == 2
+        assert len(held_out) == 1
+        decode = checkpoint.require_tokenizer().decode
+        found = decode(np.ma.getdata(training[0]).tolist(), skip_special_tokens=False)
+        assert found == RENDERED, "closed by its last <|im_end|>, and by no second one"
+        learnt = decode(training[0].compressed().tolist(), skip_special_tokens=False)
+        assert learnt == "".join(ANSWERS)
+
+    def test_files_beside_one_without_serve_too(self, tmp_path):
+        path = write_gguf(tmp_path / "m.gguf", template=None)
+        with pytest.raises(DataError, match=r"m\.gguf: no chat template"):
+            read_template(path)
+        config = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert read_template(path) == TEMPLATE
+
+    def test_the_default_models_own(self, tmp_path, smollm2_tokenizer):
+        checkpoint = checkpoints.load("smollm2-135m")
+        rows = jsonl(tmp_path / "a.jsonl", *[{"messages": MESSAGES}] * 3)
+        source = TextSource(data=str(rows), chat="messages")
+        training, _ = source.sequences(checkpoint, 10)
+        ids = np.ma.getdata(training[0]).tolist()
+        text = smollm2_tokenizer.decode(ids, skip_special_tokens=False)
+        assert text == RENDERED + "<|endoftext|>"
+
+
+class TestSources:
+    """Every place that a conversation may come from gives the same documents."""
+
+    @pytest.fixture
+    def talks(self):
+        return [{"messages": MESSAGES, "tools": None}, {"messages": MESSAGES[:3]}]
+
+    @pytest.mark.parametrize(
+        "kind", ["jsonl", "json", "parquet", "folder", "dataset", "share gpt"]
+    )
+    def test_they_agree(self, kind, talks, tmp_path):
+        place = tmp_path / f"a.{kind}"
+        given = place
+        match kind:
+            case "jsonl":
+                jsonl(place, *talks)
+            case "json":
+                place.write_text(json.dumps(talks, indent=1))
+            case "parquet":
+                pq.write_table(pa.Table.from_pylist(talks), place)
+            case "folder":
+                datasets.Dataset.from_list(talks).save_to_disk(place)
+            case "dataset":
+                given = datasets.Dataset.from_list(talks)
+            case "share gpt":
+                names = {"system": "system", "user": "human", "assistant": "gpt"}
+                given = datasets.Dataset.from_list(
+                    [
+                        {
+                            "conversations": [
+                                {"from": names[m["role"]], "value": m["content"]}
+                                for m in talk["messages"]
+                            ]
+                        }
+                        for talk in talks
+                    ]
+                )
+        data = read_chats(given, template=TEMPLATE)
+        expected = [TEMPLATE.render(talk["messages"]) for talk in talks]
+        assert data["text"][:] == [one["text"] for one in expected]
+        assert [covered(row) for row in data] == [covered(one) for one in expected]
+        assert not any(data["add_special_tokens"])
+
+    def test_a_begin_token_is_not_put_before_a_chat(self, byte_tokenizer, tmp_path):
+        data = read_chats(
+            jsonl(tmp_path / "a.jsonl", {"messages": MESSAGES}), template=TEMPLATE
+        )
+        (ids,) = tokenise(data, byte_tokenizer)
+        assert byte_tokenizer.token_to_id("<s>") not in ids.tolist()
+
+    def test_bad_rows_are_left_out_and_counted(self, tmp_path):
+        path = jsonl(tmp_path / "a.jsonl", {"messages": MESSAGES})
+        with open(path, "a") as file:
+            file.write('{"messages": [}\n{"messages": []}\n')
+            file.write(json.dumps({"messages": MESSAGES[:3]}) + "\n")
+        with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON"):
+            read_chats(path, template=TEMPLATE)
+        message = r"^2 of 4 rows left out\. The first: .*a\.jsonl:2: not JSON"
+        with pytest.warns(DataWarning, match=message):
+            data = read_chats(path, template=TEMPLATE, skip_bad_rows=True)
+        assert data["source"][:] == [f"{path}:1", f"{path}:4"]
+        bad = jsonl(tmp_path / "b.jsonl", {"messages": []}, {"messages": 7})
+        with pytest.raises(DataError, match=r"b\.jsonl:1: no message has the role"):
+            read_chats(bad, template=TEMPLATE, skip_bad_rows=True)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from mutations import count, outcomes
 
-from jmem.data.document import DataError
-from jmem.data.text import read
+from jmem.data.document import DataError, DataWarning
+from jmem.data.text import check_sources, read
 
 
 def jsonl(*rows) -> str:
@@ -253,3 +253,116 @@ class TestPromptAndCompletion:
             DataError, match=r"a\.txt: plain text has no columns 'q' an"
         ):
             read(write("a.txt", "x"), prompt="q", completion="a")
+
+
+class TestJsonArrays:
+    def test_rows_are_told_by_the_line_they_begin_in(self, write):
+        path = write(
+            "a.json", '\ufeff[{"text": "a"},\n\n {"text":\n"b"}, {"text": "c"}]\n'
+        )
+        data = read(path)
+        assert data["text"][:] == ["a", "b", "c"]
+        assert data["source"][:] == [f"{path}:{line}" for line in (1, 3, 4)]
+
+    def test_json_lines_are_called_so_too(self, write):
+        path = write("a.json", jsonl({"text": "a"}, {"text": "b"}))
+        assert read(path)["text"][:] == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ('[{"text": "a"},\n{"text": }]', r"a\.json:2: not JSON .*array of rows"),
+            ('[{"text": "a"}\n{"text": "b"}]', r"a\.json:1: .* does not go on with"),
+            ('[{"text": "a"},', r"a\.json:1: not JSON"),
+            ('[{"text": "a"}', r"a\.json:1: .* does not go on with"),
+            ('[{"text": "a"}] 7', r"a\.json: holds more than an array"),
+            ('["a"]', r"a\.json:1: a row must be an object .* not str"),
+            ("[]", r"a\.json: holds no text"),
+            ('{"data": [{"text": "a"}]}', r"a\.json:1: no column 'text'"),
+            ("[" * 100_000, r"a\.json:1: not JSON \(nested too deeply"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, write, content, message):
+        with pytest.raises(DataError, match=message):
+            read(write("a.json", content))
+
+
+class TestDatasets:
+    def test_a_folder_and_a_dataset_are_read_as_files_are(self, tmp_path):
+        table = datasets.Dataset.from_list(
+            [{"text": "a", "n": 1}, {"text": "b", "n": 2}]
+        )
+        table.save_to_disk(tmp_path / "saved")
+        found = read(tmp_path / "saved", table.with_format("numpy"))
+        assert found["text"][:] == ["a", "b"] * 2
+        places = [f"{tmp_path / 'saved'}:1", f"{tmp_path / 'saved'}:2"]
+        assert found["source"][:] == [*places, "Dataset:1", "Dataset:2"]
+        with pytest.raises(
+            DataError, match=r"saved: no column 'txt' among \['n', 'tex"
+        ):
+            read(tmp_path / "saved", column="txt")
+
+    def test_one_of_several_tables_is_asked_for(self, tmp_path):
+        table = datasets.Dataset.from_list([{"text": "a"}])
+        datasets.DatasetDict({"train": table, "test": table}).save_to_disk(
+            tmp_path / "d"
+        )
+        with pytest.raises(DataError, match=r"tables train, test; name one .*d/train"):
+            read(tmp_path / "d")
+        assert read(tmp_path / "d" / "train")["text"][:] == ["a"]
+
+    def test_a_damaged_folder_is_named(self, tmp_path):
+        (tmp_path / "state.json").write_text("{")
+        with pytest.raises(DataError, match="not a folder that a Dataset was saved to"):
+            read(tmp_path)
+
+    @pytest.mark.parametrize("source", [7, None, [{"text": "a"}]])
+    def test_what_is_no_source_is_refused(self, source):
+        with pytest.raises(DataError, match=r"read: \w+ is neither a path nor a data"):
+            check_sources("read", [source], (".jsonl", ".txt"))
+
+
+CHATS = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    "row, column, hint",
+    [
+        (CHATS, "text", r"--chat messages"),
+        (CHATS, "messages", r"--chat messages"),
+        ({"conversations": []}, "text", r"--chat conversations"),
+        ({"instruction": "a", "output": "b"}, "text", r"--chat instruction"),
+        ({"prompt": "a", "completion": "b"}, "text", r"--prompt prompt --completion"),
+        ({"body": "a"}, "text", r"--column"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_another_kind_say_so(tmp_path, kind, row, column, hint):
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text(jsonl(row))
+    else:
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    if kind == "parquet" and column in row:
+        hint = "not strings"
+    with pytest.raises(DataError, match=hint):
+        read(path, column=column)
+
+
+def test_bad_rows_are_left_out_and_counted(write):
+    rows = (
+        '{"text": "a"}',
+        "{",
+        "[]",
+        '{"text": 7}',
+        '{"text": "b"}',
+        '{"text": "\\ud83d"}',
+    )
+    path = write("a.jsonl", "\n".join(rows))
+    table = write("a.csv", "text,n\nc,1\nd\ne,2\n")
+    message = r"^5 of 9 rows left out\. The first: .*a\.jsonl:2: not JSON"
+    with pytest.warns(DataWarning, match=message):
+        data = read(path, table, skip_bad_rows=True)
+    assert data["text"][:] == ["a", "b", "c", "e"]
+    with pytest.raises(DataError, match=r"a\.csv:3: 1 field\(s\), but"):
+        read(table)

@@ -3,14 +3,21 @@
 import datasets
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from jmem.data import tokens
 from jmem.data.batch import Batch
-from jmem.data.document import DataError
+from jmem.data.document import DataError, DataWarning
 from jmem.data.loader import Loader
 from jmem.data.text import read
-from jmem.data.tokens import tokenise
+from jmem.data.tokens import encode_start, tokenise
 from jmem.data.windows import pack, pad
 
 DOCUMENTS = [
@@ -19,6 +26,7 @@ DOCUMENTS = [
     {"text": "the dog", "source": "c.txt"},
 ]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+END_OF_ANOTHER = "<|end|>"
 IDS = [[1, 2, 3, 7], [4, 5, 6, 7], [1, 0, 7]]
 
 
@@ -193,3 +201,83 @@ class TestLossSpans:
         assert packed.weights.tolist() == [[0, 1, 1, 1, 1, 1, 1]]
         assert padded.targets.tolist() == [[2, 3, 7], [5, 6, 7]]
         assert padded.weights.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+class TestEnd:
+    """A text that ends already gets no second end."""
+
+    @pytest.fixture
+    def tokenizer(self, word_tokenizer):
+        word_tokenizer.add_special_tokens(["<s>", "</s>"])
+        word_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 8), ("</s>", 9)]
+        )
+        return word_tokenizer
+
+    def test_that_the_tokenizer_adds(self, tokenizer):
+        (ids,) = tokenise([{"text": "the cat"}], tokenizer, end="</s>")
+        assert ids.tolist() == [8, 1, 2, 9]
+        row = {"text": "the cat", "loss_spans": [[4, 7]]}
+        (ids,) = tokenise([row], tokenizer, end="</s>")
+        assert ids.tolist() == [None, None, 2, 9]
+
+    @pytest.mark.parametrize("text", ["the cat </s>", "the cat</s>", "the cat </s> \n"])
+    def test_that_is_spelled_out(self, tokenizer, text):
+        (ids,) = tokenise(
+            [{"text": text}], tokenizer, end="</s>", add_special_tokens=False
+        )
+        assert ids.tolist() == [1, 2, 9]
+
+    def test_blanks_that_are_tokens_may_follow_it(self):
+        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(BYTES)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.add_special_tokens(["</s>"])
+        end = tokenizer.token_to_id("</s>")
+        row = {"text": "a</s>\n", "loss_spans": [[0, 6]]}
+        (ids,) = tokenise([row], tokenizer, end="</s>")
+        assert (ids.size, ids[1]) == (3, end)
+        (ids,) = tokenise([{"text": "a</s>b"}], tokenizer, end="</s>")
+        assert ids.tolist().count(end) == 2
+
+    def test_what_goes_on_has_a_begin_and_no_end(self, tokenizer):
+        assert encode_start(tokenizer, "the cat") == [8, 1, 2]
+        assert encode_start(tokenizer, "") == [8]
+        assert encode_start(tokenizer, "", add_special_tokens=False) == []
+        tokenizer.enable_truncation(2)
+        assert encode_start(tokenizer, "the cat sat") == [8, 1, 2, 3]
+
+    def test_documents_say_whether_anything_is_added(self, tokenizer):
+        rows = [
+            {"text": "the", "add_special_tokens": flag} for flag in (None, False, True)
+        ]
+        assert lists(tokenise(rows, tokenizer, end="</s>")) == [
+            [8, 1, 9],
+            [1, 9],
+            [8, 1, 9],
+        ]
+        found = tokenise(rows, tokenizer, end="</s>", add_special_tokens=False)
+        assert lists(found) == [[1, 9]] * 3
+
+
+def test_bad_documents_are_left_out_and_counted(word_tokenizer):
+    rows = [*DOCUMENTS, {"text": " "}, {"txt": "a"}, {"text": END_OF_ANOTHER}]
+    word_tokenizer.add_special_tokens([END_OF_ANOTHER])
+    with pytest.raises(DataError, match=r"^document 3: column 'text' is blank"):
+        tokenise(rows, word_tokenizer, vocab_size=8)
+    message = r"^3 of 6 rows left out\. The first: document 3: "
+    with pytest.warns(DataWarning, match=message):
+        found = tokenise(rows, word_tokenizer, vocab_size=8, skip_bad_rows=True)
+    assert lists(found) == IDS
+    with pytest.raises(DataError, match=r"^document 0: column 'text' is blank"):
+        tokenise(rows[3:], word_tokenizer, vocab_size=8, skip_bad_rows=True)
+
+
+def test_a_text_that_the_tokenizer_breaks_at_is_named(word_tokenizer, capfd):
+    """Its core panics, which is no Exception."""
+    pattern = Regex(r"([ -~]+)*[^ -~]")
+    word_tokenizer.normalizer = normalizers.Replace(pattern, "")
+    rows = [DOCUMENTS[1], {"text": "a" * 40, "source": "b.jsonl:7"}]
+    with pytest.raises(
+        DataError, match=r"^b\.jsonl:7: the tokenizer fails at the text"
+    ):
+        tokenise(rows, word_tokenizer)

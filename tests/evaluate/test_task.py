@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from every_task import RECALL, TASKS, TOKENIZER
 from tiny_decoder import TINY, random_params
+from tokenizers import processors
 
 from jmem.data.needle import Haystack
 from jmem.evaluate.compare import collect, compare
@@ -166,3 +167,17 @@ REFUSED = {
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_passage_begins_with_what_begins_every_text():
+    tokenizer = type(TOKENIZER).from_str(TOKENIZER.to_str())
+    (begin,) = TOKENIZER.encode("z").ids
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="z $A z", special_tokens=[("z", begin)]
+    )
+    text = "".join(chr(97 + index % 26) for index in range(64))
+    sizes: Any = {"passage": 20, "continuation": 4}
+    documents: Any = [{"text": text}]
+    rows = take_passages(tokenizer, documents, count=2, **sizes)
+    tokens = TOKENIZER.encode(text).ids
+    assert rows == [[begin, *tokens[start : start + 23]] for start in (0, 11)]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from tiny_decoder import TINY, random_params
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from jmem.generate.decode import generate
 from jmem.generate.text import complete
@@ -62,3 +62,18 @@ def test_it_takes_the_options_of_generate(parts):
 def test_refuses_what_is_no_list_of_strings(parts, stop):
     with pytest.raises(ValueError, match="stop="):
         completed(parts, stop=stop)
+
+
+def test_a_prompt_begins_as_training_and_transformers_begin_a_text(parts):
+    model, params, tokenizer = parts
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["▁w11", "▁w12"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="▁w11 $A ▁w12", special_tokens=[("▁w11", 11), ("▁w12", 12)]
+    )
+    with_begin = generate(model, params, [[11, 5, 9, 1], [11, 7]], max_new_tokens=8)
+    without = completed(parts)
+    given = (model, params, tokenizer)
+    assert completed(given) == [" " + tokenizer.decode(row) for row in with_begin]
+    assert completed(given) != without
+    assert completed(given, add_special_tokens=False) == without
