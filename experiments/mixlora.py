@@ -160,7 +160,7 @@ def main(config: Config, run: Run) -> None:
     checkpoint, tokenizer = config.open(model)
 
     def pad(documents: Iterable[Document]) -> Batch:
-        sequences = jmem.data.tokenise(documents, tokenizer)
+        sequences = jmem.data.tokenise(documents, tokenizer, vocab_size=dims.vocab_size)
         able = jmem.data.keep_trainable(sequences, config.seq_len)
         return jmem.data.pad(able, config.seq_len)
 

@@ -65,7 +65,10 @@ def ask(kind: str, **request: Any) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfinedError(f"what is given is not JSON: {error}") from error
     with _lock:
-        child = _start()
+        try:
+            child = _start()
+        except OSError as error:
+            raise ConfinedError(f"no process can be started for it: {error}") from error
         assert child.stdin is not None
         assert child.stdout is not None
         try:

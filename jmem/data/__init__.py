@@ -1,7 +1,8 @@
 """Text as batches of one static shape: read, tokenise, pack or pad, shuffle, resume.
 
     documents = jmem.data.read("train.jsonl", column="text")    # a datasets.Dataset
-    # or .csv, .parquet, .txt; prompt="question", completion="answer" trains on answers
+    # or .json, .csv, .parquet, .txt, a folder or Dataset of `datasets`
+    # prompt="question", completion="answer" trains on answers
     # chats: read_chats("chats.jsonl", template=read_template("checkpoint"))
     sequences = jmem.data.tokenise(documents, tokenizer)        # ids, each with its end
     loader = jmem.data.Loader(jmem.data.pack(sequences, seq_len=512), batch_size=8)
@@ -22,7 +23,7 @@ cannot be used raise `DataError`, a ValueError, before any training.
 from jmem.data.batch import Batch
 from jmem.data.builtin import Corpus, python_reference
 from jmem.data.chat import ChatTemplate, read_chats, read_template
-from jmem.data.document import DataError, Document
+from jmem.data.document import DataError, DataWarning, Document
 from jmem.data.loader import Joint, Loader, balance, in_order
 from jmem.data.source import TextSource
 from jmem.data.tasks import python_tasks
@@ -35,6 +36,7 @@ __all__ = [
     "ChatTemplate",
     "Corpus",
     "DataError",
+    "DataWarning",
     "Document",
     "Joint",
     "Loader",

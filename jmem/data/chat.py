@@ -122,18 +122,21 @@ class ChatTemplate:
                     "template."
                 )
             spans.append((len(before), len(after)))
-        return _make_document(text, source, spans)
+        return _make_document(text, chat, spans, source)
 
     def _render_each(self, chat: Chat, source: str) -> list[Document]:
         found = []
-        for before, after in _pair(self._write(chat, source, whole=False)):
+        pairs = _pair(self._write(chat, source, whole=False))
+        for i, (before, after) in zip(_list_answers(chat), pairs):
             if not after.startswith(before):
                 raise DataError(
                     f"{source}: this template writes an answer otherwise than it asks "
                     "for one: the prompt for it is not how it begins. Use another "
                     "template."
                 )
-            found.append(_make_document(after, source, [(len(before), len(after))]))
+            own = chat._replace(learnt=[n == i for n in range(len(chat.learnt))])
+            span = len(before), len(after)
+            found.append(_make_document(after, own, [span], source))
         return found
 
     def _write(self, chat: Chat, place: str, *, whole: bool) -> list[str]:
@@ -254,8 +257,18 @@ def _pair(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
     return zip(texts[::2], texts[1::2])
 
 
-def _make_document(text: str, source: str, spans: list[tuple[int, int]]) -> Document:
+def _make_document(
+    text: str, chat: Chat, spans: list[tuple[int, int]], source: str
+) -> Document:
     text = read_text({"messages": text}, "messages", source)
+    for i, (start, stop) in zip(_list_answers(chat), spans):
+        words = chat.messages[i]["content"].split()
+        if words and not any(word in text[start:stop] for word in words):
+            raise DataError(
+                f"{source}: this template leaves out what message {i} (by the "
+                "assistant) says. It may be for images, or of another kind of model; "
+                "use another."
+            )
     return Document(
         text=text, source=source, loss_spans=spans, add_special_tokens=False
     )

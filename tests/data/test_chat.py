@@ -320,13 +320,13 @@ class TestAsTransformers:
 
 
 def test_a_template_is_told_the_day():
-    source = "{% for m in messages %}{{ strftime_now('%d %b %Y') }} {% endfor %}"
+    source = "{{ strftime_now('%d %b %Y') }}:"
+    source += "{% for m in messages %}{{ m.content }}{% endfor %}"
     fixed = ChatTemplate(source, today="2024-07-26").render(MESSAGES[1:3])
-    assert fixed["text"] == "26 Jul 2024 " * 2
+    assert fixed["text"].partition(":")[0] == "26 Jul 2024"
     before = datetime.date.today()
-    text = ChatTemplate(source).render(MESSAGES[1:3])["text"]
-    days = {f"{day:%d %b %Y} " * 2 for day in (before, datetime.date.today())}
-    assert text in days
+    day, _, _ = ChatTemplate(source).render(MESSAGES[1:3])["text"].partition(":")
+    assert day in {f"{one:%d %b %Y}" for one in (before, datetime.date.today())}
 
 
 DROPS_THOUGHTS = ChatTemplate(
@@ -368,6 +368,16 @@ class TestSplit:
         source += "{% if add_generation_prompt %}<think>{% endif %}"
         with pytest.raises(DataError, match=r"^here: .* writes an answer otherwise"):
             ChatTemplate(source).render_each(MESSAGES[1:3], "here")
+
+
+def test_a_template_that_leaves_out_what_is_said_is_refused():
+    """One for contents in parts finds none in a text."""
+    source = "{% for m in messages %}{{ m.role }}:"
+    source += "{% for part in m.content if part.type == 'text' %}{{ part.text }}"
+    template = ChatTemplate(source + "{% endfor %};{% endfor %}")
+    for render in (template.render, template.render_each):
+        with pytest.raises(DataError, match=r"^here: .* leaves out what message 1 "):
+            render(MESSAGES[1:3], "here")
 
 
 def write_gguf(path, template=CHATML):
