@@ -12,7 +12,7 @@ Memory  The documents, twice while they are read and once afterwards.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 type Source = "str | os.PathLike[str] | datasets.Dataset"
 """A path, or rows in memory."""
 
+_ALPACA_INPUT = ("input",)
+"""What goes with an instruction, and would be lost in silence."""
 KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
@@ -224,7 +226,7 @@ def check_files(
 def _read_source(
     source: Any, columns: tuple[str, ...], unit: str
 ) -> Iterable[rows.Row]:
-    table = rows.read_rows(source, columns)
+    table = rows.read_rows(source, columns, beside=_ALPACA_INPUT)
     if table is not None:
         return table
     read_rows = _read_whole if unit == "file" else _read_paragraphs
@@ -234,6 +236,12 @@ def _read_source(
 def _make_document(row: Any, columns: tuple[str, ...], place: str) -> Document:
     """A document of one column, or of two: a prompt, and what is trained on."""
     *given, column = columns
+    if given == ["instruction"] and isinstance(row, Mapping) and row.get("input"):
+        raise DataError(
+            f"{place}: the instruction has an input, {row['input']!r:.60}, which would "
+            "be left out. Give --chat instruction (jmem.data.read_chats), or put both "
+            "into one column."
+        )
     start = "".join(read_text(row, name, place, blank=True) for name in given)
     text = read_text(row, column, place)
     if given:

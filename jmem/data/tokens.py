@@ -1,5 +1,6 @@
 """Documents as token ids, and which of them the loss covers."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import batched
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from jaxtyping import Int32
 from jmem.confined import is_failure
 from jmem.data.document import (
     DataError,
+    DataWarning,
     read_text,
     suggest_nearest,
     warn_of_bad_rows,
@@ -28,10 +30,12 @@ def encode_start(
     """Token ids of a text that goes on: a prompt, or what stands before one.
 
     They begin as `tokenise` begins the text. What the tokenizer puts behind every text
-    (an end token, if any) is left off.
+    (an end token, if any) is left off. Warns as `tokenise` of a begin token too many.
     """
     tokenizer = _lift_limits(tokenizer)
     encoding = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if _begins_twice(encoding):
+        _warn_of_begins(tokenizer, encoding, "a prompt")
     own = [i for i, part in enumerate(encoding.sequence_ids) if part is not None]
     if own or not encoding.ids:
         return encoding.ids[: own[-1] + 1 if own else 0]
@@ -66,7 +70,8 @@ def tokenise(
     token if a span ends with the text. All others are plain arrays, and all count.
 
     With `skip_bad_rows`, documents that cannot be used are left out, and a
-    `DataWarning` says how many.
+    `DataWarning` says how many. Another one tells of a text that spells out the begin
+    token which the tokenizer puts before it once more.
 
     Raises:
       DataError: no document; a row without usable text in `column`, or with
@@ -84,7 +89,7 @@ def tokenise(
         )
     tokenizer = _lift_limits(tokenizer)
     sequences: list[np.ndarray] = []
-    bad, counted = [], 0
+    bad, counted, twice = [], 0, False
     for rows in batched(documents, ENCODED_AT_ONCE):
         texts = []
         for number, row in enumerate(rows, start=counted):
@@ -98,6 +103,8 @@ def tokenise(
         for (row, place, text, _), encoding in zip(texts, _encode(tokenizer, texts)):
             try:
                 ids = _close(encoding, text, end_id, place, vocab_size)
+                if not twice and (twice := _begins_twice(encoding)):
+                    _warn_of_begins(tokenizer, encoding, place)
                 spans = row.get("loss_spans")
                 if spans is not None:
                     ids = _mask(ids, encoding.offsets, spans, len(text), place)
@@ -111,6 +118,23 @@ def tokenise(
         raise bad[0] if bad else DataError(nothing)
     warn_of_bad_rows(bad, counted)
     return sequences
+
+
+def _begins_twice(encoding: Any) -> bool:
+    """Whether the tokenizer put a begin token before a text that spells it out."""
+    first, *rest = encoding.sequence_ids[:2] or (0,)
+    return first is None and rest == [0] and encoding.ids[0] == encoding.ids[1]
+
+
+def _warn_of_begins(tokenizer: "Tokenizer", encoding: Any, place: str) -> None:
+    begin = tokenizer.id_to_token(encoding.ids[0])
+    warnings.warn(
+        f"{place}: the text spells out {begin!r}, and the tokenizer puts another "
+        "before it (as in transformers). For text that has its own, as a chat template "
+        "writes it, give add_special_tokens=False.",
+        DataWarning,
+        stacklevel=3,
+    )
 
 
 def _adds_special_tokens(row: Any, given: bool | None) -> bool:

@@ -1,5 +1,6 @@
 """Chats: the text is the template's, the loss lies on the assistant's turns only."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -311,11 +312,15 @@ class TestAsTransformers:
     @pytest.mark.parametrize("case", EXPECTED["texts"], ids=lambda case: case["text"])
     def test_texts(self, case, worded):
         text = case["text"]
-        assert encode_start(worded, text) == case["ids"]
         bare = encode_start(worded, text, add_special_tokens=False)
         assert bare == case["bare"]
+        twice = pytest.warns(DataWarning, match="spells out '<s>', and the tokenizer")
+        told = twice if text.startswith("<s>") else contextlib.nullcontext()
+        with told:
+            assert encode_start(worded, text) == case["ids"]
         if text:
-            (ids,) = tokenise([{"text": text}], worded, end="<|im_end|>")
+            with told:
+                (ids,) = tokenise([{"text": text}] * 2, worded, end="<|im_end|>")[:1]
             assert ids[:-1].tolist() == case["ids"]
 
 

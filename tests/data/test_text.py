@@ -349,6 +349,25 @@ def test_rows_of_another_kind_say_so(tmp_path, kind, row, column, hint):
         read(path, column=column)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_alpacas_input_is_not_lost_in_silence(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    row = {"instruction": "Add.", "input": "", "output": "3"}
+
+    def write(row):
+        if kind == "jsonl":
+            path.write_text(jsonl(row))
+        else:
+            pq.write_table(pa.Table.from_pylist([row]), path)
+
+    columns = {"prompt": "instruction", "completion": "output"}
+    write(row)
+    assert read(path, **columns)["text"][:] == ["Add.3"]
+    write(row | {"input": "1, 2"})
+    with pytest.raises(DataError, match=r":1: .* input, '1, 2', .*--chat instruction"):
+        read(path, **columns)
+
+
 def test_bad_rows_are_left_out_and_counted(write):
     rows = (
         '{"text": "a"}',
