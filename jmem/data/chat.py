@@ -13,6 +13,7 @@ Safety  Templates come from somebody else: they run in Jinja's immutable sandbox
         process whose time and memory are limited (`jmem.confined`).
 """
 
+import datetime
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class ChatTemplate:
     """How a model's chats are written out as text.
 
     Raises:
-      DataError: a template that is too long, or not Jinja.
+      DataError: a template that is too long, or not Jinja; a day that is none.
     """
 
     source: str = field(repr=False)
@@ -65,6 +66,13 @@ class ChatTemplate:
                 f"ChatTemplate: source has {size} bytes; a template has at most "
                 f"{TEMPLATE_LIMIT}. Give the template itself."
             )
+        try:
+            datetime.date.fromisoformat(self.today or "2000-01-01")
+        except ValueError as error:
+            raise DataError(
+                f"ChatTemplate: today={self.today!r} is no day ({error}). Write it "
+                "as 2026-12-31 (--chat-date)."
+            ) from error
         try:
             confined.ask("compile", source=self.source)
         except confined.ConfinedError as error:

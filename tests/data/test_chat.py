@@ -332,6 +332,8 @@ def test_a_template_is_told_the_day():
     before = datetime.date.today()
     day, _, _ = ChatTemplate(source).render(MESSAGES[1:3])["text"].partition(":")
     assert day in {f"{one:%d %b %Y}" for one in (before, datetime.date.today())}
+    with pytest.raises(DataError, match=r"today='26 July' is no day .*--chat-date"):
+        ChatTemplate(source, today="26 July")
 
 
 DROPS_THOUGHTS = ChatTemplate(
