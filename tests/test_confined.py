@@ -104,6 +104,21 @@ EXPLOSIVE = {
 }
 
 
+def test_a_tokenizer_that_would_explode_at_some_text_is_refused_too(tmp_path):
+    """At a letter that trying it out does not show."""
+    rule = {"type": "Replace", "pattern": {"String": "\u2603"}, "content": "\u2603" * 8}
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(tiny.tiny_tokenizer().to_str())
+    for count, refused in ((3, False), (12, True)):
+        growing = {"type": "Sequence", "normalizers": [rule] * count}
+        path.write_text(json.dumps(raw | {"normalizer": growing}))
+        if refused:
+            with pytest.raises(CheckpointError, match=r"text 6\.87e\+10 times as long"):
+                from_json(path, 48)
+        else:
+            assert from_json(path, 48).encode("\u2603").tokens == ["<unk>"]
+
+
 @pytest.mark.parametrize("normalizer", EXPLOSIVE.values(), ids=EXPLOSIVE)
 def test_a_tokenizer_that_explodes_is_refused_by_name(
     normalizer, tmp_path, monkeypatch

@@ -17,6 +17,7 @@ to make and which tokens are special, and hold the chat template.
 import contextlib
 import functools
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,8 @@ without rows; a tokenizer of half or twice the size belongs to another model."""
 _PIECE_LIMIT = 256
 """Longest SentencePiece token, in characters: each is cut everywhere to find merges.
 Published vocabularies have up to 48."""
+_GROWTH_LIMIT = 1000
+"""Most times that a text may get longer before it is cut; in published ones 1 to 3."""
 _PROBE = "".join(map(chr, range(32, 127))) + "\r\n\tOne 12 three: é, 你好 🙂.\n"
 """Encoded once when a tokenizer is made, so that a broken one is found then."""
 
@@ -85,7 +88,35 @@ def from_json(path: Path, vocab_size: int) -> "Tokenizer":
         tokenizer = Tokenizer.from_buffer(raw)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        _check_growth(tokenizer, path)
         return _check(tokenizer, vocab_size, path)
+
+
+def _check_growth(tokenizer: "Tokenizer", path: Path) -> None:
+    """Refuses one that may make a text longer by more than `_GROWTH_LIMIT`."""
+    for part in (tokenizer.normalizer, tokenizer.decoder, tokenizer.post_processor):
+        state = {} if part is None else json.loads(part.__getstate__())
+        if (growth := _count_growth(state)) > _GROWTH_LIMIT:
+            raise CheckpointError(
+                f"{path}: its {type(part).__name__} may make a text {growth:.3g} times "
+                f"as long; published ones stay below {_GROWTH_LIMIT}. Take the model's "
+                "own tokenizer.json."
+            )
+
+
+def _count_growth(state: Any) -> float:
+    """How many times as long a text may get, by the replacements and copies in it."""
+    if isinstance(state, list):
+        copies = sum(isinstance(part, dict) and "Sequence" in part for part in state)
+        return math.prod(map(_count_growth, state)) * max(1, copies)
+    if not isinstance(state, dict):
+        return 1.0
+    growth = math.prod(map(_count_growth, state.values()))
+    if isinstance(content := state.get("content"), str) and "pattern" in state:
+        found = state["pattern"]
+        pattern = found.get("String", "") if isinstance(found, dict) else ""
+        growth *= max(1.0, len(content) / max(1, len(pattern)))
+    return growth
 
 
 @functools.lru_cache(maxsize=64)
