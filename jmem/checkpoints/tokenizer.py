@@ -313,7 +313,10 @@ def _add_special(tokenizer, tokens, types) -> None:
 
 
 def _add_ends(tokenizer, given: Fields, tokens, bos_by_default: bool) -> None:
-    """Makes encoded texts start with BOS and end with EOS where the file says so."""
+    """Makes encoded texts start with BOS and end with EOS where the file says so.
+
+    Warns of one that it says is added and is none of the tokens.
+    """
     from tokenizers import processors
 
     text, used = ["$A"], {}
@@ -321,10 +324,13 @@ def _add_ends(tokenizer, given: Fields, tokens, bos_by_default: bool) -> None:
         if given.get(f"add_{name}_token", default):
             number = given.get(f"{name}_token_id")
             if type(number) is not int or not 0 <= number < len(tokens):
-                raise CheckpointError(
+                warnings.warn(
                     f"{given.where}: tokenizer.ggml.{name}_token_id {number!r} is not "
-                    f"one of {len(tokens)} tokens."
+                    f"one of {len(tokens)} tokens, so that no text gets one.",
+                    CheckpointWarning,
+                    stacklevel=3,
                 )
+                continue
             used[tokens[number]] = number
             text.insert(0 if name == "bos" else len(text), tokens[number])
     if used:

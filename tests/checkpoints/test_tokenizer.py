@@ -178,17 +178,25 @@ class TestMisfits:
             ({"tokens": [1, 2]}, "tokens is not a list of strings"),
             ({"merges": ["a a a"]}, "merges holds 'a a a', which does not join"),
             ({"token_type": [1]}, "token_type does not have 400 items"),
-            (
-                {"add_bos_token": True, "bos_token_id": 400},
-                "bos_token_id 400 is not one",
-            ),
-            ({"add_bos_token": True, "bos_token_id": None}, "bos_token_id None is not"),
         ],
     )
     def test_metadata_that_contradict_themselves(self, byte_level, more, message):
         changed = {f"tokenizer.ggml.{key}": value for key, value in more.items()}
         with pytest.raises(CheckpointError, match=message):
             from_gguf(byte_level | changed, 400, HERE)
+
+    @pytest.mark.parametrize("name", ["bos", "eos"])
+    @pytest.mark.parametrize("number", [400, -1, None])
+    def test_a_begin_or_an_end_that_is_no_token_is_left_out(
+        self, byte_level, name, number
+    ):
+        more = {f"add_{name}_token": True, f"{name}_token_id": number}
+        changed = {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+        message = rf"ggml\.{name}_token_id {number} is not one of 400 tokens"
+        with pytest.warns(CheckpointWarning, match=message):
+            tokenizer = built(byte_level | changed, 400, HERE)
+        bare = tokenizer.encode("one", add_special_tokens=False).ids
+        assert tokenizer.encode("one").ids == bare
 
     def test_a_token_twice(self, byte_level):
         tokens = list(byte_level["tokenizer.ggml.tokens"])
