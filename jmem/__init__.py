@@ -28,9 +28,9 @@ _CALLS = {
     "measure": "jmem.memory.measure",
 }
 _MODULES = {
-    *("checkpoints", "data", "disk", "evaluate", "finetune", "generate", "kernels"),
-    *("kvcache", "lowering", "memory", "methods", "models", "nn", "offload", "program"),
-    *("sharding", "targets", "terminal", "train"),
+    *("checkpoints", "confined", "data", "disk", "evaluate", "finetune", "generate"),
+    *("kernels", "kvcache", "lowering", "memory", "methods", "models", "nn"),
+    *("offload", "program", "sharding", "targets", "terminal", "train"),
 }
 
 
