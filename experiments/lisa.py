@@ -79,6 +79,9 @@ class Config(TextSource, Training):
     """Tokens, of those that are learnt, whose loss is told before and after."""
     checkpoint_every: int = 0
     """Updates between checkpoints; 0 keeps the last one only."""
+    evaluate_every: int = 0
+    """Updates between held-out losses, besides the first and the last; the state of the
+    least one is kept too, in `best/`."""
     remat: Remat = "block"
     """What full and LoRA keep for the backward pass on `gpu`: all, matrix products, or
     block inputs only, as LISA always does."""
@@ -96,7 +99,7 @@ class Config(TextSource, Training):
         TextSource.__post_init__(self)
         Training.__post_init__(self)
         need(self, "held_out_tokens", least=1)
-        need(self, "seed", "checkpoint_every", least=0)
+        need(self, "seed", "checkpoint_every", "evaluate_every", least=0)
         if self.factors and self.mesh.devices > 1:
             raise ValueError(
                 f"lisa: factors={self.factors} compare methods on one device; leave "
@@ -120,6 +123,11 @@ def build_here(config: Config) -> Decoder:
     return config.build_here(dims, remat=config.run_remat, layout=config.mesh)
 
 
+def make_finetuners(config: Config) -> dict[Method, Any]:
+    """What is trained, by method."""
+    return {method: getattr(config, method) for method in config.methods}
+
+
 def programs(config: Config, target: Target) -> dict[str, Program]:
     """One training step a method, for `target`."""
     return build_steps(config, build(config, target))
@@ -129,8 +137,8 @@ def build_steps(config: Config, model: Decoder) -> dict[str, Program]:
     """One training step a method; what a method cannot train is refused here."""
     shape = {"batch_size": config.batch_size, "seq_len": config.seq_len}
     return {
-        method: step_program(getattr(config, method), model, **shape)
-        for method in config.methods
+        method: step_program(own, model, **shape)
+        for method, own in make_finetuners(config).items()
     }
 
 
@@ -145,14 +153,15 @@ def main(config: Config, run: Run) -> None:
     build_steps(config, model)
     data, held_out = make_batches(config, checkpoint)
     pretrained = load_params(model, checkpoint, mesh)
+    config.plan_exports(run, model, checkpoint, make_finetuners(config))
     if config.factors:
         compare(config, run, model, data, held_out, pretrained)
         return
     rows, before = {}, []
-    for method in config.methods:
+    for method, own in make_finetuners(config).items():
         folder = run.folder_of(method)
         learn(
-            *(run, getattr(config, method), model, pretrained, data),
+            *(run, own, model, pretrained, data),
             folder=folder,
             steps=config.steps,
             seed=config.seed,
@@ -160,6 +169,7 @@ def main(config: Config, run: Run) -> None:
             held_out=held_out,
             evaluate_first=not rows,  # all start from the same weights
             checkpoint_every=config.checkpoint_every,
+            evaluate_every=config.evaluate_every,
         )
         rows[method] = before + metrics.read(folder)
         before = before or [row for row in rows[method] if row["step"] == 0]
@@ -243,6 +253,7 @@ def compare(
             folder=folder,
             steps=config.steps,
             seed=trial.seed,
+            export=trial.seed == config.seeds[0],
         )
         loss = jax.jit(lambda s, b: next_token_loss(model, own.merged(s)[0], b))
         return {
@@ -275,12 +286,8 @@ def compare(
         for method, own in outcomes.items()
     }
     title = f"{config.model}: {config.steps} steps, each at its best rate"
-    run.plot(
-        "compare",
-        lambda: plots.draw_against_bytes(
-            points, label="held-out loss, nats", title=title
-        ),
-    )
+    words = {"label": "held-out loss, nats", "title": title}
+    run.plot("compare", lambda: plots.draw_against_bytes(points, **words))
 
 
 def report_memory(config: Config, run: Run) -> None:

@@ -130,6 +130,16 @@ def make_finetuner(
     return MixLora(mixtures=(mixture,) * count, update=config.update, **options)
 
 
+def make_finetuners(config: Config) -> dict[Method, Lora | MixLora]:
+    """What is trained, by method."""
+    dims = config.dimensions()
+    return {
+        method: make_finetuner(config, method, dims)
+        for method in TRAINED
+        if method in config.methods
+    }
+
+
 def count_rows(config: Config, method: Method) -> int:
     """Rows of a method's batch: those of all its mixtures."""
     return config.batch_size * (config.together if method == "joint" else 1)
@@ -168,6 +178,8 @@ def main(config: Config, run: Run) -> None:
     training = {task: pad(corpus.training) for task, corpus in corpora.items()}
     tested = {task: pad(corpus.held_out) for task, corpus in corpora.items()}
     pretrained = checkpoint.params()
+    finetuners = make_finetuners(config)
+    config.plan_exports(run, model, checkpoint, finetuners)
 
     def one(trial: sweep.Trial[Method], folder: pathlib.Path) -> dict[str, Any]:
         own = make_finetuner(config, trial.method, dims, trial.factor)
@@ -177,6 +189,7 @@ def main(config: Config, run: Run) -> None:
             folder=folder,
             steps=config.steps,
             seed=trial.seed,
+            export=trial.seed == config.seeds[0],
         )
         found = judge(config, choose_loss(own, model), state, tested)
         if isinstance(own, MixLora):
@@ -185,8 +198,7 @@ def main(config: Config, run: Run) -> None:
 
     plain = functools.partial(next_token_loss, model)
     before = judge(config, plain, pretrained, tested)["parts"]
-    methods: list[Method] = [m for m in TRAINED if m in config.methods]
-    outcomes = sweep.search(run, methods, config.factors, config.seeds, one)
+    outcomes = sweep.search(run, finetuners, config.factors, config.seeds, one)
     if outcomes:
         report_training(config, run, dims, before, outcomes)
         curves = {

@@ -10,7 +10,7 @@ come first, then the command line:
 
     --preset NAME      configs/<experiment>/NAME.toml, or the path of a TOML file
     --measure-only     compile only: no weights, no training, no GPU
-    --resume DIR       continue a run, with its own config; `gpu` and `mesh` may differ
+    --resume DIR       continue a run, with its own config, `PLACES` aside
     --trace            let the XLA profiler record some steps
     --runs DIR         where run folders are made
 
@@ -53,8 +53,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 """The checkout: presets are found in it, whatever the working directory is."""
 
 
-PLACES = ("gpu", "mesh")
-"""Fields that say where a run computes and not what: it may go on elsewhere."""
+PLACES = ("gpu", "mesh", "export")
+"""Fields that say where a run computes and what it leaves, not what it finds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

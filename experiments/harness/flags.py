@@ -5,11 +5,13 @@ what JAX programs need, and no tyro; so this one place reads the flags of everyt
 that is no experiment without it (`experiments.harness.cli.script`).
 
 A field is a boolean, a number, a string, a path, a `Literal`, a tuple of one of these,
-or any of them `| None`: `--lanes 4`, `--only lisa lora`, `--todo`.
+or any of them `| None`: `--lanes 4`, `--only lisa lora`, `--todo`. One that has no
+default is written without a name.
 """
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import inspect
 import itertools
@@ -39,14 +41,24 @@ def read[Command](
     words, hints = dict(_read_docstrings(command)), configs.resolve_hints(command)
     names = {name: f"--{name.replace('_', '-')}" for name in hints}
     for name, hint in hints.items():
-        help_ = words.get(name, "").replace("%", "%%")
-        parser.add_argument(names[name], help=help_, **_choose_options(hint))
+        options = _choose_options(hint)
+        options["help"] = words.get(name, "").replace("%", "%%")
+        flag = names[name]
+        if _is_needed(command, name):
+            flag, options["metavar"] = name, name.upper()
+        parser.add_argument(flag, **options)
     found, unknown = parser.parse_known_args(list(arguments))
     if unknown:
         near = difflib.get_close_matches(unknown[0], names.values(), 1)
         tail = f"; did you mean {near[0]}?" if near else ""
         parser.error(f"unknown: {' '.join(unknown)}{tail}")
     return configs.from_plain(command, vars(found))
+
+
+def _is_needed(command: Any, name: str) -> bool:
+    """Whether a field has no default."""
+    (field,) = (f for f in dataclasses.fields(command) if f.name == name)
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _choose_options(hint: Any) -> dict[str, Any]:

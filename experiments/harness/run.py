@@ -6,6 +6,7 @@ runs/<experiment>/<time>-<hash of the config>/
   *.png             pictures
   memory/           one JSON a measured program
   <method>/         metrics.jsonl, checkpoints/, trace/ of one trained method
+  tuned/<method>/   what it trained, as other programs open it
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.harness import config as configs
 from experiments.harness.record import HERE
@@ -29,6 +30,9 @@ from experiments.harness.report import Column, GiB, Report, Table, gib, seconds
 from jmem.disk import DamagedError, open_sealed, write_atomically
 from jmem.targets import Target
 from jmem.train.folder import Hold, prepare
+
+if TYPE_CHECKING:
+    from experiments.harness.exports import Exports
 
 WIDTH = 120
 """Columns printed where the output is no terminal."""
@@ -85,6 +89,8 @@ class Run(contextlib.AbstractContextManager):
         self.report = Report(config=dataclasses.asdict(config))
         self.memory: dict[str, Any] = {}
         """Recorded memory reports, by program."""
+        self.exports: Exports | None = None
+        """What goes into `tuned/`, if anything does; told at the end."""
 
     @property
     def target(self) -> Target:
@@ -110,6 +116,11 @@ class Run(contextlib.AbstractContextManager):
             self._hold = Hold(self._folder)
             write_atomically(self._folder / "config.toml", self._toml)
             self._made = True
+        return self._folder
+
+    @property
+    def place(self) -> pathlib.Path:
+        """Where the folder is, or is going to be."""
         return self._folder
 
     def folder_of(self, method: str) -> pathlib.Path:
@@ -187,6 +198,8 @@ class Run(contextlib.AbstractContextManager):
 
     def _end(self, kind: Any, error: BaseException | None) -> Literal[False]:
         if error is None:
+            if self.exports is not None:
+                self.note(self.exports.tell())
             self.finish("complete")
             return False
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -6,13 +6,15 @@
 The rate is chosen by one held-out loss and judged by another, of other text. Every
 single run leaves `done.json` in a folder of its own, so that a sweep of hours that was
 stopped goes on where it was, on this machine or on another; of a finished run only its
-losses and its metrics stay. A rate that diverges is not chosen.
+losses and its metrics stay, and what it tuned (`experiments.harness.exports`) of the
+first seed at the best rate. A rate that diverges is not chosen.
 """
 
 import dataclasses
 import gc
 import math
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +40,16 @@ class Trial[Method: str]:
         return f"{self.method}-x{self.factor:g}-seed{self.seed}"
 
 
+def parse_trial(name: str) -> Trial[str] | None:
+    """The trial of this name; None if it is no trial's.
+
+    >>> parse_trial("lora-x0.3-seed1")
+    Trial(method='lora', factor=0.3, seed=1)
+    """
+    found = re.fullmatch(r"(\w+)-x([\d.e+-]+)-seed(\d+)", name)
+    return Trial(found[1], float(found[2]), int(found[3])) if found else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """A method at its best rate."""
@@ -60,7 +72,13 @@ class Outcome:
 
 
 def scale_rate(own: Any, factor: float) -> Any:
-    """A dataclass whose learning rate, its own or its `adamw`'s, is `factor` times."""
+    """A dataclass whose learning rate, its own or its `adamw`'s, is `factor` times.
+
+    Of a MixLora, those of all its mixtures.
+    """
+    if mixtures := getattr(own, "mixtures", ()):
+        scaled = tuple(scale_rate(mixture, factor) for mixture in mixtures)
+        return dataclasses.replace(own, mixtures=scaled)
     if hasattr(own, "learning_rate"):
         return dataclasses.replace(own, learning_rate=own.learning_rate * factor)
     return dataclasses.replace(own, adamw=scale_rate(own.adamw, factor))
@@ -115,6 +133,9 @@ def search[Method: str](
                 f"{method}, at every rate: {next(iter(tried.values()))['diverged']}"
             )
         best = min(able, key=lambda factor: tried[factor]["choose"])
+        first = {f: Trial(method, f, seeds[0]).name for f in factors}
+        if run.exports is not None:
+            run.exports.choose(method, first[best], first.values())
         found = [result(Trial(method, best, seed)) for seed in seeds]
         for seed, one in zip(seeds, found):
             if "diverged" in one:
@@ -125,7 +146,7 @@ def search[Method: str](
             tuple(one["loss"] for one in found),
             tuple(found),
             frozenset(map(_name_place, (*tried.values(), *found))),
-            Trial(method, best, seeds[0]).name,
+            first[best],
         )
     return outcomes
 

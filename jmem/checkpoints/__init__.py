@@ -89,6 +89,11 @@ class Checkpoint:
     tensors: Mapping[str, tuple[LazyTensor, ...]] = dataclasses.field(repr=False)
     """The stored tensors of each parameter ("blocks/mlp/up/kernel"), layer by layer."""
 
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """Dtype that the weights have on disk; float32 if several, or quantised."""
+        return _find_dtype(self.tensors)
+
     def require_tokenizer(self) -> "Tokenizer":
         """The tokenizer, for those who cannot do without.
 
@@ -144,11 +149,7 @@ def load(
       CheckpointError: anything wrong with the files, or another model than expected.
       ValueError: a dtype that parameters cannot have.
     """
-    if dtype is not None and np.dtype(dtype) not in layout.WEIGHT_DTYPES:
-        raise ValueError(
-            f"load: dtype={np.dtype(dtype)} is not one of "
-            f"{', '.join(map(str, layout.WEIGHT_DTYPES))}."
-        )
+    _check_dtype("load", dtype)
     path = smollm2.locate() if source == smollm2.NAME else Path(source)
     if path.suffix == ".gguf":
         checkpoint = _open_gguf(path, expect)
@@ -161,43 +162,55 @@ def load(
     return dataclasses.replace(checkpoint, dtype=np.dtype(dtype))
 
 
+def _check_dtype(who: str, dtype: DTypeLike | None) -> None:
+    """Refuses a dtype that weights cannot have; None is any."""
+    if dtype is not None and np.dtype(dtype) not in layout.WEIGHT_DTYPES:
+        raise ValueError(
+            f"{who}: dtype={np.dtype(dtype)} is not one of "
+            f"{', '.join(map(str, layout.WEIGHT_DTYPES))}."
+        )
+
+
 def save(
     params: Mapping,
     config: DecoderConfig,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     tokenizer: "Tokenizer | None" = None,
     *,
     eos_ids: tuple[int, ...] | None = None,
     like: Checkpoint | None = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int | None = None,
-) -> None:
+) -> int:
     """Writes a Hugging Face folder: model.safetensors, config.json, tokenizer.json.
 
-    Weights keep their dtype and go out one tensor at a time. The folder appears whole
-    or not at all.
+    Weights go out one tensor at a time. The folder appears whole or not at all. Returns
+    the bytes that it takes, headers of safetensors aside.
 
         jmem.checkpoints.save(tuned, checkpoint.config, "tuned", like=checkpoint)
 
     Args:
       params: the decoder's tree, JAX or NumPy arrays.
       config: the decoder.
-      path: a folder that is absent or empty.
+      path: a folder that is absent or empty. None: all is checked, nothing is written.
       tokenizer: written beside the weights; None: that of `like`, if given. Beside it
         goes tokenizer_config.json, by which transformers opens it.
-      eos_ids: tokens that end a text; None: those of `like`, if given.
-      like: the checkpoint that `params` were loaded from. Its chat template and special
-        tokens are written as well.
+      eos_ids: tokens that end a text; None: those of `like`, if given. They also go
+        into generation_config.json.
+      like: the checkpoint that `params` were loaded from. Its chat template, special
+        tokens and defaults of generation are written as well.
+      dtype: of the weights in the file: float32, bfloat16 or float16; None: their own.
       max_shard_bytes: most bytes of values in a file. More are cut into
         model-00001-of-0000N.safetensors ..., with model.safetensors.index.json saying
         what lies where; a tensor above the limit has a file of its own. None: one file.
 
     Raises:
-      CheckpointError: `params` is not the tree of `config`, the folder exists and is
-        not empty, or it cannot be written.
-      ValueError: `max_shard_bytes` is not a positive integer, or `eos_ids` are not ids
-        of the vocabulary.
+      CheckpointError: `params` is not the tree of `config`, a value overflows `dtype`,
+        the folder exists and is not empty, or it cannot be written.
+      ValueError: `max_shard_bytes` is not a positive integer, `eos_ids` are not ids of
+        the vocabulary, or a dtype that weights cannot have.
     """
-    path = Path(path)
+    _check_dtype("save", dtype)
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(
             f"save: max_shard_bytes={max_shard_bytes} holds nothing; need at least 1, "
@@ -212,22 +225,30 @@ def save(
             f"save: eos_ids={eos_ids} must be ids below vocab_size={config.vocab_size}."
         )
     tensors = layout.disassemble(config, params)
-    dtype = layout.find_widest(tensors)
-    files.check_free(path)
-    raw = huggingface.render_config(config, dtype, eos_ids)
+    if dtype is not None:
+        tensors = [layout.convert(tensor, np.dtype(dtype)) for tensor in tensors]
+    raw = huggingface.render_config(config, layout.find_widest(tensors), eos_ids)
     texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
     beside = {} if like is None else like.tokenizer_files
+    if eos_ids or huggingface.GENERATION in beside:
+        text = huggingface.render_generation(beside, eos_ids)
+        beside = {**beside, huggingface.GENERATION: text}
     if tokenizer is not None:
         texts["tokenizer.json"] = tokenizer.to_str()
         special = _find_end_token(tokenizer, eos_ids)
         beside = tokenizer_files.add_config(beside, config.max_positions, special)
     texts |= beside
-    nbytes = layout.count_bytes(tensors) + sum(map(len, texts.values()))
+    nbytes = layout.count_bytes(tensors)
+    nbytes += sum(len(text.encode()) for text in texts.values())
+    if path is None:
+        return nbytes
+    files.check_free(path := Path(path))
     with files.stage_write(path, nbytes) as stage:
         stage.mkdir()
         for name, text in texts.items():
             files.write_text(stage / name, text)
         safetensors.write_folder(stage, tensors, max_shard_bytes)
+    return nbytes
 
 
 def _find_end_token(tokenizer: "Tokenizer", eos_ids: tuple[int, ...]) -> dict[str, str]:
@@ -248,7 +269,7 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     tokenizer = tokenizer_files.from_json(text, size) if text.exists() else None
     beside = tokenizer_files.read_files(folder)
     named = [(where, raw)]
-    if (more := folder / "generation_config.json").exists():  # transformers' own
+    if (more := folder / huggingface.GENERATION).exists():  # transformers' own
         named.append((more, files.read_json(more, _CONFIG_LIMIT)))
     return Checkpoint(
         path=path,

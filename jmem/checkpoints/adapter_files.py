@@ -1,6 +1,7 @@
 """The folder of an adapter: adapter_config.json beside adapter_model.safetensors."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,16 +70,25 @@ def shorten(number: float) -> int | float:
     return int(number) if float(number).is_integer() else float(number)
 
 
-def write(folder: Path, raw: Mapping[str, Any], tensors: Sequence[LazyTensor]) -> None:
-    """Writes both files; the folder appears whole or not at all.
+def write(
+    folder: str | os.PathLike[str] | None,
+    raw: Mapping[str, Any],
+    tensors: Sequence[LazyTensor],
+) -> int:
+    """Writes both files, and returns their bytes but for a header; None: only that.
+
+    The folder appears whole or not at all.
 
     Raises:
       CheckpointError: it exists and is not empty, or cannot be written.
     """
-    files.check_free(folder)
-    with files.stage_write(folder, layout.count_bytes(tensors)) as stage:
+    text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
+    nbytes = layout.count_bytes(tensors) + len(text.encode())
+    if folder is None:
+        return nbytes
+    files.check_free(folder := Path(folder))
+    with files.stage_write(folder, nbytes) as stage:
         stage.mkdir()
-        files.write_text(
-            stage / CONFIG, json.dumps(raw, indent=2, sort_keys=True) + "\n"
-        )
+        files.write_text(stage / CONFIG, text)
         safetensors.write(stage / WEIGHTS, tensors)
+    return nbytes

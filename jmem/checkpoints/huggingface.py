@@ -9,6 +9,7 @@ Source   transformers' configuration classes and the models that read them; both
          spellings of rotary scaling (rope_scaling, and rope_parameters).
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,9 @@ ARCHITECTURES: Mapping[str, str] = {
     "opt": "OPTForCausalLM",
 }
 """Supported model_type, and the one class of it that is a language model."""
+
+GENERATION = "generation_config.json"
+"""The file of what transformers generates by: end tokens, defaults of sampling."""
 
 _SIZES: Mapping[str, str] = {
     "heads": "num_attention_heads",
@@ -248,11 +252,27 @@ def render_config(
         **_render_own(config, kind),
         "tie_word_embeddings": config.tied,
         "bos_token_id": None,
-        "eos_token_id": list(eos_ids)
-        if len(eos_ids) > 1
-        else next(iter(eos_ids), None),
+        "eos_token_id": _render_ids(eos_ids),
         "torch_dtype": dtype.name,
     }
+
+
+def _render_ids(ids: tuple[int, ...]) -> list[int] | int | None:
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
+
+
+def render_generation(beside: Mapping[str, str], eos_ids: tuple[int, ...]) -> str:
+    """`generation_config.json`: that among the files `beside`, with these end tokens.
+
+    >>> render_generation({GENERATION: '{"top_k": 5, "eos_token_id": 7}'}, (2, 3))
+    '{"top_k": 5, "eos_token_id": [2, 3]}'
+    """
+    text = beside.get(GENERATION, "{}")
+    raw = json.loads(text)
+    stated = raw.get("eos_token_id")
+    if {*(stated if isinstance(stated, list) else [stated])} == {*eos_ids}:
+        return text
+    return json.dumps(raw | {"eos_token_id": _render_ids(eos_ids)})
 
 
 def _choose_llama_kind(config: DecoderConfig) -> str:

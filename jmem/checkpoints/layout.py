@@ -306,10 +306,16 @@ def _cast(tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
     if np.isinf(cast).any():
         raise CheckpointError(
             f"{tensor.origin}: tensor {tensor.name!r} holds values beyond "
-            f"{ml_dtypes.finfo(dtype).max}, the largest {dtype}. Load it as bfloat16 "
+            f"{ml_dtypes.finfo(dtype).max}, the largest {dtype}. Take bfloat16 "
             "or float32."
         )
     return cast
+
+
+def convert(tensor: LazyTensor, dtype: np.dtype) -> LazyTensor:
+    """The tensor in another dtype; a value beyond it is refused when it is read."""
+    read = functools.partial(_cast, tensor, dtype)
+    return dataclasses.replace(tensor, dtype=dtype, read=read)
 
 
 def check_leaf(

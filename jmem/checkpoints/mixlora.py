@@ -19,8 +19,9 @@ Differs  Both programs read and write adapter_model.bin, a pickle; the tensors a
          file lacks with fresh experts (MoE-PEFT) or stop (mixlora); here it is an
          error. MoE-PEFT writes neither the balance loss's coefficient nor the jitter,
          so that its adapters come back with its defaults, 0.001 and 0; here both are
-         written, and MoE-PEFT reads them. They stop at an alpha that is no integer and
-         at a dropout of 0, which are written as they are.
+         written, and MoE-PEFT reads them. They stop at an alpha that is no integer,
+         which is written as it is, and at a dropout of 0, which goes out as 1e-8 and
+         comes back as 0.
 DoRA     MoE-PEFT does not save the magnitudes it trains: such an adapter is not whole.
 Source   TUDB-Labs/MoE-PEFT 40f8cb7: adapters/mixlora/{config,model}.py,
          common/config.py, model.py (tensor names), trainer.py (files).
@@ -53,6 +54,8 @@ _STRATEGIES = {"mixlora": "top_k", "mixlora-dynamic": "top_p"}
 """Our `router` for each `routing_strategy` that MoE-PEFT and mixlora write."""
 _TOP_K, _TOP_P, _BALANCE, _JITTER = 2, 0.8, 0.001, 0.0
 """The defaults of MoE-PEFT and mixlora where a field is absent."""
+_NO_DROPOUT = 1e-8
+"""What stands for a dropout of 0, at which both programs stop."""
 _FAMILIES = ("llama", "phi")
 """Architectures whose modules MoE-PEFT and mixlora know, Mistral and Qwen2 as Llama."""
 _CONVERT = (
@@ -135,7 +138,7 @@ def load_mixlora(folder: str | os.PathLike[str], config: DecoderConfig) -> Mixtu
 def save_mixlora(
     adapters: Mapping,
     config: DecoderConfig,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
     *,
     alpha: float,
     balance: float,
@@ -146,18 +149,19 @@ def save_mixlora(
     dropout: float = 0.0,
     jitter: float = _JITTER,
     base: str | None = None,
-) -> None:
+) -> int:
     """Writes a folder that, its weights made a pickle, MoE-PEFT and mixlora open.
 
     Rank, experts and maps are those of `adapters`, whose values keep their dtype. The
     folder appears whole or not at all. For the programs,
     torch.save(safetensors.torch.load_file("adapter_model.safetensors"),
-    "adapter_model.bin") goes beside it.
+    "adapter_model.bin") goes beside it. Returns the bytes that the folder takes, but
+    for a header.
 
     Args:
       adapters: the tree of `Mixture`, JAX or NumPy arrays.
       config: the decoder they belong to.
-      folder: one that is absent or empty.
+      folder: one that is absent or empty. None: all is checked, nothing is written.
       alpha: products are scaled by alpha / rank; the programs need an integer ...
       balance: coefficient of the loss that balances the experts.
       router: "top_k" or "top_p": a token goes to so many experts, or to the first
@@ -166,7 +170,7 @@ def save_mixlora(
       top_k: experts a token.
       top_p: share of the router's probability that the experts of a token reach.
       rslora: ... or scaled by alpha / sqrt(rank).
-      dropout: what they were trained with; the programs need more than 0.
+      dropout: what they were trained with.
       jitter: noise on the router's input in training. The plug-in adds it in use too.
       base: name or folder of the base model, which the plug-in opens.
 
@@ -194,7 +198,7 @@ def save_mixlora(
         "bias": "none",
         "jitter_noise": float(jitter),
         "lora_alpha": adapter_files.shorten(alpha),
-        "lora_dropout": float(dropout),
+        "lora_dropout": float(dropout) or _NO_DROPOUT,
         "num_experts": experts,
         "peft_type": "MIXLORA",
         "r": rank,
@@ -212,7 +216,7 @@ def save_mixlora(
         ),
     }
     _read_settings(Fields(raw, who), config)  # refuses what is none
-    adapter_files.write(Path(folder), raw, tensors)
+    return adapter_files.write(folder, raw, tensors)
 
 
 def _check_family(config: DecoderConfig, where: str) -> None:
@@ -251,7 +255,10 @@ def _read_settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
         if top_p > 1:
             raise given.make_error("top_p", top_p, "a number above 0 and up to 1")
     balance = given.number("router_aux_loss_coef", _BALANCE, or_zero=True)
-    return adapter_files.read_settings(given) | {
+    settings = adapter_files.read_settings(given)
+    if settings["dropout"] <= _NO_DROPOUT:
+        settings["dropout"] = 0.0
+    return settings | {
         "experts": experts,
         "router": router,
         "top_k": top_k,

@@ -136,23 +136,23 @@ def load_adapter(folder: str | os.PathLike[str], config: DecoderConfig) -> Adapt
 def save_adapter(
     adapters: Mapping,
     config: DecoderConfig,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
     *,
     alpha: float,
     rslora: bool = False,
     dropout: float = 0.0,
     base: str | None = None,
-) -> None:
+) -> int:
     """Writes a folder that PEFT opens (`PeftModel.from_pretrained(model, folder)`).
 
     Rank, maps and whether it is DoRA are those of `adapters`, whose values keep their
     dtype; GPT-2's q, k and v are joined, as said above. The folder appears whole or not
-    at all.
+    at all. Returns the bytes that it takes, but for a header.
 
     Args:
       adapters: the tree of `jmem.finetune.lora.Lora`, JAX or NumPy arrays.
       config: the decoder they belong to.
-      folder: one that is absent or empty.
+      folder: one that is absent or empty. None: all is checked, nothing is written.
       alpha: the product is scaled by alpha / rank ...
       rslora: ... or by alpha / sqrt(rank).
       dropout: what they were trained with; PEFT goes on with it.
@@ -162,7 +162,6 @@ def save_adapter(
       CheckpointError: `adapters` does not fit `config`, the folder exists and is not
         empty, or it cannot be written.
     """
-    folder = Path(folder)
     known = find_modules(config)
     dora = any(path.endswith("/magnitude") for path in by_key(adapters))
     rank, ranks, tensors = lowrank.disassemble(
@@ -188,7 +187,7 @@ def save_adapter(
         **(_make_patterns(rank, alpha, rslora) if is_wide else {}),
     }
     adapter_files.read_settings(Fields(raw, "save_adapter"))  # refuses what is none
-    adapter_files.write(folder, raw, tensors)
+    return adapter_files.write(folder, raw, tensors)
 
 
 def _check_kind(given: Fields, known: Iterable[Module]) -> None:

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 _JSON_LIMIT = 1 << 28
 """Longest tokenizer.json, in bytes; the largest published ones take 35 MB."""
 _CONFIG = "tokenizer_config.json"
-_FILES = (_CONFIG, "special_tokens_map.json", "chat_template.jinja")
-"""What transformers reads beside tokenizer.json."""
+_FILES = (
+    *(_CONFIG, "special_tokens_map.json", "chat_template.jinja"),
+    "generation_config.json",
+)
+"""What transformers reads beside tokenizer.json, and to generate."""
 _FILE_LIMIT = 1 << 26
 """Longest of them, in bytes (the first may list every added token)."""
 _LEAST_COVER = 0.5

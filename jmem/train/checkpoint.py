@@ -133,13 +133,14 @@ class Checkpoints:
         self,
         like: Any,
         *,
-        data: str,
+        data: str | None,
         order: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> tuple[int, Any]:
         """The latest intact checkpoint as (step, state).
 
         `like` gives the state's tree, shapes, dtypes and shardings (`abstract`), and
-        `order` of a step what a run says that saves it. A damaged checkpoint is passed
+        `order` of a step what a run says that saves it. Who trains no further gives no
+        `data`, and takes what was trained on any. A damaged checkpoint is passed
         over, with a line that says so, and removed: the run is about to write that step
         again.
 
@@ -215,7 +216,7 @@ class Checkpoints:
         return manifest
 
     def _check(
-        self, step: int, manifest: Mapping, like: Any, data: str, order: Any
+        self, step: int, manifest: Mapping, like: Any, data: str | None, order: Any
     ) -> None:
         where = self.folder / str(step)
         if changed := _find_first_difference(
@@ -227,7 +228,7 @@ class Checkpoints:
                 "The checkpoint is of another model or method: resume it with its own "
                 "settings, or start in a new folder."
             )
-        if manifest["data"] != data:
+        if data is not None and manifest["data"] != data:
             raise CheckpointError(
                 f"{where}: was trained on data with digest={manifest['data']!r}, "
                 f"and this run's is {data!r}.\n"
