@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import io
 import itertools
 import json
 import pathlib
@@ -179,7 +180,8 @@ class Run(contextlib.AbstractContextManager):
 
     def plot(self, name: str, make: Callable[[], Any]) -> None:
         """Save the matplotlib figure that `make` draws as `name`.png."""
-        make().savefig(self.picture(name))
+        make().savefig(content := io.BytesIO(), format="png")
+        write_atomically(self.picture(name), content.getvalue())
 
     def picture(self, name: str) -> pathlib.Path:
         """Where to save a picture that the report is to show."""

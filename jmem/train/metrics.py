@@ -51,15 +51,17 @@ def _read_row(line: bytes, where: str, last: int) -> Row:
     """The row of a line, which may not be of a step below `last`."""
     try:
         row = disk.parse_json(line, where)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise disk.DamagedError(
+                f"{where}: a row must be an object with an integer 'step'."
+            )
+        if row["step"] < last:
+            raise disk.DamagedError(f"{where}: step={row['step']} follows step={last}.")
+        for name in NUMBERS:
+            if not isinstance(row.get(name), int | float | None):
+                raise disk.DamagedError(f"{where}: {name}={row[name]!r} is no number.")
     except disk.DamagedError as error:
-        raise MetricsError(str(error)) from None
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise MetricsError(f"{where}: a row must be an object with an integer 'step'.")
-    if row["step"] < last:
-        raise MetricsError(f"{where}: step={row['step']} follows step={last}.")
-    for name, value in row.items():
-        if name in NUMBERS and not isinstance(value, int | float | None):
-            raise MetricsError(f"{where}: {name}={value!r} is no number.")
+        raise MetricsError(f"{error}\nTake the line out: a run does without.") from None
     return row
 
 
