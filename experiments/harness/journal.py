@@ -74,20 +74,21 @@ class Journal:
 
 def _read_line(line: bytes, where: str) -> tuple[str, dict[str, list]]:
     """The name and the values of a journal's line."""
-    match disk.parse_json(line, where):
-        case [str() as name, dict() as values, *told] if all(
-            isinstance(value, list | float | int) for value in values.values()
-        ):
-            if told in ([], [disk.compute_digest([name, values])]):
-                return name, values
-            raise disk.DamagedError(
-                f"{where}: the result of {name!r} is not the one that was written. "
-                "Take the line out, and it is made again."
-            )
-    raise disk.DamagedError(
-        f"{where}: not [name, {{key: values}}, digest]. Take the line out, and what it "
-        "held is made again."
-    )
+    try:
+        match disk.parse_json(line, where):
+            case [str() as name, dict() as values, *told] if all(
+                isinstance(value, list | float | int) for value in values.values()
+            ):
+                if told in ([], [disk.compute_digest([name, values])]):
+                    return name, values
+                raise disk.DamagedError(
+                    f"{where}: the result of {name!r} is not the one that was written."
+                )
+        raise disk.DamagedError(f"{where}: not [name, {{key: values}}, digest].")
+    except disk.DamagedError as error:
+        raise disk.DamagedError(
+            f"{error}\nTake the line out, and what it held is made again."
+        ) from None
 
 
 def keep(run: Run, parts: Sequence[Part]) -> Iterator[tuple[Part, Mapping[str, Any]]]:
