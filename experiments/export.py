@@ -58,7 +58,7 @@ def open_run(folder: pathlib.Path) -> tuple[Any, Any]:
             f"{folder}: no run was saved there (it has no config.toml).\n"
             "Give the folder that the run printed, runs/<experiment>/<time>-<hash>."
         )
-    head = path.read_text().partition("\n")[0]
+    head = path.read_text(errors="replace").partition("\n")[0]
     named = re.match(r"# Config of a run of (\w+);", head)
     module = None
     if named and (pathlib.Path(__file__).parent / f"{named[1]}.py").exists():

@@ -80,7 +80,9 @@ class Exports:
         )
         needed = sum(sizes.values()) + (trials - 1) * most
         require_free(room, needed, f"tuned/ ({words}{way_out})")
-        return f"tuned/ will take {format_size(needed)}: {words or 'all is there'}"
+        if not sizes:
+            return "tuned/ is there already"
+        return f"tuned/ will take {format_size(needed)}: {words}"
 
     def write(
         self,
@@ -123,6 +125,9 @@ class Exports:
             )
             write_atomically(stage / ABOUT, seal(about, indent=1) + "\n")
             _replace(stage, place)
+        except CheckpointError as error:
+            words = str(error).replace(str(stage), str(place))
+            raise CheckpointError(words) from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
         return place
@@ -197,17 +202,23 @@ def _write_loading(place: pathlib.Path, folder: str) -> list[str]:
     if not file.exists():
         return [f"  transformers.AutoModelForCausalLM.from_pretrained({folder})"]
     raw = json.loads(file.read_text())
-    if raw["peft_type"] == "MIXLORA":
-        stored, wanted = (
-            json.dumps(str(place / f"adapter_model.{kind}"))
-            for kind in ("safetensors", "bin")
-        )
-        return [
-            f"  torch.save(safetensors.torch.load_file({stored}), {wanted})",
-            f"  mixlora.MixLoraModelForCausalLM.from_pretrained({folder})",
-        ]
     base = pathlib.Path(raw["base_model_name_or_path"])
     given = json.dumps(str(base))
+    if raw["peft_type"] == "MIXLORA":
+        lines, names = [], ("adapter_model.safetensors", "adapter_model.bin")
+        if base.suffix == ".gguf":  # which MoE-PEFT does not open
+            lines = [
+                f"  c = jmem.checkpoints.load({given})",
+                '  jmem.checkpoints.save(c.params(), c.config, "base", like=c)',
+            ]
+            given = '"base"'
+        stored, wanted = (json.dumps(str(place / name)) for name in names)
+        return [
+            *lines,
+            f"  torch.save(safetensors.torch.load_file({stored}), {wanted})",
+            f'  model = moe_peft.LLMModel.from_pretrained({given}, device="cuda")',
+            f"  model.load_adapter({folder})",
+        ]
     if base.suffix == ".gguf":
         given = f"{json.dumps(str(base.parent))}, gguf_file={json.dumps(base.name)}"
     opened = f"transformers.AutoModelForCausalLM.from_pretrained({given})"

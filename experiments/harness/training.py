@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from experiments.harness.exports import Dtype, Exports
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Here, Weights, need
-from jmem.checkpoints import Checkpoint
+from jmem.checkpoints import Checkpoint, CheckpointError
 from jmem.finetune.start import init_state
 from jmem.models.decoder import Decoder
 from jmem.nn.stack import Remat
@@ -101,6 +101,9 @@ def learn(
     between, the best state is kept beside the last one. With `export` what was tuned
     goes into the run's `tuned/`, under the folder's name. `more` as
     `jmem.train.loop.train` takes it.
+
+    Raises:
+      CheckpointError: what was tuned cannot be written; its state is kept.
     """
     gc.collect()  # the state of the method before
     state = train(
@@ -118,5 +121,11 @@ def learn(
         **more,
     )
     if export and run.exports is not None:
-        run.exports.write(folder.name, finetuner, state, steps=steps, seed=seed)
+        try:
+            run.exports.write(folder.name, finetuner, state, steps=steps, seed=seed)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}\nNothing that was trained is lost: it is in "
+                f"{folder / 'checkpoints'}, and --resume {run.folder} goes on from it."
+            ) from error
     return state

@@ -56,10 +56,23 @@ class Trained:
         place = self.run.folder_of(method) / where
         Checkpoints(place).save(step, self.make_state(method, value), data="any")
 
+    def learn(self, method):
+        own, params = self.methods[method], self.checkpoint.params()
+        given: Any = self.run, own, self.model, params, ()
+        folder = self.run.folder_of(method)
+        return training.learn(*given, folder=folder, steps=4, seed=0)
+
 
 @pytest.fixture
-def trained(config, tmp_path):
-    return Trained(Run("lisa", config, runs=tmp_path / "runs"), config)
+def trained(config, tmp_path, monkeypatch):
+    """It trains nothing: what would be trained is 0.25 everywhere."""
+    made = Trained(Run("lisa", config, runs=tmp_path / "runs"), config)
+
+    def train(finetuner, model, state, data, **more):
+        return made.make_state(more["folder"].name, 0.25)
+
+    monkeypatch.setattr(training, "train", train)
+    return made
 
 
 def about(place):
@@ -68,23 +81,11 @@ def about(place):
 
 
 class TestByItself:
-    def test_a_run_ends_with_what_it_tuned_and_how_to_load_it(
-        self, trained, capsys, monkeypatch
-    ):
-        def train(finetuner, model, state, data, **more):
-            return trained.make_state(more["folder"].name, 0.25)
-
-        monkeypatch.setattr(training, "train", train)
+    def test_a_run_ends_with_what_it_tuned_and_how_to_load_it(self, trained, capsys):
         with trained.run as run:
             trained.plan()
-            for method, own in trained.methods.items():
-                given: Any = run, own, trained.model, trained.checkpoint.params(), ()
-                training.learn(
-                    *given,
-                    folder=run.folder_of(method),
-                    steps=4,
-                    seed=0,
-                )
+            for method in trained.methods:
+                trained.learn(method)
         printed = capsys.readouterr().out
         assert "tuned/ will take" in printed
         place = run.folder / "tuned"
@@ -160,10 +161,13 @@ class TestByItself:
         place = made.write(*given, steps=4, seed=0)
         free = shutil.disk_usage("/")._replace(free=5)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-        with pytest.raises(CheckpointError, match="has 5 free"):
+        with pytest.raises(CheckpointError, match=r"tuned/lora: needs .* has 5 free"):
             made.write(*given, steps=8, seed=0)
         assert about(place)["updates"] == 4
         assert [path.name for path in place.parent.iterdir()] == ["lora"]
+        words = r"full: needs .*\n.* is in .*full/checkpoints, and --resume .*/lisa/"
+        with pytest.raises(CheckpointError, match=words):
+            trained.learn("full")
 
     def test_what_a_killed_process_left_is_removed(self, trained):
         left = trained.run.folder / "tuned" / ".lora.0123abcd.partial"
@@ -240,7 +244,7 @@ class TestFromARun:
         params = tuned.load(whole).params
         assert {float(leaf.min()) for leaf in jax.tree.leaves(params)} == {0.5}
         export.main(self.command(run, only=("lora",)))  # again: nothing is written
-        assert "all is there" in (printed := capsys.readouterr().out)
+        assert "tuned/ is there already" in (printed := capsys.readouterr().out)
         assert f"{adapter}  " in printed
 
     def test_a_trial_of_a_comparison_that_was_stopped(self, trained):
@@ -265,7 +269,9 @@ class TestFromARun:
         found = jmem.checkpoints.load_mixlora(place, model.config)
         assert found.settings["alpha"] == config.mixture.alpha
         assert about(place)["learning_rate"] == pytest.approx(2e-3)
-        assert "MixLoraModelForCausalLM" in exports.describe(place)
+        told = exports.describe(place)
+        assert f'moe_peft.LLMModel.from_pretrained("{checkpoint}", device=' in told
+        assert f'\n  model.load_adapter("{place}")\n' in told
 
     @pytest.mark.parametrize(
         ("given", "words"),
@@ -293,11 +299,12 @@ class TestFromARun:
             ("# Config of a run of kvcache; --preset ...\n", "no experiment that tun"),
             ("# Config of a run of nothing; --preset ...\n", "no experiment that tun"),
             ("steps = 3\n", "names no experiment that tunes a model"),
+            ("# Config of a run of lisa;\n\xff", "config.toml: cannot be read"),
         ],
     )
     def test_what_is_no_such_run(self, tmp_path, content, words):
         if content is not None:
-            (tmp_path / "config.toml").write_text(content)
+            (tmp_path / "config.toml").write_text(content, "latin-1")
         with pytest.raises(ConfigError, match=words):
             export.export(export.Command(run=tmp_path))
 

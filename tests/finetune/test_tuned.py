@@ -156,6 +156,20 @@ class TestAdapters:
         with pytest.raises(CheckpointError, match=r"load\(folder, base="):
             tuned.load(tmp_path / "a")
 
+    def test_gpt2s_q_k_and_v_are_counted_as_the_one_they_become(self, own, tmp_path):
+        biased = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True)
+        kind = {"norm": "layer", "positions": "learned", "activation": "gelu_new"}
+        config = dataclasses.replace(
+            own.config, **biased, **kind, kv_heads=own.config.heads, gated=False
+        )
+        gpt2, model = dataclasses.replace(own, config=config), Decoder(config)
+        lora = Lora(rank=2, maps=("q", "k", "v"))
+        state = lora.init(model, random_params(config), {}, jax.random.key(0))
+        told = tuned.count_bytes(lora, model, gpt2)
+        assert tuned.save(lora, state, gpt2, tmp_path / "a") == told
+        raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        assert raw["rank_pattern"] == {"c_attn": 6}
+
     def test_of_several_mixtures_one_is_asked_for(self, own, tmp_path):
         both = MixLora(mixtures=(Mixture(rank=2), Mixture(rank=1, experts=2)))
         shapes = tuned.describe_state(both, Decoder(own.config))
