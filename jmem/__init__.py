@@ -28,8 +28,17 @@ _CALLS = {
     "measure": "jmem.memory.measure",
 }
 _MODULES = {
-    *("checkpoints", "confined", "data", "disk", "evaluate", "finetune", "generate"),
-    *("kernels", "kvcache", "lowering", "memory", "methods", "models", "nn"),
+    *("cards", "checkpoints", "confined", "data", "disk", "evaluate", "finetune"),
+    *(
+        "generate",
+        "kernels",
+        "kvcache",
+        "lowering",
+        "memory",
+        "methods",
+        "models",
+        "nn",
+    ),
     *("offload", "program", "sharding", "targets", "terminal", "train"),
 }
 

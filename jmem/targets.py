@@ -1,16 +1,18 @@
 """Described GPUs: what XLA must be told about a card to compile for it without one.
 
-    resolve("h200")            one card of the table below
+    resolve("h200")            one card of the table in `jmem.cards`
     resolve("h200x8")          eight of them in one host; beyond eight, hosts of eight
     resolve("./mycard.toml")   a card of your own: the fields of `Target`, one a line
+
+A file may name a card of the table and say what differs, in three lines:
+
+    like = "rtx4090"
+    memory_gib = 32
+    cores = 144
 
 Capacity hardly changes how a program is laid out (matmul tilings do); it decides
 whether the program *fits*. `compiler_bytes` is the size XLA is told, `usable_bytes`
 what an allocator can really get on that card.
-
-Source: the public target specifications of openxla/xla for H200, H100, A100, B200 and
-RTX A6000; vendor data sheets for L4, RTX 4090 and RTX 3090, whose memory size is the
-one the driver usually reports.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ import pathlib
 import re
 import tomllib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+from jmem.cards import ALSO, CARDS
 
 GiB = 2**30
 DRIVER_BYTES = 2 * GiB
@@ -88,7 +92,8 @@ class Target:
     def text(self) -> str:
         """The card as XLA's `GpuTargetConfigProto` in text form."""
         major, minor = self.capability
-        extension = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+        accelerated = major in (9, 10)  # as XLA describes H200 and B200, not RTX PRO
+        extension = "feature_extension: ACCELERATED_FEATURES" if accelerated else ""
         return f"""\
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -225,95 +230,10 @@ _RULES: dict[str, tuple[str, Callable]] = {
     ),
 }
 
-_HOPPER = {
-    "compute_capability": "9.0",
-    "cores": 132,
-    "fpus_per_core": 128,
-    "l2_bytes": 52428800,
-    "clock_ghz": 1.98,
-    "shared_bytes_per_core": 233472,
-    "shared_bytes_per_block": 232448,
-}
-_A100 = {
-    "compute_capability": "8.0",
-    "cores": 108,
-    "fpus_per_core": 64,
-    "l2_bytes": 41943040,
-    "clock_ghz": 1.41,
-    "shared_bytes_per_core": 167936,
-    "shared_bytes_per_block": 166912,
-}
-_SMALL = {  # Ampere and Ada cards with 1,536 threads and 100 KiB a core
-    "fpus_per_core": 128,
-    "shared_bytes_per_core": 102400,
-    "shared_bytes_per_block": 101376,
-    "threads_per_core": 1536,
-}
-
-
-def _card(
-    name: str, description: str, compiler_bytes: int, bandwidth: float, **chip: Any
-) -> Target:
-    return Target(
-        name=name,
-        description=description,
-        compiler_bytes=compiler_bytes,
-        bandwidth=bandwidth,
-        **chip,
-    )
-
-
 TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (
-        _card("h200", "NVIDIA H200", 151397597184, 4.8e12, **_HOPPER),
-        _card("h100", "NVIDIA H100 80GB HBM3", 84942979072, 3.35232e12, **_HOPPER),
-        _card("a100-80", "NVIDIA A100-SXM4-80GB", 85100068864, 2.03904e12, **_A100),
-        _card("a100-40", "NVIDIA A100-SXM4-40GB", 42331013120, 1.5552e12, **_A100),
-        _card(
-            *("b200", "NVIDIA B200", 191514411008, 7.67232e12),
-            compute_capability="10.0",
-            cores=148,
-            fpus_per_core=128,
-            l2_bytes=132644864,
-            clock_ghz=1.965,
-            shared_bytes_per_core=233472,
-            shared_bytes_per_block=232448,
-        ),
-        _card(
-            *("a6000", "NVIDIA RTX A6000", 51041271808, 7.68096e11),
-            compute_capability="8.6",
-            cores=84,
-            l2_bytes=6291456,
-            clock_ghz=1.8,
-            **_SMALL,
-        ),
-        _card(
-            *("l4", "NVIDIA L4", 23580639232, 3.0e11),
-            compute_capability="8.9",
-            cores=58,
-            l2_bytes=50331648,
-            clock_ghz=2.04,
-            **_SMALL,
-        ),
-        _card(
-            *("rtx4090", "NVIDIA GeForce RTX 4090", 25386352640, 1.008e12),
-            compute_capability="8.9",
-            cores=128,
-            l2_bytes=75497472,
-            clock_ghz=2.52,
-            **_SMALL,
-        ),
-        _card(
-            *("rtx3090", "NVIDIA GeForce RTX 3090", 25438126080, 9.36e11),
-            compute_capability="8.6",
-            cores=82,
-            l2_bytes=6291456,
-            clock_ghz=1.695,
-            **_SMALL,
-        ),
-    )
+    name: Target(name=name, **fields) for name, fields in CARDS.items()
 }
+"""The cards that are known by name."""
 
 
 def resolve(target: str | Target) -> Target:
@@ -338,18 +258,28 @@ def resolve(target: str | Target) -> Target:
     if target.endswith(".toml") or "/" in target:
         return _load(pathlib.Path(target))
     name = re.sub(r"[\s_]", "", target.lower())
-    if name in TARGETS:
-        return TARGETS[name]
+    if found := _find(name):
+        return found
     mesh = re.fullmatch(r"(?P<card>.+)x(?P<devices>\d{1,9})", name)
-    if mesh and mesh["card"] in TARGETS:
-        return dataclasses.replace(
-            TARGETS[mesh["card"]], name=name, devices=int(mesh["devices"])
-        )
+    if mesh and (card := _find(mesh["card"])):
+        return dataclasses.replace(card, name=name, devices=int(mesh["devices"]))
     raise ValueError(
         f"target={target!r} is no known GPU{suggest(name, TARGETS)} Known: "
         f"{', '.join(TARGETS)}; a mesh is written like 'h200x8', your own card like "
         "'./mycard.toml'."
     )
+
+
+def _find(name: str) -> Target | None:
+    """The card of a name, with or without dashes and the words before it.
+
+    >>> _find("rtx-4070-ti-super").name, _find("5090").name, _find("nvidial40s").name
+    ('rtx4070tisuper', 'rtx5090', 'l40s')
+    """
+    plain = re.sub(r"^(nvidia|geforce)+|gb$", "", name.replace("-", ""))
+    known = {card.replace("-", ""): target for card, target in TARGETS.items()}
+    known |= {other: TARGETS[card] for other, card in ALSO.items()}
+    return known.get(plain) or known.get(f"rtx{plain}")
 
 
 def suggest(word: str, words) -> str:
@@ -368,24 +298,41 @@ def _load(path: pathlib.Path) -> Target:
     """A target from the user's own TOML file, every field checked."""
     try:
         text = path.read_bytes().decode()
-        values = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values: dict[str, Any] = tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable TOML file: {error}") from error
 
+    def refuse(key: str, words: str) -> NoReturn:
+        raise ValueError(f"{path}:{_find_line(text, key)}: {words}")
+
     fields = {field.name: field for field in dataclasses.fields(Target)}
+    types = {name: field.type for name, field in fields.items()} | _SHORT
     for key, value in values.items():
-        where = f"{path}:{_find_line(text, key)}"
-        if key not in fields:
-            raise ValueError(f"{where}: unknown field {key!r}{suggest(key, fields)}")
-        wanted = fields[key].type
+        if key not in types:
+            refuse(key, f"unknown field {key!r}{suggest(key, types)}")
+        wanted = types[key]
         words = {str: "a string", int: "a whole number", float: "a number"}
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if wanted is int and isinstance(value, float) and value.is_integer():
             values[key] = int(value)  # TOML has no 1e9 among its integers
         elif not (number if wanted is float else type(value) is wanted):
-            raise ValueError(
-                f"{where}: {key}={value!r} is refused; need {words[wanted]}."
+            refuse(key, f"{key}={value!r} is refused; need {words[wanted]}.")
+    if "memory_gib" in values:
+        size = values.pop("memory_gib")
+        if "compiler_bytes" in values:
+            refuse(
+                "memory_gib", "memory_gib and compiler_bytes say the same; give one."
             )
+        if not 1 <= size <= 4096:
+            refuse("memory_gib", f"memory_gib={size} is refused; need 1 to 4,096 GiB.")
+        values["compiler_bytes"] = round(size * GiB)
+    if "like" in values:
+        name = re.sub(r"[\s_]", "", values.pop("like").lower())
+        if (card := _find(name)) is None:
+            known = f"{suggest(name, TARGETS)} Known: {', '.join(TARGETS)}."
+            refuse("like", f"like={name!r} is no card of the table{known}")
+        own: dict[str, Any] = {"name": path.stem, "description": path.stem}
+        values = dataclasses.asdict(card) | own | {"usable_bytes": 0} | values
     values.setdefault("name", path.stem)
     values.setdefault("description", values["name"])
     missing = [
@@ -394,12 +341,18 @@ def _load(path: pathlib.Path) -> Target:
         if field.default is dataclasses.MISSING and name not in values
     ]
     if missing:
-        raise ValueError(f"{path}: missing field {missing[0]!r} (of {missing}).")
+        raise ValueError(
+            f'{path}: missing field {missing[0]!r} (of {missing}); like = "rtx4090" '
+            "takes what is not said from that card."
+        )
     try:
         return Target(**values)
     except BadFieldError as error:
-        line = _find_line(text, error.field)
-        raise ValueError(f"{path}:{line}: {error}") from error
+        refuse(error.field, str(error))
+
+
+_SHORT = {"like": str, "memory_gib": float}
+"""Further keys of a file: a card of the table, and the memory in GiB."""
 
 
 def _find_line(text: str, key: str) -> int:

@@ -15,6 +15,7 @@ from jmem.methods import Family
 ROOT = pathlib.Path(__file__).parents[1]
 
 LAYERS = (
+    ("cards",),
     ("targets", "confined", "disk", "terminal"),
     ("program", "lowering"),
     ("memory", "kernels"),
