@@ -96,7 +96,7 @@ def explain_errors(name: str) -> Iterator[None]:
     """Turns the errors JAX and XLA raise for known causes into words."""
     try:
         yield
-    except (AttributeError, RuntimeError, ValueError) as error:
+    except Exception as error:
         for mark, reason in _KNOWN:
             if mark in str(error):
                 reason = reason.format(error=str(error).splitlines()[0])
@@ -104,6 +104,32 @@ def explain_errors(name: str) -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise ProgramError(f"{name}: {_refusal(error)}") from error
         raise
+
+
+def find_ignored_donation(
+    traced: jax.stages.Traced, owners: list[int]
+) -> dict[int, str]:
+    """Arguments that a jitted function inside would take over, and that function.
+
+    JAX ignores donation inside of a compiled function. `owners` are the positions of
+    the arguments that own the flattened ones.
+    """
+    found: dict[int, str] = {}
+
+    def look(jaxpr: Any, owners: list[int | None]) -> None:
+        held = {id(var): owner for var, owner in zip(jaxpr.invars, owners)}
+        for eqn in jaxpr.eqns:
+            if "donated_invars" not in eqn.params:
+                continue
+            given = [held.get(id(var)) for var in eqn.invars]
+            for owner, donated in zip(given, eqn.params["donated_invars"]):
+                if donated and owner is not None:
+                    found.setdefault(owner, eqn.params["name"])
+            look(eqn.params["jaxpr"].jaxpr, given)
+
+    whole: Any = traced.jaxpr
+    look(whole.jaxpr, [*owners])
+    return found
 
 
 def _refusal(error: Exception) -> str:
@@ -149,6 +175,13 @@ _KNOWN = (
         "compiled for.\n"
         "Constrain with a PartitionSpec instead of a NamedSharding: the mesh of the "
         "arguments is in scope.",
+    ),
+    (
+        "different trace level",
+        "it uses a flax NNX module that is not among its arguments: one it closes "
+        "over, or that nnx.cached_partial holds.\nGive every module as an argument:\n"
+        "    step = nnx.jit(step)                     # def step(model, batch): ...\n"
+        "    jmem.measure(step, model, batch)",
     ),
     ("No such compile option", "{error}"),
     ("Failed to get configs", _NO_ALGORITHM),

@@ -14,6 +14,7 @@ through JAX's own tree paths, never by names inside the compiled program.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import operator
@@ -36,6 +37,7 @@ from jmem.lowering import (
     ProgramError,
     ahead_of_time,
     explain_errors,
+    find_ignored_donation,
     use_device,
     use_mesh,
 )
@@ -177,12 +179,16 @@ class Program:
                     f"Program: {where} is a {type(leaf).__name__}, which has no shape "
                     "and dtype. Pass an array or a jax.ShapeDtypeStruct, or name the "
                     f"argument static: static=({position},)."
+                    + (_OF_EQUINOX if callable(leaf) else "")
                 )
 
     @property
     def name(self) -> str:
         """The function's name, or its type's."""
-        return getattr(self.fn, "__name__", type(self.fn).__name__)
+        fn = self.fn
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        return getattr(fn, "__name__", type(fn).__name__)
 
     # Labels ---------------------------------------------------------------------------
 
@@ -288,8 +294,16 @@ class Program:
             use_device(devices),
             use_mesh(mesh, named, devices),
         ):
-            stage = jitted.trace(*args).lower(lowering_platforms=platforms)
-        return Lowered(stage, devices, math.prod(mesh.axis_sizes) if mesh else 1, self)
+            traced = jitted.trace(*args)
+            stage = traced.lower(lowering_platforms=platforms)
+        ignored = find_ignored_donation(traced, [n for n, *_ in self.list_leaves()])
+        return Lowered(
+            stage,
+            devices,
+            math.prod(mesh.axis_sizes) if mesh else 1,
+            self,
+            {n: name for n, name in ignored.items() if n not in self.donate},
+        )
 
     def compile(
         self, target: Target | None = None, options: Mapping[str, Any] | None = None
@@ -311,6 +325,15 @@ class Program:
     def asks_for_host(self) -> bool:
         """Whether an argument or a result is placed in host memory by its sharding."""
         return any(_is_host(sharding) for sharding in self._list_shardings())
+
+    def names_parts(self) -> bool:
+        """Whether the sharding of an argument or a result divides it over a mesh."""
+        specs = (
+            sharding if isinstance(sharding, PartitionSpec) else sharding.spec
+            for sharding in self._list_shardings()
+            if isinstance(sharding, NamedSharding | PartitionSpec)
+        )
+        return any(part is not None for spec in specs for part in spec)
 
     def place_arguments(self, target: Target | None) -> tuple[tuple, Any, Any, bool]:
         """Descriptions of the arguments, and out_shardings, placed on one mesh.
@@ -390,6 +413,9 @@ class Lowered:
     """Compile-only devices; None compiles for the attached ones."""
     device_count: int
     program: Program
+    ignored_donation: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Arguments that a jitted function inside donates and the program does not, with
+    that function's name."""
 
     def as_text(self) -> str:
         """StableHLO, free of line numbers: the same text in every process."""
@@ -461,6 +487,9 @@ def is_described(leaf: Any) -> bool:
     return isinstance(leaf, bool | int | float | complex) or (
         hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     )
+
+
+_OF_EQUINOX = "\nOf an Equinox module: jmem.measure(eqx.filter_jit(step), model, ...)."
 
 
 def _is_sharding(leaf: Any) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 from jmem.memory import kinds
 from jmem.memory.breakdown import Breakdown, Row, shorten_source
+from jmem.memory.hlo import Instruction, Module, Shape
 from jmem.memory.timeline import count_live_bytes
 from jmem.program import Program
 
@@ -43,6 +44,8 @@ class Evidence:
 
     program: Program
     parts: Breakdown
+    module: Module
+    """The program as XLA compiled it."""
     compiler_bytes: int
     """Bytes of device memory that XLA was told the card has."""
 
@@ -99,30 +102,107 @@ def read_dimensions(shape: str) -> tuple[int, ...]:
 
 
 def _find_not_donated(evidence: Evidence) -> tuple[int, str]:
-    """(bytes saved, advice) for results that could reuse the memory of state."""
-    program, rows = evidence.program, evidence.parts.rows
-    names = program.name_arguments()
-    kept = {names[n]: n for n in range(len(program.args)) if n not in program.donate}
-    results = Counter()
-    for row in rows:
-        if row.kind == kinds.OUTPUTS:
-            results[row.shape] += row.count
-    saved: Counter[str] = Counter()
-    for row in rows:
-        owner = row.name.split("/")[0]
-        fixed = row.born is None and row.kind in STATE and owner in kept
-        if fixed and results[row.shape]:
-            matched = min(row.count, results[row.shape])
-            results[row.shape] -= matched
-            saved[owner] += matched * row.bytes
+    """(bytes saved, advice) for results that could take over an argument's memory.
+
+    Found by shape, dtype and part of a mesh, of whatever kind the argument is. A
+    product of an argument cannot be written over it, so that is not promised.
+    """
+    program, module = evidence.program, evidence.module
+    names, leaves = program.name_arguments(), program.list_leaves()
+    own = kinds.classify_arguments(program)
+    arguments = _list_parameters(module)[-len(leaves) :] if leaves else []
+    results = _list_results(module)
+    saved: Counter[int] = Counter()
+    # State first: whoever donates a batch cannot use it a second time.
+    for n in sorted(range(len(leaves)), key=lambda n: own[n] not in STATE):
+        position, argument = leaves[n][0], arguments[n]
+        if position in program.donate or argument.shape.host:
+            continue
+        for result in results:
+            shape, writers = result
+            if shape == argument.shape and all(
+                can_overwrite(module, writer, argument) for writer in writers
+            ):
+                results.remove(result)
+                saved[position] += argument.shape.bytes
+                break
     if not saved:
         return 0, ""
-    positions = tuple(sorted(kept[name] for name in saved))
+    positions = tuple(sorted(saved))
     which = " and ".join(repr(names[n]) for n in positions)
+    donate = tuple(sorted({*program.donate, *positions}))
     return saved.total(), (
         f"results have the shapes of {which}, not donated; "
-        f"donate={positions} lets them take over that memory."
+        f"donate={donate} lets them take over that memory."
     )
+
+
+def _list_parameters(module: Module) -> list[Instruction]:
+    entry = (module.instructions[id] for id in module.computations[module.entry])
+    found = [i for i in entry if i.opcode == "parameter"]
+    return sorted(found, key=lambda parameter: parameter.parameter)
+
+
+def _list_results(module: Module) -> list[tuple[Shape, list[Instruction]]]:
+    """Each result that reuses no argument: its shape, and all that writes its memory.
+
+    Values that come before the result and are no more needed may lie there too.
+    """
+    root = module.instructions[module.roots[module.entry]]
+    shapes = root.shape.parts or (root.shape,)
+    found = []
+    for block in module.allocations:
+        if block.live_out and block.parameter is None and not block.host:
+            buffers = [module.buffers[id] for id in block.buffers]
+            writers = [module.instructions[buffer.instruction] for buffer in buffers]
+            held = {w.shape.at(b.index) for w, b in zip(writers, buffers)}
+            found += [(shape, writers) for shape in shapes if shape in held][:1]
+    return found
+
+
+def can_overwrite(module: Module, writer: Instruction, argument: Instruction) -> bool:
+    """Whether a result can be written over an argument that it is computed from.
+
+    It cannot where one element of the result reads others of the argument: a matrix
+    product, a transposition, a sum.
+    """
+    readers = _follow(module, argument)
+    if writer.id not in {reader.id for reader in readers}:
+        return True
+    if writer.opcode != "fusion":
+        return writer.opcode not in _MOVING
+    held = {argument.id} | {i.id for i in readers if i.opcode in _VIEWS}
+    inside = list(module.list_fused(writer))
+    spread = {
+        i.id
+        for i in inside
+        if i.opcode == "parameter" and writer.operands[i.parameter] in held
+    }
+    for instruction in inside:  # operands come before what reads them
+        if spread & set(instruction.operands):
+            if instruction.opcode in _MOVING:
+                return False
+            spread.add(instruction.id)
+    return True
+
+
+def _follow(module: Module, value: Instruction) -> list[Instruction]:
+    """What reads a value, also through what only looks at it otherwise."""
+    found = []
+    for reader in module.users.get(value.id, ()):
+        found.append(reader)
+        if reader.opcode in _VIEWS:
+            found += _follow(module, reader)
+    return found
+
+
+_VIEWS = {"bitcast", "get-tuple-element", "tuple", "optimization-barrier"}
+_MOVING = {
+    *("dot", "convolution", "custom-call", "transpose", "reduce", "reverse", "sort"),
+    *("gather", "scatter", "slice", "dynamic-slice", "pad", "concatenate"),
+    *("reduce-window", "select-and-scatter", "fft", "cholesky", "triangular-solve"),
+}
+"""Operations whose result has elements elsewhere than their operand."""
 
 
 def _find_rebuilt_cache(evidence: Evidence) -> tuple[int, str]:
@@ -164,14 +244,12 @@ def _find_widened(evidence: Evidence) -> tuple[int, str]:
 
 def _find_scores(evidence: Evidence) -> tuple[int, str]:
     """(bytes saved, advice) for attention scores [.., T, S] that exist in memory."""
-    lengths = {
-        n for kind, _, s in evidence.list_leaves() if kind == kinds.BATCH for n in s
-    }
-    lengths = {n for n in lengths if n >= 128}
+    sizes = find_attention(evidence.module)
     scores = [
         row
         for row in evidence.temporaries
-        if any(read_dimensions(row.shape).count(n) > 1 for n in lengths)
+        if math.prod(read_dimensions(row.shape)) in sizes
+        and _find_length(read_dimensions(row.shape))
         and not _is_parameter(evidence, row)
     ]
     if not scores:
@@ -181,6 +259,47 @@ def _find_scores(evidence: Evidence) -> tuple[int, str]:
         f"materialised{_format_place(scores)}; use flash attention (cuDNN for 16-bit "
         "inputs), or attend in chunks."
     )
+
+
+def find_attention(module: Module) -> set[int]:
+    """Elements of each array of attention weights that a program computes.
+
+    Attention is a softmax over a square, and a product with what comes out: so there
+    are an exponential, a reduction of one of its dimensions, and a product, all outside
+    of the backward pass. Other large squares are not attention.
+    """
+    forward = [
+        i for i in module.instructions.values() if not kinds.is_backward(i.op_name)
+    ]
+    read = {
+        i.id: [math.prod(module.instructions[id].shape.dims) for id in i.operands]
+        for i in forward
+    }
+    products = {
+        size
+        for i in forward
+        if i.opcode in ("dot", "custom-call")
+        for size in read[i.id]
+    }
+    reduced = {
+        (size, math.prod(part.dims))
+        for i in forward
+        if i.opcode == "reduce"
+        for part in i.shape.parts or (i.shape,)
+        for size in read[i.id]
+    }
+    found = set()
+    for instruction in forward:
+        dims = instruction.shape.dims
+        size, length = math.prod(dims), _find_length(dims)
+        if instruction.opcode == "exponential" and length and size in products:
+            found |= {size} if (size, size // length) in reduced else set()
+    return found
+
+
+def _find_length(dims: tuple[int, ...]) -> int:
+    """The largest size of 128 or more that two dimensions have; 0 without one."""
+    return max((n for n in dims if n >= 128 and dims.count(n) > 1), default=0)
 
 
 def _find_logits(evidence: Evidence) -> tuple[int, str]:

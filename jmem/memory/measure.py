@@ -11,33 +11,29 @@ context and library handles (0.3 to 1 GB), workspaces of convolutions, the alloc
 own fragmentation.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
-import os
 import pathlib
 import re
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
 
 import jax
 import jaxlib.version
-import numpy as np
 
 from jmem import targets
 from jmem.lowering import ahead_of_time, never_cached
-from jmem.memory import breakdown, hlo, kinds, worker
+from jmem.memory import breakdown, frameworks, hlo, kinds, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
 from jmem.memory.breakdown import Contents
 from jmem.memory.card import describe_attached, find_gpu
+from jmem.memory.noise import hide_noise
 from jmem.memory.report import MemoryReport
-from jmem.program import Labels, Lowered, Place, Program, ProgramError, is_described
+from jmem.program import Labels, Lowered, Place, Program, ProgramError
 from jmem.targets import NoCompilerError, Target
 
 ATTACHED = "attached"
@@ -61,8 +57,11 @@ def measure(
 
     Args:
       what: a `Program` (then nothing but the target is given), or any function that
-        `jax.jit` takes. Of a function already under `jax.jit` the donated and static
-        arguments are found out, unless they are given here.
+        `jax.jit` takes. Of a function already under `jax.jit`, `nnx.jit` or
+        `eqx.filter_jit` the donated and static arguments are found out, unless they are
+        given here. One that is given NNX modules is measured under `nnx.jit`, one that
+        is given Equinox modules under `eqx.filter_jit`; of a partial of such a
+        function, what it binds are arguments.
       *args: the function's arguments, arrays or descriptions of arrays.
       target: a name ("h200", "h200x8"), a TOML file, a `Target`; or "attached", the
         GPU in this machine.
@@ -82,13 +81,16 @@ def measure(
     Raises:
       NoCompilerError: XLA's GPU compiler cannot be reached from here, and the function
         cannot be measured in a worker process either, which must import it by name.
-      ProgramError: the program cannot be compiled ahead of time, with the reason.
+      ProgramError: the program cannot be compiled ahead of time, with the reason; or it
+        changes a module in a way that what compiles it loses.
       AccountError: the buffers do not sum to what XLA reports.
     """
     program = as_program(what, args, donate=donate, static=static, labels=labels)
+    bare = not (isinstance(what, Program) or hasattr(what, "trace") or donate)
     options = {**program.options, **(options or {})}
     if target == ATTACHED:
-        return _measure(program, None, bounds=False, options=options, cache=False)
+        how = {"bounds": False, "options": options, "cache": False}
+        return _measure(program, None, bare=bare, **how)
     card = targets.resolve(target)
     how = {"bounds": bounds, "options": options, "cache": cache}
     if isolate:
@@ -99,7 +101,7 @@ def measure(
         if not error.late:
             raise
         return worker.measure(program, card, how, error)
-    return _measure(program, card, **how)
+    return _measure(program, card, bare=bare, **how)
 
 
 def _measure(
@@ -109,11 +111,20 @@ def _measure(
     bounds: bool,
     options: dict[str, Any],
     cache: bool,
+    bare: bool,
 ) -> MemoryReport:
     started = time.monotonic()
     if card is None:
         find_gpu()
     lowered = program.lower(card)
+    if bare and lowered.ignored_donation:
+        [(position, name), *_] = lowered.ignored_donation.items()
+        raise ProgramError(
+            f"{program.name}: it calls {name}, a jitted function that donates its "
+            f"argument {position}, which JAX ignores inside of another.\nMeasure that "
+            "function itself, or say that it is donated here too:\n"
+            f"    jmem.measure({program.name}, ..., donate=({position},))"
+        )
     text = lowered.as_text()
     if card and "python_gpu_callback" in text:
         raise ProgramError(
@@ -128,7 +139,7 @@ def _measure(
         return kept
     # XLA compiles on little more than one core: the second runs beside the first.
     apart = never_cached() if card is None else ahead_of_time()
-    with apart, _hide_noise(), futures.ThreadPoolExecutor(1) as beside:
+    with apart, hide_noise(), futures.ThreadPoolExecutor(1) as beside:
         plain = beside.submit(lowered.compile, options | NO_TRITON) if bounds else None
         content, analysis = compile_and_dump(lowered, options)
         module = hlo.read(content)
@@ -137,6 +148,7 @@ def _measure(
             other: Any = plain.result().memory_analysis()
             ends.append(other.total_allocation_bytes)
     parts = breakdown.explain(module, program, analysis)
+    idle = [IDLE] if lowered.device_count > 1 and not _is_divided(program, text) else []
     held = card or describe_attached(lowered.device_count)
     host = (
         analysis.host_argument_size_in_bytes
@@ -158,8 +170,8 @@ def _measure(
         output_bytes=analysis.output_size_in_bytes,
         alias_bytes=analysis.alias_size_in_bytes,
         temp_bytes=analysis.temp_size_in_bytes,
-        flags=_list_flags(parts, card),
-        advice=advise(Evidence(program, parts, held.compiler_bytes)),
+        flags=(*_list_flags(parts, card), *_list_lost(lowered), *idle),
+        advice=advise(Evidence(program, parts, module, held.compiler_bytes)),
         versions={"jax": jax.__version__, "jaxlib": jaxlib.version.__version__},
         stablehlo_hash=hash_stablehlo(text),
         options=options,
@@ -190,35 +202,6 @@ def compile_and_dump(lowered: Lowered, options: dict[str, Any]) -> tuple[bytes, 
                 "GPU, or XLA's dump options are overridden in XLA_FLAGS."
             )
         return largest.read_bytes(), analysis
-
-
-@contextlib.contextmanager
-def _hide_noise() -> Iterator[None]:
-    """Keeps back what XLA writes to stderr about a program too large for the card.
-
-    It calls that an error in its calculation and goes on; the verdict says it better.
-    Every other line is passed on, once the compiler is done.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            written.seek(0)
-            for line in written:
-                if not any(noise in line for noise in _NOISE):
-                    os.write(2, line)
-
-
-_NOISE = (
-    b"exceeds the base limit",
-    b"Can't reduce memory use below",
-    b"Missing deviceless CUB scratch size data",  # a flag of the report
-)
 
 
 def hash_stablehlo(text: str) -> str:
@@ -257,6 +240,27 @@ def _list_flags(parts: breakdown.Breakdown, card: Target | None) -> tuple[str, .
     return tuple(flags)
 
 
+IDLE = "nothing is divided over the cards: the second idles, or repeats the first."
+"""A flag of a program on a mesh."""
+
+
+def _is_divided(program: Program, text: str) -> bool:
+    """Whether an argument, a result or a value inside lies on a mesh in parts."""
+    return program.names_parts() or any(
+        mark in text for mark in ("sharding_constraint", "manual_computation")
+    )
+
+
+def _list_lost(lowered: Lowered) -> list[str]:
+    """A sentence on the donation that a program loses of a function inside it."""
+    return [
+        f"{name}, a jitted function inside, donates argument {position} of this "
+        "program, which JAX ignores there; measure that function itself, or give "
+        f"donate=({position},)."
+        for position, name in lowered.ignored_donation.items()
+    ]
+
+
 def as_program(
     what: Program | Callable,
     args: tuple,
@@ -272,10 +276,16 @@ def as_program(
                 "measure: a Program brings its arguments, donation, statics and labels "
                 "with it; give nothing but the target."
             )
+        frameworks.refuse_lost_changes(what.fn, what.args, what.static)
         return _add_labels(what, what.labels or None)
-    if hasattr(what, "trace") and not (donate or static):
-        donate, static = _find_jit_arguments(what, args)
-    return _add_labels(Program(what, args, donate, static), labels)
+    if not callable(what):
+        raise TypeError(
+            f"measure: what={what!r} is a {type(what).__name__}; need a function, or a "
+            "jmem.Program."
+        )
+    call = frameworks.read(what, args, donate, static)
+    program = Program(call.fn, call.args, call.donate, call.static)
+    return _add_labels(program, labels)
 
 
 def _add_labels(program: Program, labels: Labels | None) -> Program:
@@ -303,34 +313,3 @@ def _name_labels(position: int, name: str, value: Any) -> dict[str, Place]:
     return {name: (position, "")} | {
         f"{name}.{word}": (position, word) for word in telling
     }
-
-
-def _is_described_by(info: Any, value: Any) -> bool:
-    """Whether JAX's description of a traced argument can be that of `value`."""
-    leaves, structure = jax.tree.flatten(value)
-    described, other = jax.tree.flatten(info)
-    return structure == other and all(
-        is_described(leaf) and (np.shape(leaf) == of.shape)
-        for leaf, of in zip(leaves, described)
-    )
-
-
-def _find_jit_arguments(
-    fn: Any, args: tuple
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The positions that a jitted function donates, and those that are static."""
-    infos = fn.trace(*args).args_info[0]
-    missing = len(args) - len(infos)
-    for static in itertools.combinations(range(len(args)), missing):
-        kept = [n for n in range(len(args)) if n not in static]
-        if all(_is_described_by(info, args[n]) for n, info in zip(kept, infos)):
-            donate = tuple(
-                n
-                for n, info in zip(kept, infos)
-                if any(leaf.donated for leaf in jax.tree.leaves(info))
-            )
-            return donate, static
-    raise ValueError(
-        f"measure: the static arguments of {fn.__name__} cannot be told from its "
-        "others; give their positions as static=(...)."
-    )

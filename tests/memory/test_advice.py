@@ -88,6 +88,17 @@ class TestFollowed:
         )
         self.kept("not donated", bad, good)
 
+    @pytest.mark.parametrize("names", ["w,m", "batch,x", "params,opt_state"])
+    def test_arguments_are_known_by_their_shapes(self, names):
+        """Whatever they are called; the same dtype and shape is what counts."""
+        one, other = names.split(",")
+        code = f"lambda {one}, {other}, wide: ({one} * {other}, {other}.T @ wide)"
+        step = eval(code)
+        args = spec(1024, 2048), spec(1024, 2048), spec(1024, 2048, dtype=bf16)
+        bad = report(Program(step, args))
+        assert "donate=(0,)" in advice_of(bad, "not donated").text
+        self.kept("not donated", bad, report(Program(step, args, donate=(0,))))
+
     def test_a_cache_rebuilt_by_the_scan(self, report_of):
         self.kept("rebuilt cache", report_of("deep rebuilt"), report_of("deep carried"))
 
@@ -114,6 +125,37 @@ class TestRules:
         advice = advice_of(found, "attention scores")
         assert advice.saves_bytes >= heads * length * length * 4
         assert "flash attention" in advice.text
+
+    def test_a_large_square_is_no_attention(self):
+        """Nor can a product be written over what it is computed from."""
+        square = spec(65_536, 65_536, dtype=bf16)
+        for fn in (
+            lambda a, b: a @ b,
+            lambda x, y: jax.nn.silu(x @ y),
+            lambda tokens, y: jnp.exp(tokens @ y),
+        ):
+            found = measure(fn, square, square, bounds=False)
+            rules = {advice.rule for advice in found.advice}
+            assert not rules & {"attention scores", "not donated"}, rules
+        twice = measure(lambda x, y: jnp.tanh(x @ y) @ y, square, square, bounds=False)
+        rules = {advice.rule for advice in twice.advice}
+        assert rules == {"not donated"}  # over `x`, which is read once
+        kept = measure(
+            *(lambda x, y: jnp.tanh(x @ y) @ y, square, square),
+            donate=(0,),
+            bounds=False,
+        )
+        saved = twice.device_bytes - kept.device_bytes
+        assert saved == advice_of(twice, "not donated").saves_bytes
+
+    def test_scores_are_found_under_any_name(self):
+        def attend(a, b, c):
+            weights = jnp.exp(a @ b.T)
+            return (weights / weights.sum(axis=1, keepdims=True)) @ c
+
+        one = spec(4096, 64)
+        found = measure(attend, one, one, one, bounds=False)
+        assert advice_of(found, "attention scores").saves_bytes >= 4096**2 * 4
 
     def test_activations_that_are_most_of_the_peak(self, report_of):
         bad, good = report_of("long"), report_of("long remat")

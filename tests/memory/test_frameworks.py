@@ -1,7 +1,9 @@
 """`measure` on other libraries' models: training steps as their users write them.
 
-That of flax NNX is among the programs of test_programs.py.
+A step of flax NNX as pure functions is among the programs of test_programs.py.
 """
+
+import functools
 
 import equinox as eqx
 import flax.linen as nn
@@ -9,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import jmem
 from jmem.memory import kinds
+from jmem.memory.measure import as_program
+from jmem.program import ProgramError
 
 WIDTH, BATCH = 512, 256
 x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
@@ -27,15 +32,93 @@ def explained(report):
     )
 
 
-class TestEquinox:
-    def test_a_training_step(self):
-        optimizer = optax.adam(1e-3)
+optimizer = optax.adam(1e-3)
 
+
+def count_bytes(tree):
+    kinds = map(jax.typeof, jax.tree.leaves(jax.eval_shape(lambda tree: tree, tree)))
+    return sum(kind.size * kind.dtype.itemsize for kind in kinds)
+
+
+def sizes(program):
+    """Bytes of a program's arguments, of those that it donates, and of its results."""
+    held = [
+        0 if n in program.static else count_bytes(a) for n, a in enumerate(program.args)
+    ]
+    arrays = [a for n, a in enumerate(program.args) if n not in program.static]
+    static = {n: a for n, a in enumerate(program.args) if n in program.static}
+
+    def run(*arrays):
+        every = iter(arrays)
+        places = range(len(program.args))
+        return program.fn(*(static[n] if n in static else next(every) for n in places))
+
+    results = count_bytes(jax.eval_shape(run, *arrays))
+    return sum(held), sum(held[n] for n in program.donate), results
+
+
+class TestEquinox:
+    @pytest.fixture
+    def state(self):
         def make(key):
             model = eqx.nn.MLP(WIDTH, WIDTH, WIDTH, depth=1, key=key)
             return model, optimizer.init(eqx.filter(model, eqx.is_array))
 
-        model, opt_state = eqx.filter_eval_shape(make, jax.random.key(0))
+        return eqx.filter_eval_shape(make, jax.random.key(0))
+
+    @staticmethod
+    def step(model, opt_state, batch):
+        def loss(model):
+            return jnp.mean((jax.vmap(model)(batch) - batch) ** 2)
+
+        value, gradients = eqx.filter_value_and_grad(loss)(model)
+        updates, opt_state = optimizer.update(gradients, opt_state)
+        return eqx.apply_updates(model, updates), opt_state, value
+
+    def test_a_filtered_step_with_its_donation(self, state):
+        step = eqx.filter_jit(self.step, donate="all")
+        report = jmem.measure(step, *state, x, bounds=False)
+        assert report.by_label["model"] == PARAMETERS
+        assert report.alias_bytes == 3 * PARAMETERS + 4  # the step's number
+        assert report.name == "step"
+        assert explained(report) > 0.98 * report.timeline.max()
+
+    @pytest.mark.parametrize(
+        ("donate", "donated"),
+        [("none", ()), ("all", (0, 1)), ("all-except-first", (1,)), ("warn", (0, 1))],
+    )
+    def test_what_a_filtered_step_donates(self, state, donate, donated):
+        """The batch is donated too, and no result can reuse it."""
+        step = eqx.filter_jit(self.step, donate=donate)
+        assert as_program(step, (*state, x)).donate == donated
+        bound = functools.partial(step, *state)
+        assert as_program(bound, (x,)).donate == donated
+        assert as_program(step, (*state, x), donate=(1,)).donate == (1,)
+
+    def test_undecorated_as_filtered(self, state):
+        state_bytes = 3 * PARAMETERS + 4
+        for what in (self.step, eqx.filter_jit(self.step)):
+            assert sizes(as_program(what, (*state, x), donate=(0, 1))) == (
+                *(state_bytes + count_bytes(x), state_bytes, state_bytes + 4),
+            )
+
+    def test_a_model_is_called_with_its_arrays(self, state):
+        one = jax.ShapeDtypeStruct((WIDTH,), jnp.float32)
+        model = state[0]
+        for what in (model, eqx.filter_jit(model), model.__call__):
+            program = as_program(what, (one,))
+            assert sizes(program) == (PARAMETERS + 4 * WIDTH, 0, 4 * WIDTH)
+
+    def test_what_jax_cannot_compile_names_the_way_out(self, state):
+        with pytest.raises(
+            ProgramError, match=r"eqx\.filter_jit\(step, donate='all'\)"
+        ):
+            jmem.measure(jax.jit(self.step), *state, x)
+        with pytest.raises(TypeError, match=r"jmem\.measure\(eqx\.filter_jit\(step\)"):
+            jmem.Program(self.step, (*state, x))
+
+    def test_a_partitioned_training_step(self, state):
+        model, opt_state = state
         params, static = eqx.partition(
             model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
         )
@@ -55,6 +138,178 @@ class TestEquinox:
         assert report.by_kind[kinds.OPTIMIZER] >= 2 * PARAMETERS
         assert report.device_bytes == sum(report.by_kind.values())
         assert explained(report) > 0.98 * report.timeline.max()
+
+
+class TestNNX:
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+            self.down = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.gelu(self.up(x)))
+
+    STATE = 3 * PARAMETERS + 4  # Adam's two moments, the step's number
+    BATCH_BYTES = 4 * BATCH * WIDTH
+
+    @pytest.fixture
+    def state(self):
+        def make():
+            model = self.Model(nnx.Rngs(0))
+            return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+
+        return nnx.eval_shape(make)
+
+    @staticmethod
+    def step(model, optimizer, batch):
+        def loss(model):
+            return jnp.mean((model(batch) - batch) ** 2)
+
+        value, gradients = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, gradients)
+        return value
+
+    @pytest.mark.compat
+    def test_a_step_is_its_pure_functions(self, state):
+        """Split and merged by hand, which is what NNX does itself."""
+        graph, split = nnx.split(state)
+
+        def pure(split, batch):
+            model, own = nnx.merge(graph, split)
+            value = self.step(model, own, batch)
+            return nnx.state((model, own)), value
+
+        by_hand = jmem.measure(pure, split, x, donate=(0,), bounds=False)
+        step = nnx.jit(self.step, donate_argnums=(0, 1))
+        report = jmem.measure(step, *state, x, bounds=False)
+        assert report.device_bytes == by_hand.device_bytes
+        assert report.alias_bytes == by_hand.alias_bytes >= self.STATE
+        assert report.by_label["model"] == PARAMETERS
+        assert report.by_kind[kinds.OPTIMIZER] >= 2 * PARAMETERS
+        assert {"model/up/kernel", "optimizer/opt_state/0/mu/up/kernel"} <= {
+            row.name for row in report.rows
+        }
+        assert explained(report) > 0.98 * report.timeline.max()
+
+    @pytest.mark.parametrize(
+        "compile",
+        [
+            lambda step: step,
+            nnx.jit,
+            functools.partial(nnx.jit, graph=False),
+            functools.partial(nnx.jit, graph_updates=False),
+            functools.partial(nnx.jit, donate_argnames=("model", "optimizer")),
+        ],
+        ids=("undecorated", "jit", "trees", "no updates", "donated"),
+    )
+    def test_state_comes_out_however_it_is_compiled(self, state, compile):
+        step = compile(self.step)
+        held = self.STATE + 4 + self.BATCH_BYTES  # and the optimizer's own step
+        program = as_program(step, (*state, x))
+        donated = self.STATE + 4 if program.donate else 0
+        assert sizes(program) == (held, donated, self.STATE + 8)
+        donated = as_program(step, (*state, x), donate=(0, 1))
+        assert sizes(donated) == (held, self.STATE + 4, self.STATE + 8)
+        assert (
+            as_program(functools.partial(step, *state), (x,)).donate == program.donate
+        )
+
+    def test_the_model_is_left_as_it_was(self, state):
+        before = jax.tree.leaves(nnx.state(state))
+        as_program(nnx.jit(self.step), (*state, x))
+        as_program(self.step, (*state, x))
+        assert [*map(id, jax.tree.leaves(nnx.state(state)))] == [*map(id, before)]
+
+    def test_static_arguments(self, state):
+        @functools.partial(nnx.jit, static_argnums=(0, 3))
+        def scaled(n, model, batch, mode):
+            return model(batch) * n if mode == "train" else batch
+
+        program = as_program(scaled, (3, state[0], x, "train"))
+        assert program.static == (0, 3)
+        assert program.name_arguments() == ["n", "model", "batch", "mode"]
+
+    def test_a_model_is_called_with_its_arrays(self, state):
+        """Nothing changes in it, so nothing but the result comes out."""
+        for what in (state[0], state[0].__call__, jax.jit(lambda model, x: model(x))):
+            args = (state[0], x) if hasattr(what, "trace") else (x,)
+            program = as_program(what, args)
+            assert sizes(program) == (
+                PARAMETERS + self.BATCH_BYTES,
+                0,
+                self.BATCH_BYTES,
+            )
+
+    def test_changes_that_would_be_lost_are_refused(self, state):
+        words = r"changes the NNX modules of argument 0.*step = nnx\.jit\(step"
+        with pytest.raises(ProgramError, match=f"(?s)step: it {words}"):
+            jmem.measure(jax.jit(self.step), *state, x)
+        with pytest.raises(ProgramError, match=f"(?s)step: it {words}"):
+            jmem.measure(jmem.Program(self.step, (*state, x)))
+
+    def test_modules_closed_over_are_refused(self):
+        model = self.Model(nnx.Rngs(0))
+        own = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+        for compile in (nnx.jit, jax.jit, lambda step: step):
+            step = compile(lambda batch: self.step(model, own, batch))
+            with pytest.raises(ProgramError, match="every module as an argument"):
+                jmem.measure(step, x)
+
+
+def scale(n, params, x, mode="train"):
+    return jax.tree.map(lambda w: w * n, params), x.sum()
+
+
+jitted = jax.jit(scale, static_argnames=("n", "mode"), donate_argnames="params")
+params = {"w": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
+
+
+class TestJit:
+    """Functions under `jax.jit`, partials of them, and functions that call them."""
+
+    @pytest.mark.parametrize(
+        ("bound", "args"),
+        [
+            (lambda f: f, (3, params, x, "train")),
+            (lambda f: functools.partial(f, 3), (params, x, "train")),
+            (lambda f: functools.partial(f, 3, params), (x,)),
+            (lambda f: functools.partial(f, 3, mode="eval"), (params, x)),
+            (lambda f: functools.partial(f, n=3), ()),
+        ],
+    )
+    def test_donation_outlives_a_partial(self, bound, args):
+        what = bound(jitted)
+        if not args:
+            what = functools.partial(what, params=params, x=x)
+        program = as_program(what, args)
+        assert program.name == "scale"
+        held = count_bytes((params, x))
+        donated = count_bytes(params)
+        assert sizes(program) == (held, donated, donated + 4)
+
+    @pytest.mark.parametrize(("static", "args"), [(0, (8, 3)), (1, (3, 8))])
+    def test_of_two_numbers_the_static_one_is_found(self, static, args):
+        def fill(one, other):
+            size, value = (one, other) if static == 0 else (other, one)
+            return jnp.zeros(size) + value
+
+        program = as_program(jax.jit(fill, static_argnums=static), args)
+        assert program.static == (static,)
+        assert sizes(program)[2] == 32
+
+    def test_donation_inside_another_function_is_not_lost_in_silence(self):
+        def train(params, x):
+            return jitted(3, params, x)
+
+        with pytest.raises(
+            ProgramError, match=r"measure\(train, \.\.\., donate=\(0,\)\)"
+        ):
+            jmem.measure(train, params, x)
+        report = jmem.measure(jax.jit(train), params, x, bounds=False)
+        assert [flag for flag in report.flags if flag.startswith("scale, a jitted fun")]
+        report = jmem.measure(train, params, x, donate=(0,), bounds=False)
+        assert report.alias_bytes == count_bytes(params)
+        assert not report.flags
 
 
 class TestLinen:

@@ -1,9 +1,13 @@
 """Bytes: known programs come out to the byte, and every report adds up."""
 
+import functools
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+import time
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,8 @@ import numpy as np
 import pytest
 
 from jmem.memory import kinds
-from jmem.memory.measure import _hide_noise, hash_stablehlo, measure
+from jmem.memory.measure import IDLE, hash_stablehlo, measure
+from jmem.memory.noise import hide_noise
 from jmem.program import Lowered, Program, ProgramError
 from jmem.targets import TARGETS, NoCompilerError, resolve
 
@@ -213,6 +218,20 @@ class TestMesh:
         assert report.by_label["weights"] == 3 * 512 * 512 * 4 // 8
         assert report.output_bytes < 2 * report.by_label["weights"] + 1024
 
+    def test_a_program_that_divides_nothing_says_so(self, report_of):
+        assert IDLE not in report_of("sharded").flags
+        alone = measure(lambda x: x + 1, x, target="rtx4090x2", bounds=False)
+        assert IDLE in alone.flags
+        assert "the second idles" in str(alone)
+        mesh = jax.sharding.AbstractMesh((2,), ("data",))
+        spec = jax.sharding.PartitionSpec("data")
+        divided = jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
+        halves = measure(lambda x: x + 1, divided, target="rtx4090x2", bounds=False)
+        assert IDLE not in halves.flags
+        assert halves.device_bytes == alone.device_bytes // 2
+
     def test_communication_is_counted(self, report_of):
         report = report_of("sharded")
         assert report.collectives["all-gather"]["bytes"] >= 3 * 512 * 512 * 4
@@ -358,10 +377,65 @@ class TestRefusals:
             measure(lambda x, mode: x, x, "train")
 
 
+NOISE = b"W0000 Can't reduce memory use below 3 GiB\n"
+
+
 def test_what_else_is_written_to_stderr_is_passed_on(capfd):
-    with _hide_noise():
-        os.write(2, b"W0000 Can't reduce memory use below 3 GiB\nE0000 no such file\n")
+    with hide_noise():
+        os.write(2, NOISE + b"E0000 no such file\n")
     assert capfd.readouterr().err == "E0000 no such file\n"
+
+
+def test_stderr_outlives_overlapping_threads(capfd):
+    """The first to begin is not the last to end; each would give back the other's."""
+    begun, ended, hidden = threading.Event(), threading.Event(), NOISE
+
+    def longer():
+        with hide_noise():
+            begun.set()
+            assert ended.wait(10)
+            os.write(2, hidden + b"longer\n")
+
+    thread = threading.Thread(target=longer)
+    with hide_noise():
+        thread.start()
+        assert begun.wait(10)
+        os.write(2, hidden + b"shorter\n")
+    ended.set()
+    thread.join()
+    os.write(2, b"after, without an end of line")
+    assert capfd.readouterr().err.split("\n") == [
+        *("shorter", "longer", "after, without an end of line")
+    ]
+
+
+def test_a_process_started_meanwhile_keeps_its_stderr(capfd):
+    with hide_noise():
+        child = subprocess.Popen(["sh", "-c", "read line; echo $line >&2"], stdin=-1)
+    child.communicate(b"later\n")
+    found, end = "", time.monotonic() + 10
+    while not found and time.monotonic() < end:
+        time.sleep(0.01)
+        found = capfd.readouterr().err
+    assert found == "later\n"
+
+
+@pytest.mark.compat
+def test_threads_measure_beside_each_other(capfd):
+    """Each its own program; JAX's settings and stderr are as before."""
+    names = ("jax_persistent_cache_min_compile_time_secs",)
+    names += ("jax_persistent_cache_enable_xla_caches",)
+    before = [getattr(jax.config, name) for name in names]
+    with futures.ThreadPoolExecutor(3) as pool:
+        sizes = [
+            pool.submit(measure, functools.partial(jnp.tile, reps=n), x, bounds=False)
+            for n in (1, 2, 3)
+        ]
+        found = [size.result().output_bytes for size in sizes]
+    assert found == [4 * MiB, 8 * MiB, 12 * MiB]
+    assert [getattr(jax.config, name) for name in names] == before
+    os.write(2, b"still here\n")
+    assert capfd.readouterr().err == "still here\n"
 
 
 @pytest.mark.compat

@@ -1,0 +1,464 @@
+"""Functions of flax NNX and Equinox, partials and callable models, as JAX sees them.
+
+`jax.jit` compiles a function of arrays. `nnx.jit` and `eqx.filter_jit` compile another
+one than their users write: modules go in as their arrays, what changed in them comes
+out, donation is theirs. `read` returns that function and its arrays, so that what is
+measured is what runs. Neither library is imported: who has such a function has it.
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from jmem.lowering import ProgramError, explain_errors
+from jmem.program import by_key, format_path, is_described
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function that `jax.jit` can compile, and what it is called with."""
+
+    fn: Callable
+    args: tuple
+    donate: tuple[int, ...]
+    static: tuple[int, ...]
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Bound by a partial, and left to its function by name."""
+
+
+def read(
+    what: Callable, args: tuple, donate: tuple[int, ...], static: tuple[int, ...]
+) -> Call:
+    """What JAX compiles where a function is called with `args`.
+
+    Args:
+      what: a function, compiled by `jax.jit`, `nnx.jit` or `eqx.filter_jit` or not; a
+        partial of one, a bound method, or a module that can be called.
+      args: its arguments; NNX and Equinox modules may hold descriptions of arrays.
+      donate: positions of `args`; () takes those that the function itself donates.
+      static: positions of `args`, likewise.
+
+    Raises:
+      ProgramError: the function's changes to a module would be lost, or which of its
+        arguments are static cannot be told; says what to write instead.
+    """
+    call = _open(Call(what, args, donate, static))
+    if _is_equinox_jit(call.fn) or _hold(call.args, _equinox_types()):
+        return _read_equinox(call)
+    if _is_nnx_jit(call.fn):
+        return _read_nnx(call)
+    if hasattr(call.fn, "trace"):
+        call = _find_jit_arguments(call)
+        refuse_lost_changes(call.fn, call.args, call.static)
+    elif _find_changed(call.fn, call.args, call.static, call.keywords):
+        return _read_nnx(call)
+    if not call.keywords:
+        return call
+    fn = functools.wraps(call.fn)(functools.partial(call.fn, **call.keywords))
+    return dataclasses.replace(call, fn=fn, keywords={})
+
+
+# Partials, methods and models ---------------------------------------------------------
+
+
+def _open(call: Call) -> Call:
+    """The call with what is bound to its function, or is its function, as arguments.
+
+    What is bound to a plain function stays bound, as `jax.jit` leaves it: constants.
+    """
+    fn: Any = call.fn
+    modules = (*_nnx_types(), *_equinox_types())
+    if isinstance(getattr(fn, "__self__", None), modules) and hasattr(fn, "__func__"):
+        return _open(_prepend(call, fn.__func__, fn.__self__))  # a bound method
+    bound = getattr(fn, "args", ()), getattr(fn, "keywords", {})
+    if isinstance(fn, functools.partial) or (
+        isinstance(fn, _equinox_types()) and hasattr(fn, "func")
+    ):
+        inner: Any = fn.func
+        opened = hasattr(inner, "trace") or _is_equinox_jit(inner)
+        if not (opened or _hold(bound, modules) or _hold_descriptions(bound)):
+            return call
+        if any(value is getattr(functools, "Placeholder", call) for value in bound[0]):
+            raise ProgramError(
+                f"{_name(inner)}: a partial with placeholders cannot be opened. Give "
+                "measure the function itself, and its arguments in order."
+            )
+        return _open(_bind(_prepend(call, inner, *bound[0]), bound[1]))
+    if isinstance(fn, modules) and not (_is_equinox_jit(fn) or _is_nnx_jit(fn)):
+        return _prepend(call, type(fn).__call__, fn)
+    return call
+
+
+def _prepend(call: Call, fn: Callable, *args: Any) -> Call:
+    """The call of `fn` with further arguments in front of the others."""
+    donate, static = (
+        tuple(n + len(args) for n in positions)
+        for positions in (call.donate, call.static)
+    )
+    return Call(fn, (*args, *call.args), donate, static, call.keywords)
+
+
+def _bind(call: Call, keywords: Mapping[str, Any]) -> Call:
+    """The call with keywords at their positions, as far as they have one.
+
+    Raises:
+      ProgramError: one without a position holds arrays.
+    """
+    keywords = {**keywords, **call.keywords}
+    bound = inspect.signature(call.fn).bind_partial(*call.args, **keywords)
+    if _hold_descriptions(bound.kwargs):
+        raise ProgramError(
+            f"{_name(call.fn)}: a partial holds arrays under {', '.join(bound.kwargs)},"
+            " which cannot be given by position. Give measure the function itself, and "
+            "all its arguments in order."
+        )
+    return dataclasses.replace(call, args=bound.args, keywords=bound.kwargs)
+
+
+# jax.jit ------------------------------------------------------------------------------
+
+
+def _find_jit_arguments(call: Call) -> Call:
+    """The call with the positions that a jitted function donates or holds static."""
+    jitted: Any = call.fn
+    with explain_errors(_name(jitted)):
+        infos = jitted.trace(*call.args, **call.keywords).args_info[0]
+    found = list(_list_statics(infos, call.args))
+    if len(found) > 1:  # two numbers, one of them static
+        found = [some for some in found if all(_is_static(call, n) for n in some)]
+    if call.static:
+        found = [call.static]
+    if len(found) != 1:
+        raise ProgramError(
+            f"{_name(jitted)}: its static arguments cannot be told from its others; "
+            "give their positions as static=(...)."
+        )
+    [static] = found
+    kept = [n for n in range(len(call.args)) if n not in static]
+    return dataclasses.replace(
+        call, donate=call.donate or _list_donated(kept, infos), static=static
+    )
+
+
+def _list_statics(infos: tuple, args: tuple):
+    """Every choice of positions without which the arguments can be the traced ones."""
+    missing = len(args) - len(infos)
+    for static in itertools.combinations(range(len(args)), missing):
+        kept = [n for n in range(len(args)) if n not in static]
+        if all(_is_described_by(info, args[n]) for n, info in zip(kept, infos)):
+            yield static
+
+
+def _list_donated(kept: list[int], infos: tuple) -> tuple[int, ...]:
+    return tuple(
+        n
+        for n, info in zip(kept, infos)
+        if any(leaf.donated for leaf in jax.tree.leaves(info))
+    )
+
+
+def _is_described_by(info: Any, value: Any) -> bool:
+    """Whether JAX's description of a traced argument can be that of `value`."""
+    leaves, structure = jax.tree.flatten(value)
+    described, other = jax.tree.flatten(info)
+    return structure == other and all(
+        is_described(leaf) and (np.shape(leaf) == of.shape)
+        for leaf, of in zip(leaves, described)
+    )
+
+
+def _is_static(call: Call, position: int) -> bool:
+    """Whether JAX refuses an argument that has no hash there, as it does of statics."""
+    args = list(call.args)
+    args[position] = jax.tree.map(np.asarray, [args[position]])
+    try:
+        call.fn.trace(*args, **call.keywords)  # pyright: ignore[reportFunctionMemberAccess]
+    except Exception as error:
+        return isinstance(error, ValueError) and "hashable" in str(error)
+    return False
+
+
+# Equinox ------------------------------------------------------------------------------
+
+
+def _equinox_types() -> tuple[type, ...]:
+    equinox = sys.modules.get("equinox")
+    return (equinox.Module,) if equinox else ()
+
+
+def _is_equinox_jit(fn: Any) -> bool:
+    return isinstance(fn, _equinox_types()) and hasattr(fn, "donate_first")
+
+
+def _read_equinox(call: Call) -> Call:
+    """The function of the arrays among its arguments; all else is compiled in."""
+    fn: Any = call.fn
+    donate, args = call.donate, call.args
+    if _is_equinox_jit(fn):
+        first, rest = fn.donate_first, fn.donate_rest
+        fn = fn.__wrapped__
+        inner = _open(Call(fn, args, donate, call.static, call.keywords))
+        own = range(len(inner.args) - len(args))  # arrays of the function itself
+        donated = [first, *[rest] * (len(args) - 1)]
+        given = [rest] * len(own) + donated[: len(args)]
+        found = tuple(n for n, donates in enumerate(given) if donates)
+        return _keep_usable(_filter(inner), inner.donate or found)
+    if hasattr(fn, "trace"):
+        raise ProgramError(
+            f"{_name(fn)}: jax.jit takes no Equinox module that holds more than arrays."
+            "\nCompile it as Equinox does:\n"
+            "    step = eqx.filter_jit(step, donate='all')\n"
+            "    jmem.measure(step, model, ...)"
+        )
+    return _filter(call)
+
+
+def _filter(call: Call) -> Call:
+    """The function of its arguments' arrays, that returns its result's arrays."""
+    fn, keywords, static = call.fn, call.keywords, call.static
+    held = [arg if n in static else _take(arg, True) for n, arg in enumerate(call.args)]
+    rest = [
+        None if n in static else _take(arg, False) for n, arg in enumerate(call.args)
+    ]
+
+    @functools.wraps(fn)
+    def filtered(*arrays):
+        args = [
+            array if n in static else jax.tree.map(_choose, array, other, is_leaf=_none)
+            for n, (array, other) in enumerate(zip(arrays, rest))
+        ]
+        return _take(fn(*args, **keywords), True)
+
+    return Call(filtered, tuple(held), call.donate, static)
+
+
+def _keep_usable(call: Call, donate: tuple[int, ...]) -> Call:
+    """The call with what a result can reuse donated; Equinox says nothing of others."""
+    arrays = [arg for n, arg in enumerate(call.args) if n not in call.static]
+    with explain_errors(_name(call.fn)):
+        results = _list_kinds(jax.eval_shape(call.fn, *arrays))
+    usable = (n for n in donate if _list_kinds(call.args[n]) & results)
+    return dataclasses.replace(call, donate=tuple(usable))
+
+
+def _list_kinds(tree: Any) -> set[tuple]:
+    return {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+def _take(tree: Any, arrays: bool) -> Any:
+    """The tree with None for every leaf that is an array, or for every other one."""
+    return jax.tree.map(lambda leaf: leaf if _is_array(leaf) == arrays else None, tree)
+
+
+def _choose(one: Any, other: Any) -> Any:
+    return other if one is None else one
+
+
+def _none(value: Any) -> bool:
+    return value is None
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+# Flax NNX -----------------------------------------------------------------------------
+
+
+def _nnx_types() -> tuple[type, ...]:
+    nnx = sys.modules.get("flax.nnx")
+    names = ("Pytree", "Object", "Module", "Variable")
+    return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))
+
+
+def _is_nnx_jit(fn: Any) -> bool:
+    """Whether it is what `nnx.jit` returns: traced, but not by JAX's own words."""
+    return hasattr(fn, "trace") and type(fn).__module__.startswith("flax.nnx")
+
+
+def _read_nnx(call: Call) -> Call:
+    """The function that `nnx.jit` makes JAX compile: state in, changed state out.
+
+    Raises:
+      ProgramError: arguments on a mesh whose arrays cannot be told apart.
+    """
+    nnx = sys.modules["flax.nnx"]
+    fn: Any = call.fn
+    if not _is_nnx_jit(fn) or call.donate or call.static:
+        plain = fn.__wrapped__ if _is_nnx_jit(fn) else fn
+        more = {"donate_argnums": call.donate, "static_argnums": call.static}
+        fn = nnx.jit(plain, **{name: given for name, given in more.items() if given})
+    if any(
+        getattr(fn, name, None) is not None
+        for name in ("in_shardings", "out_shardings")
+    ):
+        raise ProgramError(
+            f"{_name(fn)}: measure cannot follow the shardings of nnx.jit.\n"
+            "Leave them out, and place the arrays instead:\n"
+            "    jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))"
+        )
+    with explain_errors(_name(fn)):
+        traced = fn.trace(*call.args, **call.keywords).traced
+    infos, keyword_infos = traced.args_info
+    owners = [*call.args, *(call.keywords[name] for name in keyword_infos)]
+    kept, static = _pair_nnx(infos, call, fn)
+    kept += range(len(call.args), len(owners))
+    infos = (*infos, *keyword_infos.values())
+    described = {n: _describe_nnx(owners[n], info, fn) for n, info in zip(kept, infos)}
+    order = [(n, path) for n in kept for path in described[n]]
+    run = jaxpr_as_fun(traced.jaxpr)
+
+    @functools.wraps(fn)
+    def pure(*args):
+        held = {n: by_key(args[n]) for n in kept}
+        return run(*(held[n][path] for n, path in order))
+
+    args = tuple(
+        _nest(described[n]) if n in described else owner
+        for n, owner in enumerate(owners)
+    )
+    return Call(pure, args, _list_donated(kept, infos), static)
+
+
+def _pair_nnx(infos: tuple, call: Call, fn: Any) -> tuple[list[int], tuple[int, ...]]:
+    """Positions of the traced arguments, and of the static ones."""
+    if len(infos) > len(call.args):  # nnx.jit_partial holds what it was given in front
+        raise ProgramError(
+            f"{_name(fn)}: measure cannot look into nnx.jit_partial.\n"
+            "Give it the function and all its arguments:\n"
+            "    jmem.measure(nnx.jit(step), model, ...)"
+        )
+    modules = _nnx_types()
+    movable = [n for n, arg in enumerate(call.args) if not _hold(arg, modules)]
+    missing = len(call.args) - len(infos)
+    for static in itertools.combinations(movable, missing):
+        kept = [n for n in range(len(call.args)) if n not in static]
+        if all(
+            n not in movable or _is_described_by(info, call.args[n])
+            for n, info in zip(kept, infos)
+        ):
+            return kept, static
+    raise ProgramError(
+        f"{_name(fn)}: its static arguments cannot be told from its others; give their "
+        "positions as static=(...)."
+    )
+
+
+def _describe_nnx(arg: Any, info: Any, fn: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Descriptions of an argument's arrays by their paths, in the order of tracing."""
+    nnx = sys.modules["flax.nnx"]
+    infos = jax.tree.leaves(info)
+    tree = nnx.state(arg) if _hold(arg, _nnx_types()) else arg
+    named = [
+        (format_path(path).removesuffix("/value"), leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    ]
+    own = [np.shape(leaf) for _, leaf in named]
+    if own != [of.shape for of in infos] or len(dict(named)) < len(named):
+        # Shared between two arguments, and so traced in one of them only.
+        if any(_find_placement(leaf) for _, leaf in named):
+            raise ProgramError(
+                f"{_name(fn)}: its arguments share arrays that lie on a mesh, and "
+                "measure cannot tell which is which.\nSplit them, and merge inside:\n"
+                "    graph, state = nnx.split((model, optimizer))\n"
+                "    jmem.measure(lambda state, batch: ..., state, batch)"
+            )
+        named = [(str(n), None) for n in range(len(infos))]
+    return {
+        name: jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=_find_placement(leaf))
+        for (name, leaf), of in zip(named, infos)
+    }
+
+
+def _nest(by_path: Mapping[str, Any]) -> Any:
+    """A tree of dicts whose leaves have these paths."""
+    if list(by_path) == [""]:
+        return by_path[""]
+    inside: dict[str, dict[str, Any]] = {}
+    for path, leaf in by_path.items():
+        first, _, rest = path.partition("/")
+        inside.setdefault(first, {})[rest] = leaf
+    return {name: _nest(leaves) for name, leaves in inside.items()}
+
+
+def _find_placement(leaf: Any) -> jax.sharding.NamedSharding | None:
+    """Where an array lies on a mesh; None for one that lies on no mesh."""
+    sharding = getattr(leaf, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def refuse_lost_changes(fn: Any, args: tuple, static: tuple[int, ...]) -> None:
+    """Refuses a function that changes NNX modules in a way that `jax.jit` loses.
+
+    Raises:
+      ProgramError: it changes one of its arguments; names the position.
+    """
+    if changed := _find_changed(inspect.unwrap(fn), args, static, {}):
+        raise ProgramError(
+            f"{_name(fn)}: it changes the NNX modules of argument {min(changed)}, and "
+            "jax.jit loses the change.\nCompile it as NNX does:\n"
+            "    step = nnx.jit(step, donate_argnums=...)\n"
+            "    jmem.measure(step, model, ...)"
+        )
+
+
+def _find_changed(
+    fn: Any, args: tuple, static: tuple[int, ...], keywords: Mapping[str, Any]
+) -> set[int]:
+    """Positions of arguments with NNX modules that a function changes."""
+    modules = _nnx_types()
+    own = [n for n, arg in enumerate(args) if _hold(arg, modules)]
+    changed = set()
+    if any(not _is_array(leaf) for n in own for leaf in jax.tree.leaves(args[n])):
+        return {*own}  # modules that are no pytrees: nothing but nnx.jit takes them
+
+    def look(*arrays):
+        every = iter(arrays)
+        given = [a if n in static else next(every) for n, a in enumerate(args)]
+        before = {n: jax.tree.leaves(given[n]) for n in own}
+        fn(*given, **keywords)
+        for n in own:
+            if [*map(id, jax.tree.leaves(given[n]))] != [*map(id, before[n])]:
+                changed.add(n)
+
+    if own:
+        with explain_errors(_name(fn)):
+            arrays = [arg for n, arg in enumerate(args) if n not in static]
+            jax.eval_shape(look, *arrays)
+    return changed
+
+
+# --------------------------------------------------------------------------------------
+
+
+def _hold(tree: Any, types: tuple[type, ...]) -> bool:
+    """Whether an object of these types is anywhere in a tree, in a split state not."""
+    if not types:
+        return False
+    nnx = sys.modules.get("flax.nnx")
+    states = (nnx.State,) if nnx else ()
+
+    def stops(value: Any) -> bool:
+        return isinstance(value, (*types, *states))
+
+    leaves = jax.tree.leaves(tree, is_leaf=stops)
+    return any(isinstance(leaf, types) for leaf in leaves)
+
+
+def _hold_descriptions(tree: Any) -> bool:
+    return any(
+        isinstance(leaf, jax.ShapeDtypeStruct | jax.Array | np.ndarray)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _name(fn: Any) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
