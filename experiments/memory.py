@@ -18,12 +18,12 @@ Expect  LLaMA-2-7B, batch 1, 1,024 tokens on an H200: full 75.7 GiB, lora (rank 
 
 import dataclasses
 import re
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
 import jmem
-from experiments.harness import cli
+from experiments.harness import cli, memory
 from experiments.harness.report import GiB, gib, make_columns
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Weights, need
@@ -139,9 +139,49 @@ def main(config: Config, run: Run) -> int:
     run.record(report, name, reserve=reserve)
     run.note(report.table(top=config.top, reserve=reserve))
     report.plot(run.picture("timeline"), reserve=reserve)
+    if not report.fits(reserve):
+        suggest(config, run, reserve)
     if "saved activations" in [advice.rule for advice in report.advice]:
         compare_remat(config, run, report)
     return int(not report.fits(reserve))
+
+
+def suggest(config: Config, run: Run, reserve: int) -> None:
+    """What would fit in place of a program that does not: compiled; and which cards."""
+    rows = []
+    for words, other in list_alternatives(config).items():
+        [(name, program)] = programs(other, run.target).items()
+        with run.console.status(f"compiling {name}, {words}"):
+            found = jmem.measure(program, target=run.target, bounds=False)
+        fits = bool(found.fits(reserve))
+        rows.append((words, found.device_bytes, found.host_bytes, fits))
+    for words in memory.explain({config.name: run.memory[config.name]}, reserve):
+        run.note(words)
+    if rows:
+        columns = ["instead", *make_columns(gib, "device", "host"), "fits"]
+        run.table(f"What would fit {run.target.name}", columns, rows)
+
+
+def list_alternatives(config: Config) -> dict[str, Config]:
+    """Configs that need less memory for the same model and tokens, by their flags."""
+    changes: list[dict[str, Any]] = [{"weights": "host"}]
+    if config.program == "train":
+        changes = [
+            {"method": "lisa", "remat": "block", "weights": "device"},
+            {"method": "lora", "remat": "block"},
+            {"method": "lora", "remat": "block", "weights": "host"},
+        ]
+    found = {}
+    for change in changes:
+        other = dataclasses.replace(config, **change)
+        flags = [
+            f"--{name} {value}"
+            for name, value in change.items()
+            if getattr(config, name) != value
+        ]
+        if flags:
+            found[" ".join(flags)] = other
+    return found
 
 
 def compare_remat(config: Config, run: Run, report: MemoryReport) -> None:

@@ -29,17 +29,8 @@ _CALLS = {
 }
 _MODULES = {
     *("cards", "checkpoints", "confined", "data", "disk", "evaluate", "finetune"),
-    *(
-        "generate",
-        "kernels",
-        "kvcache",
-        "lowering",
-        "memory",
-        "methods",
-        "models",
-        "nn",
-    ),
-    *("offload", "program", "sharding", "targets", "terminal", "train"),
+    *("generate", "kernels", "kvcache", "lowering", "memory", "methods", "models"),
+    *("nn", "offload", "program", "sharding", "targets", "terminal", "train"),
 }
 
 

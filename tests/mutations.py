@@ -3,6 +3,7 @@
 `JMEM_MUTATIONS=10000 uv run pytest -k "mutated or damaged"` takes as many of each kind.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -91,6 +92,52 @@ def toml_mutants(raw: bytes, number: int, seed: int) -> Iterator[bytes]:
     for case in range(number):
         damage = damage_text if case % 4 else damage_bytes
         yield damage(raw, np.random.default_rng([case, seed]))
+
+
+def json_mutants(raw: bytes, number: int, seed: int) -> Iterator[bytes]:
+    """As `toml_mutants`; half of them change, drop or double one value of the document.
+
+    The document stays JSON there, so that what is tested is what becomes of its values.
+    """
+    odd: tuple[Any, ...] = (
+        None,
+        True,
+        -1,
+        0,
+        1e308,
+        2**70,
+        "",
+        "\x1b[2J",
+        [],
+        {},
+        [[]],
+    )
+    for case in range(number):
+        random = np.random.default_rng([case, seed])
+        if case % 2:
+            yield (damage_text if case % 4 == 1 else damage_bytes)(raw, random)
+            continue
+        document = json.loads(raw)
+        places = [*_list_places(document)]
+        holder, key = places[random.integers(0, len(places))]
+        match random.integers(0, 3):
+            case 0:
+                del holder[key]
+            case 1:
+                holder[key] = odd[random.integers(0, len(odd))]
+            case 2:
+                holder[key] = [holder[key], holder[key]]
+        yield json.dumps(document).encode()
+
+
+def _list_places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a document with each of its keys, the long lists' first."""
+    many = value.items() if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        many = enumerate(value[:8])
+    for key, held in many:
+        yield value, key
+        yield from _list_places(held)
 
 
 def outcomes(

@@ -175,7 +175,7 @@ def read(path: pathlib.Path) -> Claims:
     text = path.read_text()
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ClaimsError(f"{path}: {error}") from None
 
     def fail(message: str, key: str, block: int = -1) -> typing.NoReturn:

@@ -129,7 +129,7 @@ def read[Config](path: pathlib.Path, base: Config) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error}.") from None
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # deep, or a number without end
         message, _, place = str(error).partition(" (at ")
         line = re.match(r"line (\d+)", place)
         number = line[1] if line else len(text.splitlines())

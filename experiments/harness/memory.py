@@ -14,12 +14,23 @@ memory.report(
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
+
 import jmem
 from experiments.harness import plots
-from experiments.harness.report import Column, gib, gib_number, make_columns, seconds
+from experiments.harness.report import (
+    Column,
+    GiB,
+    gib,
+    gib_number,
+    make_columns,
+    seconds,
+)
 from experiments.harness.run import Run
+from jmem.memory.measure import IDLE
 from jmem.memory.report import MemoryReport
 from jmem.program import Program
+from jmem.targets import TARGETS
 
 Reports = Mapping[str, MemoryReport]
 """By program."""
@@ -46,7 +57,7 @@ def measure(run: Run, programs: Mapping[str, Program], *, bounds: bool = True) -
     With `bounds` each is compiled twice, for the interval of its size.
     """
     for name, program in programs.items():
-        with run.console.status(f"compiling {name}"):
+        with run.console.status(escape(f"compiling {name}")):
             found = jmem.measure(program, target=run.target, bounds=bounds)
         run.record(found, name)
 
@@ -77,12 +88,51 @@ def report(
       bounds: as `measure`.
     """
     measure(run, programs, bounds=bounds)
+    for words in explain(run.memory):
+        run.note(words)
     if kinds:
         tabulate_kinds(run)
     run.table(title, columns, rows(run.memory))
     if note:
         run.note(note)
     run.plot("memory", lambda: plots.draw_memory(run.memory, title=picture))
+
+
+def explain(found: Reports, reserve: int = GiB) -> list[str]:
+    """Which programs do not fit their card, and what would; on a mesh, what idles."""
+    words = (
+        [f"note: {IDLE}"] if any(IDLE in own.flags for own in found.values()) else []
+    )
+    verdicts = {name: own.fits(reserve) for name, own in found.items()}
+    too_large = [name for name, verdict in verdicts.items() if not verdict]
+    if too_large:
+        fitting = ", ".join(name for name, verdict in verdicts.items() if verdict)
+        words.append(
+            f"{', '.join(too_large)}: does not fit {verdicts[too_large[0]].target}; "
+            + (f"{fitting} would." if fitting else "none of these would.")
+        )
+        words += [
+            f"{name} would fit {name_cards(verdicts[name].needed_bytes, reserve)}."
+            for name in too_large
+        ]
+    return words
+
+
+def name_cards(needed_bytes: int, reserve: int = GiB) -> str:
+    """The three smallest cards that so many bytes fit, in words.
+
+    >>> name_cards(70 * 2**30)
+    'h100 (77.1 GiB usable), a100-80 (77.3) or gh200 (92.5)'
+    """
+    cards = sorted(TARGETS.values(), key=lambda card: card.usable_bytes)
+    fitting = [c for c in cards if c.usable_bytes - reserve >= needed_bytes][:3]
+    if not fitting:
+        return f"no card alone; the largest, {cards[-1].name}, has " + gib(
+            cards[-1].usable_bytes
+        )
+    named = [f"{card.name} ({card.usable_bytes / GiB:.1f})" for card in fitting]
+    named[0] = named[0][:-1] + " GiB usable)"
+    return " or ".join(filter(None, (", ".join(named[:-1]), named[-1])))
 
 
 def tabulate_kinds(run: Run) -> None:

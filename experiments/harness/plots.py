@@ -6,7 +6,8 @@ differ in lightness and have their size written on them.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,20 @@ AT_EDGE: dict[str, Any] = {"xycoords": ("axes fraction", "data"), **OFFSET}
 """The same, with the first place beside an edge of the axes, at a value."""
 
 
+def _show_as_text[**P](draw: Callable[P, "Figure"]) -> Callable[P, "Figure"]:
+    """Draws names as they are written: none of them is a formula or moves a cursor."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> "Figure":
+        from jmem.memory.plot import show_as_text
+
+        figure = draw(*args, **kwargs)
+        show_as_text(figure)
+        return figure
+
+    return drawn
+
+
 def style_curve(index: int, **more: Any) -> dict[str, Any]:
     """How the curve of a method is drawn; alike in all pictures that name it so."""
     return {
@@ -40,6 +55,7 @@ def style_curve(index: int, **more: Any) -> dict[str, Any]:
     } | more
 
 
+@_show_as_text
 def draw_losses(
     rows: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = ""
 ) -> "Figure":
@@ -95,6 +111,7 @@ def _name_ends(axes: Any, ends: list[tuple[float, str, str]]) -> None:
         axes.annotate(method, (1.0, place), (6, 0), **style, **AT_EDGE)
 
 
+@_show_as_text
 def draw_memory(reports: Mapping[str, Any], *, title: str = "") -> "Figure":
     """Bytes at the peak by kind, one bar a program, with what the card can give.
 
@@ -159,6 +176,7 @@ class Panel:
     """Whether values are shares."""
 
 
+@_show_as_text
 def draw_quality(
     panels: Sequence[Panel], shares: Sequence[float], *, title: str = ""
 ) -> "Figure":
@@ -196,6 +214,7 @@ def draw_quality(
     return figure
 
 
+@_show_as_text
 def draw_against_bytes(
     points: Mapping[str, tuple[float, Sequence[float]]],
     *,
@@ -229,6 +248,7 @@ def draw_against_bytes(
     return figure
 
 
+@_show_as_text
 def draw_by_index(
     curves: Mapping[str, Sequence[float]],
     marked: int,
@@ -255,6 +275,7 @@ def draw_by_index(
     return figure
 
 
+@_show_as_text
 def draw_cells(
     panels: Mapping[str, Sequence[Sequence[tuple[int, int]]]],
     *,

@@ -8,10 +8,13 @@ is shown as "–" in every column.
 import dataclasses
 import math
 import pathlib
+import re
+import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from jmem.disk import seal
+from jmem.memory.escape import escape_controls, escape_lines, escape_markdown
 
 GiB = 2**30
 DASH = "–"
@@ -133,14 +136,16 @@ class Table:
     def rich(self) -> Any:
         """The table for a terminal, without its title: rich would wrap it."""
         from rich import box, table
+        from rich.text import Text
 
         shown = table.Table(box=box.SIMPLE_HEAD)
         for index, column in enumerate(self.columns):
             style = None if index else "bold"
             justify, whole = self._justify(index), not index
-            shown.add_column(column.name, style=style, justify=justify, no_wrap=whole)
+            head = Text(escape_controls(column.name))
+            shown.add_column(head, style=style, justify=justify, no_wrap=whole)
         for row in self.cells():
-            shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+            shown.add_row(*(Text(escape_controls(cell)) for cell in row))
         return shown
 
     def _justify(self, index: int) -> Literal["left", "right"]:
@@ -155,10 +160,14 @@ class Table:
         rules = {"left": "---", "right": "---:"}
         ruled = [rules[self._justify(index)] for index in range(len(heads))]
         lines = [
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
-            for row in [heads, ruled, *self.cells()]
+            "| " + " | ".join(cells) + " |"
+            for cells in [
+                map(escape_markdown, heads),
+                ruled,
+                *(map(escape_markdown, row) for row in self.cells()),
+            ]
         ]
-        return "\n".join([f"### {self.title}", "", *lines])
+        return "\n".join([f"### {escape_markdown(self.title)}", "", *lines])
 
     def json(self) -> dict[str, dict[str, Any]]:
         """Row name -> column -> value as computed, so that a value has an address."""
@@ -200,7 +209,9 @@ class Report:
 
     def markdown(self) -> str:
         """report.md."""
-        lines = [f"# {self.head['experiment']}", "", f"`{self.head['command']}`", ""]
+        command = escape_controls(self.head["command"])
+        lines = [f"# {escape_markdown(self.head['experiment'])}", ""]
+        lines += [_quote_code(command), ""]
         lines += [
             f"- {name}: {_format_inline(self.head[name])}"
             for name in list(self.head)[2:]
@@ -211,20 +222,38 @@ class Report:
                 part.markdown() if isinstance(part, Table) else _format_note(part),
             ]
         for plot in self.plots:
-            lines += ["", f"![{pathlib.Path(plot).stem}]({plot})"]
+            link = urllib.parse.quote(plot)
+            lines += ["", f"![{escape_markdown(pathlib.Path(plot).stem)}]({link})"]
         return "\n".join(lines) + "\n"
 
 
 def _format_note(words: str) -> str:
     """A paragraph, or several lines as they are."""
-    return f"```text\n{words}\n```" if "\n" in words else words
+    if "\n" not in words:
+        return escape_markdown(words)
+    fence = "`" * max(3, _count_quotes(words) + 1)
+    return f"{fence}text\n{escape_lines(words)}\n{fence}"
+
+
+def _quote_code(words: str) -> str:
+    """A code span, whatever quotes are in it."""
+    quotes = _count_quotes(words)
+    around = "`" * (quotes + 1)
+    return f"{around} {words} {around}" if quotes else f"`{words}`"
+
+
+def _count_quotes(words: str) -> int:
+    """The length of the longest run of back quotes."""
+    return max(map(len, re.findall("`+", words)), default=0)
 
 
 def _format_inline(value: Any) -> str:
     """A value of the report's head on one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_format_inline(v)}" for name, v in value.items())
-    return text(value)
+        return ", ".join(
+            f"{escape_markdown(name)} {_format_inline(v)}" for name, v in value.items()
+        )
+    return escape_markdown(text(value))
 
 
 def _make_plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from experiments.harness import config as configs
 from experiments.harness.record import HERE
 from experiments.harness.report import Column, GiB, Report, Table, gib, seconds
 from jmem.disk import DamagedError, open_sealed, write_atomically
+from jmem.memory.escape import escape_controls, escape_lines
 from jmem.targets import Target
 from jmem.train.folder import Hold, prepare
 
@@ -169,11 +170,14 @@ class Run(contextlib.AbstractContextManager):
             "fits": bool(verdict),
             "reserve_bytes": reserve,
         }
+        from rich.markup import escape
+
         host = report.host_bytes
         more = f" + {gib(host)} of host memory" if host else ""
         fits = "[green]fits[/]" if verdict else "[red]does not fit[/]"
+        shown, target = (escape(escape_controls(w)) for w in (name, report.target))
         self.console.print(
-            f"[bold]{name}[/]  {gib(report.device_bytes)}{more}  {fits} {report.target}"
+            f"[bold]{shown}[/]  {gib(report.device_bytes)}{more}  {fits} {target}"
             f"  [dim]compiled in {seconds(report.compile_seconds)}[/]",
             highlight=False,
         )
@@ -241,7 +245,8 @@ class Run(contextlib.AbstractContextManager):
         self._say(f"report: {self.folder / 'report.md'}")
 
     def _say(self, words: str) -> None:
-        self.console.print(words, markup=False, highlight=False, soft_wrap=True)
+        shown = escape_lines(words)
+        self.console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 _KEPT = (

@@ -18,6 +18,7 @@ states one of their fields again gives it another default.
 
 import dataclasses
 import operator
+import os
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -147,9 +148,13 @@ class Compiled:
 
 
 def dimensions(model: str) -> DecoderConfig:
-    """Sizes of a model of the zoo, or of the checkpoint that `model` is the path of."""
-    if "/" in model or model.endswith((".gguf", ".safetensors")):
-        return jmem.checkpoints.load(model).config
+    """Sizes of a model of the zoo, or of the checkpoint that `model` is the path of.
+
+    A folder that holds config.json and no weights has sizes too.
+    """
+    named = "/" in model or model.endswith((".gguf", ".safetensors", ".json"))
+    if named or (model not in zoo.MODELS and os.path.isdir(model)):
+        return jmem.checkpoints.read_config(model)
     return zoo.get(model)
 
 

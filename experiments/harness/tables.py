@@ -4,6 +4,7 @@ Reads `configs/<slug>/claims.toml` and the records beside it, measures nothing, 
 imports no JAX.
 """
 
+import html
 import pathlib
 import textwrap
 from collections import Counter
@@ -87,7 +88,8 @@ def format_table(claims: Claims, records: Records) -> str:
     rows = []
     for claim in claims.by_name.values():
         mine, words = records.get(claim.name), judge(claim, claims, records)
-        asked = claim.what, _describe_paper(claim), _format_amount(claim.expect, claim)
+        what = html.escape(claim.what, quote=False)
+        asked = what, _describe_paper(claim), _format_amount(claim.expect, claim)
         found = describe_value(claim, mine), _quote_code(claim.relations), words
         rows.append((*asked, *found, _describe_measuring(claim, mine)))
     return _format_markdown(heads, rows)
@@ -171,11 +173,17 @@ def _format_markdown(
     heads: tuple[str, ...], rows: Iterable[tuple[str | int, ...]]
 ) -> str:
     """A table; "" without rows."""
-    lines = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+    lines = [[_show_cell(cell) for cell in row] for row in rows]
     if not lines:
         return ""
     every = [heads, ["---"] * len(heads), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
+
+
+def _show_cell(cell: str | int) -> str:
+    """On one line, and in one column."""
+    shown = "".join(c if c.isprintable() else " " for c in str(cell))
+    return shown.replace("|", r"\|")
 
 
 def _quote_code(words: Iterable[str]) -> str:

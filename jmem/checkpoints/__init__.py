@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "load_adapter",
     "load_mixlora",
+    "read_config",
     "save",
     "save_adapter",
     "save_mixlora",
@@ -169,6 +170,23 @@ def _check_dtype(who: str, dtype: DTypeLike | None) -> None:
             f"{who}: dtype={np.dtype(dtype)} is not one of "
             f"{', '.join(map(str, layout.WEIGHT_DTYPES))}."
         )
+
+
+def read_config(source: str | os.PathLike[str]) -> DecoderConfig:
+    """The sizes of a checkpoint's model; a folder with config.json alone will do.
+
+    Where there are weights they are checked as well, as `load` does.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    path = Path(source)
+    folder = path.parent if path.name == "config.json" else path
+    where = folder / "config.json"
+    if where.is_file() and not any(folder.glob("*.safetensors*")):
+        raw = files.read_json(where, _CONFIG_LIMIT)
+        return huggingface.parse_config(raw, str(where))
+    return load(source if path == folder else folder).config
 
 
 def save(

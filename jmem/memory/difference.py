@@ -9,6 +9,7 @@ longer one, a card beside another, all read the same.
 import dataclasses
 from collections.abc import Mapping
 
+from jmem.memory.escape import escape_all
 from jmem.memory.report import WIDTH, MemoryReport, format_size
 
 
@@ -44,6 +45,7 @@ class Difference:
 
     def table(self, top: int = 12) -> str:
         """Kinds, then the `top` scopes that changed most, as text of 88 columns."""
+        self = escape_all(self)
         head = f"{'':<44}{'before':>14}{'after':>14}{'change':>16}"
         lines = [f"{self.before}  →  {self.after}", "", head, "─" * WIDTH]
         on_host = self.host.before_bytes or self.host.after_bytes

@@ -33,6 +33,7 @@ import numpy as np
 from jmem.lowering import never_cached
 from jmem.memory import kinds
 from jmem.memory.card import find_described, find_gpu
+from jmem.memory.escape import escape_all
 from jmem.memory.measure import ATTACHED, compile_and_dump, measure
 from jmem.memory.report import MemoryReport, Saved, format_size
 from jmem.program import HOST, Program
@@ -138,6 +139,7 @@ class LiveReport(Saved):
         )
 
     def __str__(self):
+        self = escape_all(self)
         unit = 2**30 if self.peak_bytes >= 2**30 else 2**20
         word = "GiB" if unit == 2**30 else "MiB"
         rows = []

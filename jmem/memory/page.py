@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
 
+from jmem.memory.escape import escape_all, escape_markdown
 from jmem.memory.report import GiB, MemoryReport, format_size
 
 TOP = 20
@@ -20,25 +21,29 @@ Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 
 def write_markdown(report: MemoryReport, reserve: int = GiB) -> str:
     """The report as Markdown: heading, verdict, advice, and tables."""
+    text = escape_markdown
+    report = escape_all(report)
     lines = [
-        f"# {_escape_cell(report.name)} on {report.target}",
+        f"# {text(report.name)} on {text(report.target)}",
         "",
-        _write_summary(report),
+        text(_write_summary(report)),
         "",
     ]
     lines += [f"    {line}" for line in str(report.fits(reserve)).splitlines()] + [""]
     for advice in report.advice:
-        lines.append(f"- **{format_size(advice.saves_bytes)} could go**: {advice.text}")
-    lines += [f"- {flag}" for flag in report.flags]
+        size = format_size(advice.saves_bytes)
+        lines.append(f"- **{size} could go**: {text(advice.text)}")
+    lines += [f"- {text(flag)}" for flag in report.flags]
     for title, heads, rows in _build_tables(report):
         lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |"]
         lines.append(f"|{' --- |' * len(heads)}")
-        lines += [f"| {' | '.join(map(_escape_cell, row))} |" for row in rows]
+        lines += [f"| {' | '.join(map(text, row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def write_html(report: MemoryReport, reserve: int = GiB) -> str:
     """The report as one HTML file, with its timeline as a picture."""
+    report = escape_all(report)
     with tempfile.TemporaryDirectory() as folder:
         png = report.plot(pathlib.Path(folder) / "timeline.png", reserve=reserve)
         picture = base64.b64encode(png.read_bytes()).decode()
@@ -120,10 +125,6 @@ def _build_tables(report: MemoryReport) -> Iterable[Table]:
     ]
     heads = ("size", "buffers", "kind", "each", "what", "line")
     yield "Largest buffers at the peak", heads, rows
-
-
-def _escape_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _write_cells(tag: str, words: Iterable[str]) -> str:

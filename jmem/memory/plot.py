@@ -1,10 +1,14 @@
 """The timeline as a picture: live bytes stacked by kind over the run of a program."""
 
+import io
 import pathlib
+from typing import Any
 
 import numpy as np
 
+from jmem.disk import write_atomically
 from jmem.memory import kinds
+from jmem.memory.escape import escape_all, escape_lines
 from jmem.memory.report import GiB, MemoryReport
 
 # Blues hold what outlives the program, warm tones what comes and goes.
@@ -35,6 +39,7 @@ def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.P
     """Draws `report.timeline` to a PNG at `path`, and returns the path."""
     from matplotlib.figure import Figure
 
+    report = escape_all(report)
     timeline = report.timeline
     scale, unit = (GiB, "GiB") if report.device_bytes >= GiB else (2**20, "MiB")
     series = {k: np.asarray(v) / scale for k, v in timeline.by_kind.items()}
@@ -122,8 +127,20 @@ def plot(report: MemoryReport, path: pathlib.Path, *, reserve: int) -> pathlib.P
         handlelength=1.1,
         handleheight=1.1,
     )
-    figure.savefig(path)
+    show_as_text(figure)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_atomically(path, drawn.getvalue())
     return path
+
+
+def show_as_text(figure: Any) -> None:
+    """Takes every `$` in a figure's texts for a character; control characters too."""
+    from matplotlib.text import Text
+
+    for words in figure.findobj(Text):
+        words.set_parse_math(False)
+        words.set_text(escape_lines(words.get_text()))
 
 
 def _draw_phases(axes, phases: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from jmem import disk
 from jmem.memory import kinds
 from jmem.memory.advice import Advice
 from jmem.memory.breakdown import Contents, Row, shorten_source
+from jmem.memory.escape import escape_all, escape_controls
 
 GiB = 2**30
 DEFAULT_FRACTION = 0.75
@@ -50,7 +51,7 @@ class Verdict:
         room = self.usable_bytes - self.reserve_bytes - self.needed_bytes
         head = "fits" if self.fits else "does not fit"
         lines = [
-            f"{head} {self.target}: {format_size(abs(room))} "
+            f"{head} {escape_controls(self.target)}: {format_size(abs(room))} "
             f"{'to spare' if room >= 0 else 'too much'}",
             f"  needs {format_size(self.needed_bytes)}, usable "
             f"{format_size(self.usable_bytes)}, of which "
@@ -89,13 +90,20 @@ class Saved:
         Raises:
           ValueError: not a report, or one of another version; the place is named.
         """
-        where = "report"
+        where, raw = "report", text
         if isinstance(text, pathlib.Path):
-            where, text = str(text), text.read_text()
-        values = disk.parse_json(text, where)
+            where, raw = str(text), text.read_bytes()
+        values = disk.parse_json(raw, where)
         if not isinstance(values, dict) or values.pop("schema", None) != cls.schema:
             raise ValueError(f"{where}: not a {cls.__name__} of schema {cls.schema}.")
-        return _build(cls, values, where)
+        report = _build(cls, values, where)
+        if fault := report.find_fault():
+            raise ValueError(f"{where}: {fault}.")
+        return report
+
+    def find_fault(self) -> str:
+        """What in the values contradicts the rest; "" for a report that was made."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,23 @@ class MemoryReport(Contents, Saved):
     """Seconds to trace, lower and compile (for the interval, compiled twice)."""
     cached: bool
     """Taken from the cache; `compile_seconds` are those of the first time."""
+
+    def find_fault(self) -> str:
+        """As `Saved.find_fault`: sums that are none, and sizes below 0."""
+        line, rows = self.timeline, self.rows
+        sizes = [*self.by_kind.values(), *self.interval, self.usable_bytes]
+        sizes += [size for row in rows for size in (row.bytes, row.count)]
+        if min([*sizes, *self.by_label.values(), self.host_bytes], default=0) < 0:
+            return "a size is below 0"
+        if sum(self.by_kind.values()) != self.device_bytes:
+            return "by_kind does not sum to device_bytes"
+        if len(self.interval) != 2 or self.interval[0] > self.interval[1]:
+            return f"interval={self.interval} is no pair of bytes, the smaller first"
+        if self.compiler_bytes < 1 or not {"jax", "jaxlib"} <= set(self.versions):
+            return "compiler_bytes or versions are missing"
+        if not line.by_kind or {*map(len, line.by_kind.values())} != {len(line) or -1}:
+            return "the timeline's kinds are not of one length"
+        return ""
 
     @property
     def fragmentation(self) -> int:
@@ -210,17 +235,18 @@ class MemoryReport(Contents, Saved):
 
     def table(self, top: int = 12, reserve: int = GiB) -> str:
         """The report as text of 88 columns: kinds, largest buffers, verdict."""
+        shown = escape_all(self)
         return "\n".join(
             [
-                *self._format_heading(),
+                *shown._format_heading(),
                 "",
-                *self._format_kinds(),
+                *shown._format_kinds(),
                 "",
-                *self._format_largest(top),
+                *shown._format_largest(top),
                 "",
                 *(
                     textwrap.fill(line, WIDTH, subsequent_indent="      ")
-                    for line in self._format_remarks()
+                    for line in shown._format_remarks()
                 ),
                 *([""] if self.flags or self.advice else []),
                 str(self.fits(reserve)),
@@ -240,7 +266,7 @@ class MemoryReport(Contents, Saved):
         low, high = (_format_number(end, unit) for end in self.interval)
         each = " a device" if self.devices > 1 else ""
         lines = [
-            f"{self.name} on {self.target}",
+            _clip(f"{self.name} on {self.target}", WIDTH),
             f"{how}, jax {jax}, jaxlib {jaxlib}, "
             + ("from the cache" if self.cached else f"{self.compile_seconds:.1f} s"),
             "",
@@ -287,7 +313,8 @@ class MemoryReport(Contents, Saved):
             head = f"{size:>16}  {row.kind:<18}  {_clip(row.shape, 24):<24}  "
             if row.op:  # computed: where, by what, on which line
                 what = f"{row.name} · {row.op}" if row.name else row.op
-                lines.append(f"{head}{shorten_source(row.source)}".rstrip())
+                line = _clip_start(shorten_source(row.source), WIDTH - len(head))
+                lines.append(f"{head}{line}".rstrip())
                 lines.append(_clip(f"{'':>16}  {what}", WIDTH))
             else:
                 lines.append(

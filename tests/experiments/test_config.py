@@ -76,6 +76,8 @@ class TestToml:
                 "\n# paper, table 1\n[lisa]\nactive_layer_num = 2\n",
                 ":4: unknown key 'active_layer_num'; did you mean 'active_layers'?",
             ),
+            (f"gpu = {'[' * 10_000}", ":1: not TOML"),
+            (f"seq_len = {'9' * 5000}", ":1: not TOML"),
             ("gpus = 'h100'\n", ":1: unknown key 'gpus'; did you mean 'gpu'?"),
             (
                 "note = '''\nx\n'''\nlearning_rate = 1.0\n",

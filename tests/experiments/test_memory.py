@@ -1,15 +1,19 @@
 """`experiments.memory`: every program it can be asked about, and its presets."""
 
 import json
+import re
 import sys
 from typing import Literal
 
 import jax
+import numpy as np
 import pytest
 from tiny_decoder import TINY
 
 from experiments import memory
 from experiments.harness import cli
+from jmem.checkpoints import CheckpointError
+from jmem.checkpoints.huggingface import render_config
 from jmem.memory.report import MemoryReport
 from jmem.models import zoo
 from jmem.targets import resolve
@@ -86,6 +90,67 @@ def test_what_does_not_fit_is_a_verdict_that_is_no(tmp_path, monkeypatch, capsys
     assert "does not fit rtx4090" in capsys.readouterr().out
     [folder] = (tmp_path / "memory").iterdir()
     assert json.loads((folder / "report.json").read_text())["status"] == "complete"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint's folder of which only config.json was downloaded."""
+    config = render_config(TINY, np.dtype("float32"), ())
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "only"
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/config.json"])
+def test_a_model_is_its_config_where_there_are_no_weights(folder, form):
+    config = memory.Config(model=form.format(folder), seq_len=64, program="decode")
+    assert config.dimensions() == TINY
+    with pytest.raises(ValueError, match="seq_len=100000 exceeds"):
+        memory.Config(model=str(folder), seq_len=100_000)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"model_type": "llama"}'])
+def test_a_config_that_is_none_is_refused_by_its_path(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"only/config\.json"):
+        memory.Config(model=str(folder))
+
+
+def test_what_does_not_fit_names_what_would(tmp_path, folder, monkeypatch, capsys):
+    """On a card of a toy's size; with the folder's name as hostile as it may be."""
+    toy = 'like = "t4"\ncompiler_bytes = 1073741824\nusable_bytes = 1_000_000\n'
+    (tmp_path / "toy.toml").write_text(toy)
+    model = folder.rename(tmp_path / "[bold]\x1b[2J<script>")
+    arguments = [f"--model={model}", "--program=decode", "--seq-len=128"]
+    arguments += ["--batch-size=64", "--reserve=0"]
+    arguments += [f"--gpu={tmp_path}/toy.toml", f"--runs={tmp_path}/runs"]
+    monkeypatch.setattr(sys, "argv", ["memory", *arguments])
+    with pytest.raises(SystemExit):
+        cli.run(memory.main, memory.Config)
+    shown = capsys.readouterr().out
+    assert "decode: does not fit toy" in shown
+    assert "decode would fit rtx3060 (9.6 GiB usable), t4 (" in shown
+    assert "\x1b" not in shown
+    assert "[bold]" in shown
+    [made] = (tmp_path / "runs" / "memory").iterdir()
+    saved = json.loads((made / "report.json").read_text())
+    table = saved["tables"]["What would fit toy"]
+    assert list(table) == ["--weights host"]
+    assert table["--weights host"]["host"] > 0
+    written = (made / "report.md").read_text()
+    outside = re.sub(r"(?ms)^```.*?^```|`[^`\n]*`", "", written)
+    assert "<script>" not in outside
+    assert "\x1b" not in written
+
+
+def test_what_is_tried_in_place_of_a_step_that_does_not_fit():
+    full = memory.Config(model="tiny", seq_len=64, remat="none")
+    assert list(memory.list_alternatives(full)) == [
+        *("--method lisa --remat block", "--method lora --remat block"),
+        "--method lora --remat block --weights host",
+    ]
+    least = memory.Config(model="tiny", seq_len=64, method="lora", weights="host")
+    assert "--weights host" not in memory.list_alternatives(least)
 
 
 def test_saved_activations_are_measured_under_every_remat(

@@ -119,6 +119,28 @@ class TestRun:
         with pytest.raises(ValueError, match="two rows are named 'a'"):
             run.table("T", ["x"], [["a"], ["a"]])
 
+    def test_names_of_others_are_shown_and_never_obeyed(self, tmp_path, capsys):
+        hostile = "[red]<script>\x1b[2J\r\n| ``` $\\frac$ ![x](javascript:y)"
+        with self.start(tmp_path) as run:
+            run.table(hostile, [hostile, f"{hostile}2"], [[hostile, hostile]])
+            run.note(hostile)
+            run.note(f"a\n{hostile}")
+            rows = [{"step": n, "loss": 1.0} for n in (1, 2)]
+            run.plot(
+                "losses", lambda: plots.draw_losses({hostile: rows}, title=hostile)
+            )
+        shown = capsys.readouterr().out
+        assert "[red]<script>" in shown  # as text, and the colour is not set
+        written = (run.folder / "report.md").read_text()
+        assert "&lt;script&gt;" in written
+        outside = re.sub(r"(?ms)^(`{3,})text$.*?^\1$|`[^`\n]*`", "", written)
+        assert "<script>" not in outside
+        assert not re.search(r"(?<!\\)!\[x\]", outside)
+        for text in (shown, written):
+            assert all(line.isprintable() for line in text.split("\n"))
+        saved = json.loads((run.folder / "report.json").read_text())
+        assert saved["tables"][hostile][hostile] == {f"{hostile}2": hostile}
+
     def test_report_says_null_for_what_is_not_finite(self, tmp_path):
         with self.start(tmp_path) as run:
             run.table("T", ["x", "y"], [["a", float("nan")]])

@@ -1,6 +1,11 @@
 """`python -m jmem.memory module:program`."""
 
+import contextlib
+import io
 import json
+import os
+import re
+import sys
 import textwrap
 
 import pytest
@@ -73,7 +78,93 @@ def test_refusals_are_one_line_and_status_2(module, capsys, arguments, words):
     assert "Traceback" not in said
 
 
-def test_a_module_that_lacks_a_module_says_which(module):
-    (module / "lame.py").write_text("import not_there_at_all\n")
-    with pytest.raises(ModuleNotFoundError, match="not_there_at_all"):
-        command.main(["lame:step"])
+CAUSED = {  # what a user's module may do: the words that name it
+    "import not_there_at_all": "broken imports not_there_at_all, which is not inst",
+    "1 / 0": "ZeroDivisionError: division by zero\n  at .*broken.py:1",
+    "def step(:": "SyntaxError",
+    "import sys; sys.exit(0)": r"ended the process with sys.exit\(0\)",
+    "def step(x): ...": "broken:step is a function with arguments",
+    "def step(): raise KeyError('a\\x1b[2J')": "KeyError: .*x1b",
+    "def step():\n return step()": "RecursionError",
+}
+
+
+@pytest.mark.parametrize("code", CAUSED)
+def test_what_a_user_s_module_does_is_no_verdict(module, capsys, code):
+    """Status 1 would say that it does not fit, and 0 that it does."""
+    (module / "broken.py").write_text(code + "\n")
+    sys.modules.pop("broken", None)
+    assert command.main(["broken:step"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(CAUSED[code], said), said
+    assert "Traceback" not in said
+    assert "\x1b" not in said
+
+
+def test_interrupted(module, capsys):
+    (module / "stopped.py").write_text("def step(): raise KeyboardInterrupt\n")
+    assert command.main(["stopped:step"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--reserve", "nan"], "--reserve nan: must not be negative, nor more than"),
+        (["--reserve", "inf"], "--reserve inf"),
+        (["--reserve", "1e300"], "--reserve 1e"),
+        (["--top", "-1"], "--top -1: must not be negative"),
+        (["--json", "."], "--json .: it is a folder"),
+        (["--html", "nowhere/a.html"], "there is no folder nowhere"),
+        (["--md", "mine.py/a.md"], "there is no folder mine.py"),
+        (["--png", "a" * 300], "File name too long"),
+    ],
+)
+def test_flags_are_refused_before_anything_is_compiled(
+    module, capsys, monkeypatch, flags, words
+):
+    monkeypatch.chdir(module)
+    before = sorted(module.iterdir())
+    assert command.main(["not.even.a:module", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(module.iterdir()) == before
+
+
+def test_a_file_that_was_there_is_replaced_whole(module, monkeypatch):
+    report, link = module / "report.json", module / "link.json"
+    report.write_text("earlier")
+    link.symlink_to(report)
+    assert command.main(["mine:double", "--json", str(link)]) == 0
+    assert MemoryReport.from_json(report).device_bytes == 8 * 2**20
+    assert link.is_symlink()
+    assert not [*module.glob(".*partial")]
+
+
+class TestOutput:
+    """What reads the output decides neither the verdict nor the files."""
+
+    def say(self, monkeypatch, stream, module, arguments=("mine:double",)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        with contextlib.suppress(OSError):
+            return command.main([*arguments])
+
+    @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+    def test_an_encoding_without_our_signs(self, module, monkeypatch, encoding):
+        raw = io.BytesIO()
+        stream = io.TextIOWrapper(raw, encoding)
+        assert self.say(monkeypatch, stream, module) == 0
+        text = raw.getvalue().decode(encoding)
+        assert "fits h200" in text
+        assert "-" * 88 in text
+
+    def test_a_reader_that_has_left(self, module, monkeypatch, capfd):
+        reading, writing = os.pipe()
+        os.close(reading)
+        stream = os.fdopen(writing, "w")
+        to = f"--json={module}/report.json"
+        assert self.say(monkeypatch, stream, module, ["mine:double", to]) == 0
+        stream.close()  # as Python does at its end; nothing is left to fail
+        assert (module / "report.json").exists()
+        assert capfd.readouterr().err == ""
+
+    def test_no_output_at_all(self, module, monkeypatch):
+        assert self.say(monkeypatch, None, module) == 0

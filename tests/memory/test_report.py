@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutations import count, json_mutants, outcomes
 
 from jmem.memory.report import WIDTH, MemoryReport
 
@@ -19,7 +20,9 @@ class TestSaving:
         assert MemoryReport.from_json(text) == report
         assert MemoryReport.from_json(path) == report
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 0}'])
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", "3", '{"schema": 0}', "[" * 100_000, "9" * 5000]
+    )
     def test_what_is_no_report_is_refused(self, text):
         with pytest.raises(ValueError, match=r"report: not (JSON|a MemoryReport)"):
             MemoryReport.from_json(text)
@@ -38,6 +41,18 @@ class TestSaving:
         values = json.loads(report_of("mlp").to_json()) | change
         with pytest.raises(ValueError, match=place):
             MemoryReport.from_json(json.dumps(values))
+
+    def test_mutated_reports_are_reports_or_refused(self, report_of, tmp_path):
+        """And whatever is read can be printed."""
+
+        def show(path):
+            assert str(MemoryReport.from_json(path))
+
+        whole = dataclasses.replace(report_of("mlp"), rows=report_of("mlp").rows[:3])
+        path, number = tmp_path / "report.json", count(100)
+        mutants = json_mutants(whole.to_json().encode(), number, 5)
+        found = outcomes(mutants, path, show, ValueError)
+        assert sum(found.values()) == number
 
     def test_the_file_is_named(self, tmp_path):
         path = tmp_path / "other.json"
