@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import jinja2
 
-SECONDS = 10.0
+SECONDS = 6.0
 """Processor time of one request; the largest published tokenizers take under 3."""
 MEMORY_BYTES = 2 << 30
 """Address space of the child; the largest published tokenizers take under 1 GiB."""
@@ -246,9 +246,14 @@ def _describe_error(error: BaseException) -> str:
 
 def _serve() -> None:
     """Answers requests until there are none."""
-    memory = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, most in (
+        (resource.RLIMIT_AS, int(sys.argv[1])),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        own = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        with contextlib.suppress(ValueError, OSError):  # a system without this limit
+            resource.setrlimit(kind, (own, own))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act upon
     while True:
         try:

@@ -270,7 +270,8 @@ def render_generation(beside: Mapping[str, str], eos_ids: tuple[int, ...]) -> st
     text = beside.get(GENERATION, "{}")
     raw = json.loads(text)
     stated = raw.get("eos_token_id")
-    if {*(stated if isinstance(stated, list) else [stated])} == {*eos_ids}:
+    ids = stated if isinstance(stated, list) else [stated]
+    if all(type(number) is int for number in ids) and {*ids} == {*eos_ids}:
         return text
     return json.dumps(raw | {"eos_token_id": _render_ids(eos_ids)})
 

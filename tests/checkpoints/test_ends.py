@@ -61,6 +61,16 @@ class TestFolder:
             found = checkpoints.load(folder)
         assert found.eos_ids == kept
 
+    @pytest.mark.parametrize("value, kept", [({"id": 2}, ()), ([3, -1, [5]], (3,))])
+    def test_an_export_names_those_that_are_left(self, folder, value, kept):
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({"eos_token_id": value}))
+        with pytest.warns(CheckpointWarning):
+            found = checkpoints.load(folder)
+        out = folder.with_name("out")
+        checkpoints.save(random_params(TINY), TINY, out, like=found)
+        assert checkpoints.load(out).eos_ids == kept, "and says nothing of others"
+
     def test_tokens_that_the_tokenizer_lacks_end_nothing(self, folder):
         (folder / "special_tokens_map.json").write_text('{"eos_token": "nowhere"}')
         assert checkpoints.load(folder).eos_ids == ()

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import socket
+from typing import Any
 
 import datasets
 import datasets.config
@@ -360,7 +361,7 @@ def test_alpacas_input_is_not_lost_in_silence(tmp_path, kind):
         else:
             pq.write_table(pa.Table.from_pylist([row]), path)
 
-    columns = {"prompt": "instruction", "completion": "output"}
+    columns: Any = {"prompt": "instruction", "completion": "output"}
     write(row)
     assert read(path, **columns)["text"][:] == ["Add.3"]
     write(row | {"input": "1, 2"})
