@@ -32,7 +32,6 @@ from experiments.harness.settings import need
 from experiments.harness.training import Training, learn
 from jmem.data import Batch, Loader
 from jmem.data.source import TextSource
-from jmem.disk import open_sealed
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.full import Full
 from jmem.finetune.lisa import Lisa
@@ -208,11 +207,10 @@ def report_losses(
         held = [row["held_out_loss"] for row in own if "held_out_loss" in row]
         steps = [row for row in own if "loss" in row]
         timed = sorted(row["tokens_per_second"] for row in steps)
-        path = run.folder_of(method) / "plan.json"
-        plan = open_sealed(path.read_bytes(), str(path))
+        planned = run.read_plan(method).get("bytes")
         losses = held[0], held[-1], held[0] - held[-1], steps[-1]["loss"]
         at = getattr(config, method).adamw.learning_rate, config.seed
-        return method, *losses, len(steps), timed[len(timed) // 2], *at, plan["bytes"]
+        return method, *losses, len(steps), timed[len(timed) // 2], *at, planned
 
     losses = make_columns(loss, "before", "after", "gain", "train loss")
     here = Column("tokens", rate), "rate", "seed", Column("memory here", gib)

@@ -131,6 +131,15 @@ class Run(contextlib.AbstractContextManager):
         path.mkdir(exist_ok=True)
         return path
 
+    def read_plan(self, method: str) -> dict[str, Any]:
+        """What XLA planned for a method's step here; {}, and a note, if damaged."""
+        path = self.folder / method / "plan.json"
+        try:
+            return open_sealed(path.read_bytes(), str(path))
+        except (OSError, DamagedError) as error:  # the report is not lost for that
+            self.note(f"{error} What was planned for {method} here is not told.")
+            return {}
+
     # Saying ---------------------------------------------------------------------------
 
     def note(self, words: str) -> None:
@@ -213,7 +222,10 @@ class Run(contextlib.AbstractContextManager):
             self._say(str(error) or "interrupted")
         if self._made or self.report.parts:
             status = "interrupted" if interrupted else "failed"
-            self.finish(status, error=str(error) or kind.__name__)
+            try:
+                self.finish(status, error=str(error) or kind.__name__)
+            except OSError as failed:  # what ended the run is what is told
+                self._say(f"the report cannot be written: {failed}")
         if interrupted and self._made and not self.measure_only:
             folder = shlex.quote(str(self._folder))
             self._say(f"python -m experiments.{self.slug} --resume {folder}")
@@ -233,12 +245,7 @@ class Run(contextlib.AbstractContextManager):
             **more,
         }
         for plan in sorted(self.folder.glob("*/plan.json")):  # of what was trained here
-            try:
-                hashed = open_sealed(plan.read_bytes(), str(plan)).get("program")
-            except DamagedError as error:  # the report is not lost for that
-                self.note(f"{error} The program trained there is not noted.")
-                continue
-            if hashed:
+            if hashed := self.read_plan(plan.parent.name).get("program"):
                 self.report.programs[f"{HERE}{plan.parent.name}"] = hashed
         write_atomically(self.folder / "report.json", self.report.json())
         write_atomically(self.folder / "report.md", self.report.markdown())

@@ -116,6 +116,23 @@ class TestDigest:
         assert Loader(data, 1).digest != Loader(other, 1).digest
 
 
+class TestOrder:
+    """What a run that goes on must have as it was, beside the data."""
+
+    def test_of_a_loader(self, numbered):
+        loader = Loader(numbered(4), 2, seed=7)
+        assert loader.order == {"batch_size": 2, "seed": 7}
+
+    def test_of_several(self, numbered):
+        joint = Joint((Loader(numbered(4), 2, seed=1), Loader(numbered(5), 2, seed=2)))
+        assert joint.order == {
+            "loaders[0].batch_size": 2,
+            "loaders[0].seed": 1,
+            "loaders[1].batch_size": 2,
+            "loaders[1].seed": 2,
+        }
+
+
 class TestRefusals:
     def test_fewer_rows_than_a_batch(self, numbered):
         with pytest.raises(DataError, match=r"3 row\(s\) of 5 tokens, .* batch_size=4"):
