@@ -13,6 +13,8 @@ step late: the device never waits for a row to be written.
     folder/checkpoints/<n>/  the state after n updates (`jmem.train.checkpoint`)
     folder/best/<n>/         the one of the least held-out loss, if it is to be kept
     folder/trace/            XLA profiler trace of some steps, for xprof or Perfetto
+
+What was trained leaves for other programs by `jmem.finetune.tuned.save`.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ from experiments.harness import config as configs
 from experiments.harness.run import Run, name_device
 from jmem.data.source import keep_back
 from jmem.data.text import read
+from jmem.finetune import tuned
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lisa import Lisa
 from jmem.targets import resolve
@@ -94,6 +95,11 @@ def test_trains_a_checkpoint_of_ones_own_and_measures_it(config, tmp_path):
     noted = report["programs"]
     assert noted.keys() == {"lora", "lisa", "here/lora", "here/lisa"}
     assert len(set(noted.values())) == 4
+    moved = {
+        method: tuned.load(folder / "tuned" / method).params
+        for method in config.methods
+    }
+    assert len({float(jax.tree.leaves(own)[0].sum()) for own in moved.values()}) == 2
 
 
 def test_compares_at_the_best_rate_and_leaves_losses_only(config, tmp_path):
@@ -116,6 +122,11 @@ def test_compares_at_the_best_rate_and_leaves_losses_only(config, tmp_path):
     best = min(("lora-x1-seed0", "lora-x3-seed0"), key=lambda n: tried[n]["choose"])
     assert best.replace("seed0", "seed1") in tried
     assert not list(folder.rglob("checkpoints"))
+    assert [path.name for path in (folder / "tuned").iterdir()] == ["lora"]
+    about = json.loads((folder / "tuned" / "lora" / "jmem.json").read_text())
+    factor = 3 if best.startswith("lora-x3") else 1
+    assert about["learning_rate"] == factor * config.lora.adamw.learning_rate
+    assert about["seed"] == 0
     assert (folder / "compare.png").stat().st_size > 10_000
 
 

@@ -58,6 +58,8 @@ def test_it_trains_both_by_task_and_leaves_losses_only(config, tmp_path, monkeyp
         done = list(run.folder.glob(f"{method}-x*/done.json"))
         assert len(done) == 2  # a seed each; test_lisa has several rates
         assert not list(run.folder.glob(f"{method}-x*/checkpoints"))
+    left = {path.name for path in (run.folder / "tuned").iterdir()}
+    assert left == {"lora", "mixlora"}
     ratio = best["mixlora"]["trained parameters"] / best["lora"]["trained parameters"]
     assert 0.8 < ratio < 1.25
     (load,) = {
