@@ -70,19 +70,17 @@ class Exports:
                 finetuner, self.model, self.checkpoint, dtype=self.written_dtype
             )
             for method, finetuner in self.finetuners.items()
-            if self._check_place(method) is None
         }
+        there = {name for name in sizes if self._check_place(name) is not None}
         for left in self.folder.glob(".*.partial"):  # of a process that was killed
             shutil.rmtree(left)
-        most = max(sizes.values(), default=0)
-        words = ", ".join(
-            f"{method} {format_size(size)}" for method, size in sizes.items()
-        )
-        needed = sum(sizes.values()) + (trials - 1) * most
+        most, total = max(sizes.values(), default=0), sum(sizes.values())
+        words = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items())
+        # What is there stays, or goes when another has been written beside it.
+        spare = max(trials - 1, min(len(there), 1)) * most
+        needed = total - sum(sizes[name] for name in there) + spare
         require_free(room, needed, f"tuned/ ({words}{way_out})")
-        if not sizes:
-            return "tuned/ is there already"
-        return f"tuned/ will take {format_size(needed)}: {words}"
+        return f"tuned/ will take {format_size(total)}: {words}"
 
     def write(
         self,
