@@ -5,10 +5,11 @@
     {"instruction": "...", "input": "...", "output": "..."}                    Alpaca
 
 Idea    What a template gets is what transformers gives it: a key whose value is null is
-        no key, reasoning goes by every name that templates ask for, and `tools` beside
-        the messages are passed on. Beyond that, contents in parts are joined to one
-        text, a tool call may have no content, and a message's `weight` says whether it
-        is learnt. What can be neither kept nor understood is refused by its name.
+        no key (here at any depth, as Arrow gives every object every key), reasoning
+        goes by every name that templates ask for, and `tools` beside the messages are
+        passed on. Beyond that, contents in parts are joined to one text, a tool call
+        may have no content, and a message's `weight` says whether it is learnt. What
+        can be neither kept nor understood is refused by its name.
 """
 
 import json
@@ -107,7 +108,10 @@ def _check_list(messages: Any, place: str) -> list[Any] | tuple[Any, ...]:
 def _read_message(message: Any, place: str) -> dict[str, Any]:
     """The message without nulls, with a role, and with one text as its content."""
     known = message if isinstance(message, Mapping) else {}
-    found = {key: value for key, value in known.items() if value is not None}
+    try:
+        found = _drop_nulls(known)
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply. Remove the chat.") from error
     if "role" not in found and "from" in found:
         speaker = found.pop("from")
         if not isinstance(speaker, str) or speaker not in _ROLES:
@@ -131,6 +135,20 @@ def _read_message(message: Any, place: str) -> dict[str, Any]:
     if reasoning:
         found = {"thinking": reasoning[0]} | found | {"reasoning_content": reasoning[0]}
     return found
+
+
+def _drop_nulls(value: Any) -> Any:
+    """The value without entries that are null; a call's arguments are left as they are.
+
+    A null there is what the assistant says, and elsewhere what another row has.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: own if key == "arguments" else _drop_nulls(own)
+            for key, own in value.items()
+            if own is not None
+        }
+    return [*map(_drop_nulls, value)] if isinstance(value, list | tuple) else value
 
 
 def _join_parts(parts: Any, place: str) -> str:

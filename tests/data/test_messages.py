@@ -91,6 +91,20 @@ class TestMessages:
         assert found["content"] == ""
         assert found["tool_calls"] == CALL["tool_calls"], "JSON's null is kept"
 
+    def test_a_null_is_absent_but_in_what_a_call_says(self):
+        call = {"id": None, "name": "wx", "arguments": {"x": None}}
+        chat = [ASKED, {"role": "assistant", "tool_calls": [call], "name": None}]
+        (_, found) = make_chat(chat, "here").messages
+        assert found.keys() == {"role", "content", "tool_calls"}
+        assert found["tool_calls"] == [{"name": "wx", "arguments": {"x": None}}]
+
+    def test_depth_has_an_end(self):
+        deep: list = []
+        for _ in range(20_000):
+            deep = [deep]
+        with pytest.raises(DataError, match="message 1 is nested too deeply"):
+            make_chat([ASKED, TOLD | {"x": deep}], "here")
+
     @pytest.mark.parametrize("calls", [None, []])
     def test_an_answer_without_a_call_needs_content(self, calls):
         bad = {"role": "assistant", "content": None, "tool_calls": calls}
