@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from jmem.checkpoints import Checkpoint, CheckpointError
+from jmem.checkpoints import Checkpoint, CheckpointError, adapter_files
 from jmem.disk import DamagedError, open_sealed, seal, sync_folder, write_atomically
 from jmem.finetune import tuned
 from jmem.finetune.lora import Lora
@@ -104,7 +104,7 @@ class Exports:
         about = {
             "experiment": self.experiment,
             "method": name,
-            "learning_rate": own.learning_rate,
+            "learning_rate": float(own.learning_rate),
             "seed": seed,
             "updates": steps,
             "kept": kept,
@@ -113,15 +113,18 @@ class Exports:
             about["dtype"] = self.written_dtype
             about["trained_in"] = self.model.stored_dtype.name
         place = self.folder / name
-        if self._check_place(name) == about:
-            return place
+        if found := self._check_place(name):
+            files = found.pop("files", {})
+            if found == about and files.items() <= _list_files(place).items():
+                return place
         self.folder.mkdir(exist_ok=True)
         stage = self.folder / f".{name}.{secrets.token_hex(4)}.partial"
         try:
             tuned.save(
                 finetuner, state, self.checkpoint, stage, dtype=self.written_dtype
             )
-            write_atomically(stage / ABOUT, seal(about, indent=1) + "\n")
+            whole = about | {"files": _list_files(stage)}
+            write_atomically(stage / ABOUT, seal(whole, indent=1) + "\n")
             _replace(stage, place)
         except CheckpointError as error:
             words = str(error).replace(str(stage), str(place))
@@ -189,20 +192,35 @@ def describe(place: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def _list_files(place: pathlib.Path) -> dict[str, int]:
+    """Bytes of each file of a folder, but for what says what it is."""
+    files = (file for file in place.iterdir() if file.name != ABOUT)
+    return {file.name: file.stat().st_size for file in files}
+
+
+_FIELDS = {
+    **dict.fromkeys(("experiment", "method", "kept"), str),
+    **{"learning_rate": float, "updates": int, "files": dict},
+}
+
+
 def _read_about(place: pathlib.Path) -> dict[str, Any]:
     path = place / ABOUT
-    return open_sealed(path.read_bytes(), str(path))
+    about = open_sealed(path.read_bytes(), str(path))
+    for name, kind in _FIELDS.items():
+        if not isinstance(about.get(name), kind):
+            raise DamagedError(f"{path}: {name} is {str(about.get(name))[:40]!r}.")
+    return about
 
 
 def _write_loading(place: pathlib.Path, folder: str) -> list[str]:
     """The lines of Python by which other programs open a folder."""
-    file = place / "adapter_config.json"
-    if not file.exists():
+    if not (place / adapter_files.CONFIG).exists():
         return [f"  transformers.AutoModelForCausalLM.from_pretrained({folder})"]
-    raw = json.loads(file.read_text())
-    base = pathlib.Path(raw["base_model_name_or_path"])
+    raw = adapter_files.read_config(place)
+    base = pathlib.Path(adapter_files.read_base(raw) or "base")
     given = json.dumps(str(base))
-    if raw["peft_type"] == "MIXLORA":
+    if raw.get("peft_type") == "MIXLORA":
         lines, names = [], ("adapter_model.safetensors", "adapter_model.bin")
         if base.suffix == ".gguf":  # which MoE-PEFT does not open
             lines = [

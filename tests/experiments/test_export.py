@@ -17,7 +17,7 @@ from experiments.harness.config import ConfigError
 from experiments.harness.run import Run
 from experiments.harness.sweep import Trial, parse_trial, search
 from jmem.checkpoints import CheckpointError
-from jmem.disk import open_sealed
+from jmem.disk import DamagedError, open_sealed
 from jmem.finetune import tuned
 from jmem.train.checkpoint import Checkpoints
 from jmem.train.folder import FolderError
@@ -153,6 +153,23 @@ class TestByItself:
         found = jmem.checkpoints.load_adapter(place, trained.checkpoint.config)
         assert {float(leaf.max()) for leaf in jax.tree.leaves(found.adapters)} == {2.0}
         assert [path.name for path in place.parent.iterdir()] == ["lora"]
+
+    def test_one_that_lost_something_is_written_again(self, trained):
+        made = trained.plan()
+        given = "lora", trained.methods["lora"], trained.make_state("lora", 1.0)
+        place = made.write(*given, steps=4, seed=0)
+        (place / "adapter_model.bin").write_text("the user's, by the line that is told")
+        assert made.write(*given, steps=4, seed=0) == place
+        assert (place / "adapter_model.bin").exists()
+        (place / "adapter_model.safetensors").write_text("cut")
+        made.write(*given, steps=4, seed=0)
+        jmem.checkpoints.load_adapter(place, trained.checkpoint.config)
+        for content in (b"{}", b'{"experiment": "lisa"}', b"\xff", b"[" * 9**5):
+            (place / exports.ABOUT).write_bytes(content)
+            with pytest.raises(CheckpointError, match="does not say that a run of"):
+                made.write(*given, steps=4, seed=0)
+            with pytest.raises(DamagedError):
+                made.tell()
 
     def test_a_write_that_fails_leaves_what_was_there(self, trained, monkeypatch):
         made = trained.plan()
