@@ -215,8 +215,11 @@ def main(config: Config, run: Run) -> None:
 def split_held_out(config: Config, rows: Batch) -> tuple[Batch, Batch]:
     """Two batches of every other row: to choose a rate by, and to judge by."""
     most = config.held_out_rows
-    halves = (Batch(*(leaf[i::2][:most] for leaf in rows)) for i in (0, 1))
-    return next(halves), next(halves)
+
+    def take(first: int) -> Batch:
+        return jax.tree.map(lambda leaf: leaf[first::2][:most], rows)
+
+    return take(0), take(1)
 
 
 def choose_loss(own: Lora | MixLora, model: Decoder) -> Callable:

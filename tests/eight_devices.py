@@ -24,6 +24,7 @@ from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora
 from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
+from jmem.nn import packed
 from jmem.program import by_key
 from jmem.sharding import Layout
 from jmem.train.checkpoint import Checkpoints, abstract
@@ -40,7 +41,7 @@ CASES = {
     "full": (Full(adamw=CLIPPED), CONFIG, ("4x2",)),
     "lora": (Lora(rank=2, adamw=CLIPPED), CONFIG, ("2x4",)),
     "lisa": (LISA, CONFIG, ("8x1", "2x4")),
-    "lisa tied": (LISA, TIED, ("4x2",)),
+    "lisa tied, packed": (LISA, TIED, ("4x2",)),
 }
 
 
@@ -49,16 +50,21 @@ def layout_of(name: str) -> Layout:
     return Layout(fsdp=fsdp, tensor=tensor)
 
 
+@dataclasses.dataclass(frozen=True)
 class Batches:
     """Random batches by number."""
 
+    packed: bool = False
+    """With two documents a row, of other lengths in every row."""
     digest = "random"
 
     def batch(self, step: int) -> Batch:
         random = np.random.default_rng(step)
         tokens = random.integers(0, 48, (BATCH, LENGTH + 1)).astype(np.int32)
         weights = (random.random((BATCH, LENGTH)) < 0.8).astype(np.float32)
-        return Batch(tokens[:, :-1], tokens[:, 1:], weights)
+        second = np.arange(LENGTH) >= random.integers(1, LENGTH, (BATCH, 1))
+        segments = 1 + second.astype(np.int32) if self.packed else None
+        return Batch(tokens[:, :-1], tokens[:, 1:], weights, segments)
 
 
 @functools.cache
@@ -86,11 +92,12 @@ def start(finetuner, model):
 def trained(finetuner, model):
     """State and losses after STEPS updates."""
     state, losses = start(finetuner, model), []
+    data = Batches(packed=model.config.tied)
     place = choose_placement(model, state)
     # The step that `train` runs: compiled once for both, by JAX's cache.
-    step, _ = compile_step(finetuner, model, state, place(Batches().batch(0)))
+    step, _ = compile_step(finetuner, model, state, place(data.batch(0)))
     for number in range(STEPS):
-        state, metrics = step(state, place(Batches().batch(number)))
+        state, metrics = step(state, place(data.batch(number)))
         losses.append(float(metrics["loss"]))
     return jax.device_get(state), losses
 
@@ -192,6 +199,7 @@ def checks():
 
 
 def main() -> None:
+    packed.BLOCK = 4  # two a row
     found = {}
     for name, check in checks():
         try:

@@ -195,7 +195,8 @@ def eight():
 
 
 @pytest.mark.parametrize(
-    "case", ["full 4x2", "lora 2x4", "lisa 8x1", "lisa 2x4", "lisa tied 4x2"]
+    "case",
+    ["full 4x2", "lora 2x4", "lisa 8x1", "lisa 2x4", "lisa tied, packed 4x2"],
 )
 def test_three_steps_are_those_of_one_device(eight, case):
     """Sums are in another order, and AdamW divides by their root."""

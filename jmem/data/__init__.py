@@ -6,6 +6,7 @@
     # chats: read_chats("chats.jsonl", template=read_template("checkpoint"))
     sequences = jmem.data.tokenise(documents, tokenizer)        # ids, each with its end
     loader = jmem.data.Loader(jmem.data.pack(sequences, seq_len=512), batch_size=8)
+    # of which none sees another; documents="joined" makes one stream of them
     loader.batch(step)                                          # any step, no state
 
 All of that at once, held-out text apart, from a file or without one:

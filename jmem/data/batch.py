@@ -23,6 +23,11 @@ class Batch(NamedTuple):
     """`targets[b, t]` is the token that follows `tokens[b, t]`: already shifted."""
     weights: Float32[Array | np.ndarray, "B T"]
     """Weight of each target in the loss; 0 leaves it out."""
+    segments: Int32[Array | np.ndarray, "B T"] | None = None
+    """Where a row holds several documents: the number of each token's, 0 in padding. A
+    document is a run of one number. Attention stays within it, and positions begin with
+    it; a target that is another document's needs weight 0. None: a row is one document.
+    """
 
     @property
     def unit(self) -> str:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import SupportsIndex
 
+import jax
 import numpy as np
 from jaxtyping import Int64
 
@@ -36,7 +37,7 @@ class Loader:
     """Seed of the order of rows, which depends on it, the epoch, N and nothing else."""
 
     def __post_init__(self):
-        shapes = [np.shape(leaf) for leaf in self.data]
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(self.data)]
         if len(set(shapes)) != 1 or len(shapes[0]) != 2:
             raise DataError(
                 f"Loader: data has shapes {shapes}; need one [N, T] for all."
@@ -88,7 +89,8 @@ class Loader:
     @functools.cached_property
     def _digest(self) -> str:
         sha = hashlib.sha256()
-        for leaf, dtype in zip(self.data, ("<i4", "<i4", "<f4")):
+        leaves = jax.tree.leaves(self.data)  # rows of one document have no segments
+        for leaf, dtype in zip(leaves, ("<i4", "<i4", "<f4", "<i4")):
             sha.update(repr(np.shape(leaf)).encode())
             sha.update(np.ascontiguousarray(leaf, dtype).data)
         return sha.hexdigest()[:16]
@@ -104,7 +106,7 @@ class Loader:
             : self.batch_size - picked.size
         ]
         rows = np.concatenate([picked, rest])
-        return Batch(*(np.asarray(leaf)[rows] for leaf in self.data))
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[rows], self.data)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,9 +168,19 @@ class Joint:
         return max(loader.steps_per_epoch for loader in self.loaders)
 
     def batch(self, step: SupportsIndex) -> Batch:
-        """Batch number `step`, NumPy arrays [B, T]: of J loaders, B / J rows each."""
+        """Batch number `step`, NumPy arrays [B, T]: of J loaders, B / J rows each.
+
+        Beside packed rows of documents apart, others are one document each.
+        """
         batches = [loader.batch(step) for loader in self.loaders]
-        return Batch(*map(np.concatenate, zip(*batches)))
+        if any(own.segments is not None for own in batches):
+            batches = [
+                own._replace(segments=np.ones_like(own.tokens))
+                if own.segments is None
+                else own
+                for own in batches
+            ]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
 def balance(rows: Mapping[str, Batch], batch_size: int, seed: int = 0) -> Joint:
@@ -212,6 +224,10 @@ def in_order(data: Batch, batch_size: int) -> Iterator[Batch]:
     if batch_size < 1:
         raise DataError(f"in_order: batch_size={batch_size}; need at least 1.")
     for start in range(0, data.tokens.shape[0], batch_size):
-        part = [np.asarray(leaf)[start : start + batch_size] for leaf in data]
-        missing = batch_size - part[0].shape[0]
-        yield Batch(*(np.pad(leaf, ((0, missing), (0, 0))) for leaf in part))
+        missing = max(start + batch_size - data.tokens.shape[0], 0)
+        yield jax.tree.map(
+            lambda leaf, start=start, missing=missing: np.pad(
+                np.asarray(leaf)[start : start + batch_size], ((0, missing), (0, 0))
+            ),
+            data,
+        )

@@ -24,7 +24,7 @@ from jmem.data.document import DataError
 from jmem.data.loader import Loader, in_order
 from jmem.data.text import read
 from jmem.data.tokens import tokenise
-from jmem.data.windows import pack
+from jmem.data.windows import Documents, pack
 
 if TYPE_CHECKING:
     from jmem.checkpoints import Checkpoint
@@ -69,6 +69,9 @@ class TextSource:
     text; of chats the template says."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them, instead of refusing."""
+    documents: Documents = "apart"
+    """Apart: those that share a row don't see each other. Joined: a row is a piece of
+    one stream, as of a book whose paragraphs are documents here."""
 
     def __post_init__(self):
         if self.chat and not self.chat_date:  # a resumed run reads it from its config
@@ -102,9 +105,10 @@ class TextSource:
           DataError: text that cannot be used, or too little of it.
         """
         sequences, kept = self.sequences(checkpoint, held_out_tokens)
-        loader = Loader(pack(sequences, seq_len), batch_size, seed)
+        rows = functools.partial(pack, seq_len=seq_len, documents=self.documents)
+        loader = Loader(rows(sequences), batch_size, seed)
         test, found = [], 0
-        for batch in in_order(pack(kept, seq_len), batch_size):
+        for batch in in_order(rows(kept), batch_size):
             test.append(batch)
             found += int(batch.weights.sum())
             if found >= held_out_tokens:
@@ -180,10 +184,10 @@ def keep_back(
       DataError: there are not so many tokens beside a document to train on; `name` is
         the text's.
     """
-    wanted, first = tokens + 1, len(sequences)
+    wanted, first = tokens, len(sequences)
     while first and wanted > 0:
         first -= 1
-        wanted -= np.ma.count(sequences[first])
+        wanted -= np.ma.count(sequences[first][1:])  # the first token is no target
     if wanted > 0 or first == 0:
         raise DataError(
             f"--data {name} has no {tokens} tokens to keep back beside some to train "

@@ -2,14 +2,15 @@
 
 A row of `seq_len` targets spans `seq_len + 1` tokens: `tokens` are all but the last,
 `targets` all but the first. Padding has id 0 and weight 0; it comes last in its row, so
-under causal attention no counted position sees it. Document boundaries are not masked:
-inside a packed row attention reaches back into the documents before.
+under causal attention no counted position sees it.
 
-A target has weight 1 unless it is padding, or masked in its sequence (a masked array,
-as `tokenise` makes of a prompt with its completion).
+A target has weight 1 unless it is padding, masked in its sequence (a masked array, as
+`tokenise` makes of a prompt with its completion), or the first token of a document that
+does not see the one before it.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int32
@@ -17,22 +18,40 @@ from jaxtyping import Int32
 from jmem.data.batch import Batch
 from jmem.data.document import DataError
 
+Documents = Literal["apart", "joined"]
+"""How the documents of a row stand to each other: none sees another, or one stream."""
 
-def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
+
+def pack(
+    sequences: Sequence[Int32[np.ndarray, " _"]],
+    seq_len: int,
+    documents: Documents = "apart",
+) -> Batch:
     """All sequences end to end, in their order, cut into rows: [N, seq_len].
 
-    Every token but the very first is the target of exactly one position: a row starts
-    with the last token of the row before, and only the last row is padded. The first
-    token of a document is thus predicted from the end token before it (and from what
-    the row holds further back), as a model does that starts a new text.
+    A row starts with the last token of the row before, and only the last row is padded.
+    A document that is longer than a row goes on in the next, which sees nothing of what
+    came before.
+
+    Documents are "apart": each is learnt as if it were alone in its row, by `segments`,
+    and its first token is no target. If they are "joined" a row is one text: attention
+    reaches back into the documents before, positions run on, and every token but the
+    very first is a target once, that of a document predicted from the end token before.
 
     >>> data = pack([np.array([5, 6, 7, 0], np.int32), np.array([8, 0], np.int32)], 3)
     >>> data.tokens.tolist(), data.targets.tolist(), data.weights.tolist()
-    ([[5, 6, 7], [0, 8, 0]], [[6, 7, 0], [8, 0, 0]], [[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+    ([[5, 6, 7], [0, 8, 0]], [[6, 7, 0], [8, 0, 0]], [[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    >>> data.segments.tolist()
+    [[1, 1, 1], [1, 2, 2]]
     """
     _check("pack", sequences, seq_len)
+    if documents not in get_args(Documents):
+        raise DataError(
+            f"pack: documents={documents!r}; choose one of {get_args(Documents)}."
+        )
     stream = np.concatenate([np.ma.getdata(ids) for ids in sequences])
     counts = np.concatenate([~np.ma.getmaskarray(ids) for ids in sequences])
+    numbers = np.repeat(np.arange(len(sequences)), [ids.size for ids in sequences])
     targets = stream.size - 1
     if targets < 1:
         raise DataError(
@@ -43,10 +62,29 @@ def pack(sequences: Sequence[Int32[np.ndarray, " _"]], seq_len: int) -> Batch:
     padded[: stream.size] = stream
     weights = np.zeros(rows * seq_len, np.float32)
     weights[:targets] = counts[1:]
+    segments = None
+    if documents == "apart":
+        weights[:targets] *= numbers[1:] == numbers[:-1]
+        segments = _number_in_rows(numbers, rows, seq_len)
     shape = (rows, seq_len)
     return Batch(
-        padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape)
+        padded[:-1].reshape(shape),
+        padded[1:].reshape(shape),
+        weights.reshape(shape),
+        segments,
     )
+
+
+def _number_in_rows(
+    numbers: np.ndarray, rows: int, seq_len: int
+) -> Int32[np.ndarray, "N T"]:
+    """Each token's document, counted from 1 in every row; 0 is padding."""
+    padded = np.full(rows * seq_len, -1)
+    padded[: numbers.size] = numbers[: padded.size]
+    padded = padded.reshape(rows, seq_len)
+    changes = np.diff(padded, axis=1, prepend=padded[:, :1]) != 0
+    counted = (1 + changes.cumsum(axis=1)).astype(np.int32)
+    return np.where(padded < 0, np.int32(0), counted)
 
 
 def keep_trainable(sequences: Sequence[np.ndarray], seq_len: int) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from jmem.finetune.descent import needs_key
 from jmem.finetune.fused import find_states, nest
 from jmem.finetune.layerwise import put_row
 from jmem.finetune.walk import make_salt
-from jmem.models.next_token import token_positions
+from jmem.models.next_token import find_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.offload import fetch
@@ -85,7 +85,7 @@ def adapter_step(
     adapters and moments into the next, and what is summed over layers besides (squares
     of gradients, float32), from `nothing` on.
     """
-    positions = token_positions(batch.tokens)
+    positions = find_positions(batch)
 
     def block(p, own, x, layer):
         x, _, aux = model.block(attach(p, own), x, positions, layer, ops, None)

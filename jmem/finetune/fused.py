@@ -31,7 +31,7 @@ from jmem.finetune.patterns import join, split
 from jmem.finetune.rules import Factored
 from jmem.finetune.tables import Tables
 from jmem.finetune.walk import Rule, Walk, einsum_wide, flatten, sum_squares, take_part
-from jmem.models.next_token import token_positions
+from jmem.models.next_token import find_positions
 from jmem.nn.linear import dense
 from jmem.nn.stack import depth
 from jmem.program import by_key, format_path
@@ -82,7 +82,7 @@ def fused_step(
     (`Decoder.loss`).
     """
     chosen, rest = split(params, train, "fused_step: train")
-    positions = token_positions(batch.tokens)
+    positions = find_positions(batch)
     own_rates, below = by_key(rates["blocks"]), bool(jax.tree.leaves(chosen["embed"]))
     walk = _Blocks(
         *(model, rule, batch, positions, step, decays),

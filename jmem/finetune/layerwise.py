@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmem.finetune.patterns import join, split
-from jmem.models.next_token import mean_head_loss, token_positions
+from jmem.models.next_token import find_positions, mean_head_loss
 from jmem.nn.stack import depth
 
 
@@ -45,7 +45,7 @@ def make_slot_gradients(
     chosen, rest = split(params, train, "make_slot_gradients: train")
     slots = active.shape[0]
     layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
-    positions = token_positions(batch.tokens)
+    positions = find_positions(batch)
 
     def block(p, x, layer):
         x, _, aux = model.block(p, x, positions, layer, model.ops, None)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.nn.ops import Ops
+from jmem.nn.packed import Packed
 from jmem.sharding import Layout, find_layout
 
 Update = Literal["auto", "fused", "separate"]
@@ -29,7 +30,7 @@ class Walk:
     model: Any
     rule: Rule
     batch: Any
-    positions: jax.Array
+    positions: jax.Array | Packed
     number: jax.Array
     """Of the step."""
     decays: Callable[[str], bool]

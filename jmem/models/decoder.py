@@ -36,6 +36,7 @@ from jmem.nn.linear import dense
 from jmem.nn.mlp import MLP
 from jmem.nn.norm import Norm, normalise
 from jmem.nn.ops import Feed, LinearMap, Ops
+from jmem.nn.packed import Packed
 from jmem.nn.stack import Remat, init_stack
 from jmem.sharding import GATHERED, Layout
 from jmem.targets import Target
@@ -249,7 +250,7 @@ class Decoder:
         self,
         params: dict,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | Packed | None = None,
     ) -> Float[Array, "B T M"]:
         """Rows of the embedding table, plus those of learned positions.
 
@@ -269,6 +270,8 @@ class Decoder:
                 )
             if positions is None:
                 positions = jnp.arange(length, dtype=jnp.int32)[None]
+            elif isinstance(positions, Packed):
+                positions = positions.positions
             rows += params["embed"]["positions"].astype(jnp.float32)[positions]
         rows = rows.astype(self.dtype)
         return rows if self.layout is None else self.layout.divide_rows(rows)
@@ -277,7 +280,7 @@ class Decoder:
         self,
         layer_params: dict,
         x: Float[Array, "B T M"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Packed,
         layer: jax.Array,
         ops: Ops,
         carry,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmem.nn.ops import Ops
+from jmem.nn.packed import Packed, number_positions
 from jmem.nn.stack import run_stack
 from jmem.sharding import Layout, find_layout
 
@@ -132,6 +133,16 @@ def token_positions(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.broadcast_to(row[None], tokens.shape)
 
 
+def find_positions(batch) -> Int[Array, "B T"] | Packed:
+    """`token_positions` of a batch; with segments, those of every document.
+
+    `Packed` tells attention to stay within each.
+    """
+    if (segments := getattr(batch, "segments", None)) is None:
+        return token_positions(batch.tokens)
+    return Packed(number_positions(segments))
+
+
 def mean_weights(batch) -> Float[Array, " N"]:
     """The batch's weights over their sum, or 1 if that is less; float32.
 
@@ -155,7 +166,7 @@ def next_token_loss(
     `batch` is a `jmem.data.batch.Batch`; `ops` defaults to the model's own.
     """
     ops = model.ops if ops is None else ops
-    positions = token_positions(batch.tokens)
+    positions = find_positions(batch)
     x = model.embed(params, batch.tokens, positions)
     x, _, aux = run_stack(
         model.block, params["blocks"], x, positions, ops, remat=model.remat

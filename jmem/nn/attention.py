@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jmem.nn.linear import Linear
 from jmem.nn.ops import Attend, Ops
+from jmem.nn.packed import Packed, attend_packed, number_positions
 from jmem.nn.rope import Rope
 from jmem.targets import Target
 
@@ -68,12 +69,16 @@ def causal_attention(
 ) -> Float[Array, "B T H D"]:
     """Every position attends itself and what came before it, within its segment.
 
+    `segments` numbers the documents of packed rows, each of which is a run of one
+    number (`jmem.nn.packed`, whatever `implementation` and `block` are).
     `window` limits it to the last `window` positions, itself among them, as Mistral
     does. cuDNN then computes only the blocks of scores near the diagonal; XLA computes
     all T*T and masks. A window of T or more is no window, and the same program.
     With `block` XLA attends that many queries at a time, each block to the keys up to
     its end: half the products, and scores of B*H*block*T*4 bytes instead of B*H*T*T*4.
     """
+    if segments is not None:
+        return attend_packed(q, k, v, number_positions(segments), window)
     length = q.shape[1]
     window = None if window is None or window >= length else window
     if implementation == "cudnn":
@@ -88,8 +93,6 @@ def causal_attention(
     seen = jnp.tril(jnp.ones((1, length, k.shape[1]), bool))
     if window is not None:
         seen &= jnp.triu(jnp.ones_like(seen), 1 - window)
-    if segments is not None:
-        seen &= segments[:, :, None] == segments[:, None, :]
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     if block is None or block >= length:
         return grouped_attention(q, k, v, seen)
@@ -109,15 +112,10 @@ def causal(
 ) -> Attend:
     """Every position attends itself and what came before it; softmax in float32.
 
-    `segments` numbers the documents of a packed row: positions of different numbers
-    don't see each other. It needs the XLA implementation, which can mask. `window`
-    limits attention to the last `window` positions (both implementations can).
+    In packed rows, whose positions are `Packed` or whose documents `segments` numbers,
+    it is `jmem.nn.packed` instead of `implementation`: no position sees another
+    document. `window` limits attention to the last `window` positions.
     """
-    if segments is not None and implementation != "xla":
-        raise ValueError(
-            f"causal: segments need implementation='xla', not {implementation!r}, as "
-            "cuDNN would materialise the mask. Pad instead of packing, or use 'xla'."
-        )
     if window is not None and window < 1:
         raise ValueError(
             f"causal: window={window} must be at least 1, the position itself; None "
@@ -126,7 +124,10 @@ def causal(
 
     def attend(q, k, v, rope, positions, layer, carry):
         del layer
-        q, k = rope(q, positions), rope(k, positions)
+        places = positions.positions if isinstance(positions, Packed) else positions
+        q, k = rope(q, places), rope(k, places)
+        if isinstance(positions, Packed):
+            return attend_packed(q, k, v, places, window), carry
         return causal_attention(q, k, v, implementation, segments, window), carry
 
     return attend
@@ -147,7 +148,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T M"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Packed,
         layer: jax.Array,
         ops: Ops,
         carry,

@@ -7,7 +7,8 @@ patched.
 
     attend(q, k, v, rope, positions, layer, carry) -> (out, carry)
         q [B,T,H,D], k and v [B,T,K,D]: queries and keys *before* rotation;
-        rope(x, positions) rotates; positions int32 [B,T]; layer a traced int32;
+        rope(x, positions) rotates; positions int32 [B,T], or `jmem.nn.packed.Packed`
+        where a row holds several documents; layer a traced int32;
         carry whatever the caller threads through the layers (a cache, or None).
         out [B,T,H,D] in q's dtype.
     linear(name, leaf, x) -> y

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jmem.nn.ops import Ops
+from jmem.nn.packed import Packed
 from jmem.offload import fetch, fetch_row
 from jmem.program import HOST
 
@@ -72,7 +73,7 @@ def run_stack(
     block: Callable,
     stacked: Any,
     x: jax.Array,
-    positions: jax.Array,
+    positions: jax.Array | Packed,
     ops: Ops,
     carry: Any = None,
     *,

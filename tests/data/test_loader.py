@@ -1,6 +1,13 @@
 """`Loader`: `batch(step)` is a function of data, seed, batch size and step alone."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false
+# Segments are None in rows of one document.
+
+import chex
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +22,8 @@ sizes = st.integers(1, 40).flatmap(
     lambda rows: st.tuples(st.just(rows), st.integers(1, rows))
 )
 seeds = st.integers(0, 2**40)
+FIELDS = ("tokens", "targets", "weights")
+"""Of rows of one document."""
 
 
 def make(rows: int, seq_len: int = 2) -> Batch:
@@ -46,8 +55,7 @@ class TestBatch:
         draw_order.cache_clear()
         loader = Loader(make(rows), batch_size, seed)
         loader.batch(0)
-        for old, new in zip(before, loader.batch(step)):
-            np.testing.assert_array_equal(old, new)
+        chex.assert_trees_all_equal(before, loader.batch(step))
 
     @settings(deadline=None)
     @given(sizes)
@@ -67,7 +75,7 @@ class TestBatch:
         loader = Loader(numbered(7, 4), batch_size=3)
         for step in range(9):
             batch = loader.batch(step)
-            assert {leaf.shape for leaf in batch} == {(3, 4)}
+            assert {leaf.shape for leaf in jax.tree.leaves(batch)} == {(3, 4)}
             np.testing.assert_array_equal(batch.targets, batch.tokens + 1)
 
     def test_epochs_and_seeds_differ(self):
@@ -102,7 +110,7 @@ class TestDigest:
         one, two = numbered(4), numbered(4)
         assert Loader(one, 2, seed=1).digest == Loader(two, 3, seed=2).digest
 
-    @pytest.mark.parametrize("field", Batch._fields)
+    @pytest.mark.parametrize("field", FIELDS)
     def test_one_changed_value_changes_it(self, numbered, field):
         data = numbered(4)
         changed = getattr(data, field).copy()
@@ -112,7 +120,7 @@ class TestDigest:
 
     def test_another_row_length_changes_it(self, numbered):
         data = numbered(4, 6)
-        other = Batch(*(leaf.reshape(6, 4) for leaf in data))
+        other = jax.tree.map(lambda leaf: leaf.reshape(6, 4), data)
         assert Loader(data, 1).digest != Loader(other, 1).digest
 
 
@@ -131,6 +139,34 @@ class TestOrder:
             "loaders[1].batch_size": 2,
             "loaders[1].seed": 2,
         }
+
+
+class TestSegments:
+    """Rows of several documents keep the number of each token's."""
+
+    def test_they_follow_their_rows(self, numbered):
+        data = numbered(5)
+        data = data._replace(segments=data.tokens + 1)
+        for batch in (Loader(data, 2).batch(3), next(in_order(data, 2))):
+            np.testing.assert_array_equal(batch.segments, batch.tokens + 1)
+        *_, last = in_order(data, 2)
+        assert not last.segments[1].any()
+
+    def test_others_are_other_data(self, numbered):
+        data = numbered(5)
+        whole, parted = (
+            data._replace(segments=np.full_like(data.tokens, own)) for own in (1, 2)
+        )
+        digests = {Loader(own, 2).digest for own in (data, whole, parted)}
+        assert len(digests) == 3
+
+    def test_beside_them_a_row_without_is_one_document(self, numbered):
+        data = numbered(5)
+        parted = data._replace(segments=data.tokens + 1)
+        joint = Joint((Loader(data, 2), Loader(parted, 2)))
+        batch = joint.batch(0)
+        assert (batch.segments[:2] == 1).all()
+        np.testing.assert_array_equal(batch.segments[2:], batch.tokens[2:] + 1)
 
 
 class TestRefusals:
@@ -167,7 +203,7 @@ class TestInOrder:
         data = make(rows)
         batches = list(in_order(data, batch_size))
         assert {b.tokens.shape for b in batches} == {(batch_size, 2)}
-        for field in Batch._fields:
+        for field in FIELDS:
             joined = np.concatenate([getattr(b, field) for b in batches])
             np.testing.assert_array_equal(joined[:rows], getattr(data, field))
             assert not joined[rows:].any()
@@ -180,7 +216,7 @@ class TestJoint:
         joint = Joint(loaders)
         for step in range(9):
             batch, parts = joint.batch(step), [x.batch(step) for x in loaders]
-            for field in Batch._fields:
+            for field in FIELDS:
                 joined, one, two = (getattr(b, field) for b in (batch, *parts))
                 assert joined.shape == (4, 3)
                 assert joined.dtype == one.dtype
@@ -189,8 +225,7 @@ class TestJoint:
 
     def test_one_loader_is_that_loader(self, numbered):
         loader = Loader(numbered(5), 2)
-        for ours, theirs in zip(Joint((loader,)).batch(3), loader.batch(3)):
-            np.testing.assert_array_equal(ours, theirs)
+        chex.assert_trees_all_equal(Joint((loader,)).batch(3), loader.batch(3))
 
     def test_it_trains_as_a_loader_does(self, numbered):
         data: Data = Joint((Loader(numbered(5), 2),))

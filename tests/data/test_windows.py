@@ -1,5 +1,10 @@
 """`pack` and `pad`: which token is whose target, and what has weight."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false
+# Segments are None in rows of one document.
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -31,17 +36,46 @@ lengths = st.integers(1, 17)
 
 
 def check_static(batch, rows: int, seq_len: int) -> None:
-    assert [leaf.dtype for leaf in batch] == [np.int32, np.int32, np.float32]
-    assert {leaf.shape for leaf in batch} == {(rows, seq_len)}
+    dtypes = [np.int32, np.int32, np.float32, np.int32]
+    leaves = [leaf for leaf in batch if leaf is not None]
+    assert [leaf.dtype for leaf in leaves] == dtypes[: len(leaves)]
+    assert {leaf.shape for leaf in leaves} == {(rows, seq_len)}
     assert set(np.unique(batch.weights)) <= {0.0, 1.0}
 
 
 class TestPack:
     @settings(deadline=None)
     @given(documents, lengths)
-    def test_every_token_but_the_first_is_a_target_once(self, sequences, seq_len):
-        stream = np.concatenate(sequences)
+    def test_every_token_but_a_document_s_first_is_a_target_once(
+        self, sequences, seq_len
+    ):
         batch = pack(sequences, seq_len)
+        counted = batch.weights == 1
+        for leaf, part in ((batch.targets, slice(1, None)), (batch.tokens, slice(-1))):
+            expected = np.concatenate([ids[part] for ids in sequences])
+            np.testing.assert_array_equal(leaf[counted], expected)
+
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_segments_count_the_documents_of_each_row(self, sequences, seq_len):
+        batch, joined = (pack(sequences, seq_len, how) for how in ("apart", "joined"))
+        check_static(batch, len(batch.tokens), seq_len)
+        numbers = np.concatenate([[n] * ids.size for n, ids in enumerate(sequences)])
+        for row, own in enumerate(batch.segments):
+            theirs = numbers[row * seq_len :][:seq_len]
+            assert own[: theirs.size].tolist() == (theirs - theirs[0] + 1).tolist()
+            assert not own[theirs.size :].any()
+        np.testing.assert_array_equal(batch.tokens, joined.tokens)
+        np.testing.assert_array_equal(batch.targets, joined.targets)
+        assert joined.segments is None
+
+    @settings(deadline=None)
+    @given(documents, lengths)
+    def test_of_one_stream_every_token_but_the_first_is_a_target_once(
+        self, sequences, seq_len
+    ):
+        stream = np.concatenate(sequences)
+        batch = pack(sequences, seq_len, "joined")
         counted = batch.weights == 1
         check_static(batch, -(-(stream.size - 1) // seq_len), seq_len)
         np.testing.assert_array_equal(batch.targets[counted], stream[1:])
@@ -50,7 +84,7 @@ class TestPack:
     @settings(deadline=None)
     @given(documents, lengths)
     def test_only_the_tail_is_padded(self, sequences, seq_len):
-        weights = pack(sequences, seq_len).weights.ravel()
+        weights = pack(sequences, seq_len, "joined").weights.ravel()
         padding = int((weights == 0).sum())
         assert padding < seq_len
         assert not weights[weights.size - padding :].any()
@@ -119,7 +153,7 @@ class TestMasked:
     @given(masked, lengths)
     def test_pack_changes_weights_only(self, sequences, seq_len):
         plain = pack([np.ma.getdata(ids) for ids in sequences], seq_len)
-        batch = pack(sequences, seq_len)
+        batch = pack(sequences, seq_len, "joined")
         np.testing.assert_array_equal(batch.tokens, plain.tokens)
         np.testing.assert_array_equal(batch.targets, plain.targets)
         out = np.concatenate([np.ma.getmaskarray(ids) for ids in sequences])[1:]

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.lora import Lora
 from jmem.finetune.mixlora import MixLora, Mixture
@@ -51,7 +50,7 @@ def stepper(finetuner, model) -> Any:
 
 
 def rows(batch, start, stop):
-    return Batch(*(leaf[start:stop] for leaf in batch))
+    return jax.tree.map(lambda leaf: leaf[start:stop], batch)
 
 
 class TestOneMixture:

@@ -1,17 +1,27 @@
 """The chunked loss equals the plain one and never makes all logits."""
 
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false
+# pyright: reportOptionalOperand=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false
+# Segments are None in rows of one document.
+
 import dataclasses
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import random_params
+from tiny_decoder import TINY, random_params
 
+from jmem.data.windows import pack, pad
+from jmem.finetune.adapters import attach
+from jmem.finetune.lora import Lora, lora_linear
 from jmem.models import next_token as loss_module
 from jmem.models.decoder import Decoder
-from jmem.models.next_token import next_token_loss, token_positions
+from jmem.models.next_token import find_positions, next_token_loss, token_positions
+from jmem.nn import packed
 from jmem.nn.stack import run_stack
 
 
@@ -88,3 +98,84 @@ def test_a_batch_without_targets_has_loss_zero(tiny, tiny_params, random_batch):
     value, grads = loss(params)
     assert value == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+class TestPackedRows:
+    """Three documents in one row, beside the same ones in rows of their own."""
+
+    LENGTHS = (60, 130, 110)
+    """The second one, and the third, begin in one block of keys and end in another."""
+
+    def documents(self, seed=0):
+        random = np.random.default_rng(seed)
+        drawn = (random.integers(0, 48, length) for length in self.LENGTHS)
+        return [own.astype(np.int32) for own in drawn]
+
+    @pytest.fixture
+    def run(self, monkeypatch, learned, remat):
+        monkeypatch.setattr(packed, "BLOCK", 64)
+        return self.build(learned, remat)
+
+    @staticmethod
+    @functools.cache
+    def build(learned, remat):
+        """Batch -> (loss, gradients of adapters and embedding), logits."""
+        config = dataclasses.replace(TINY, layers=2)
+        if learned:
+            config = dataclasses.replace(config, positions="learned", max_positions=299)
+        model = Decoder(config, remat=remat)
+        lora = Lora(rank=2, maps=("q", "v", "up"))
+        ops = model.ops._replace(linear=lora_linear(lora.scale))
+        params = jax.tree.map(jnp.asarray, random_params(config, scale=0.1))
+        adapters = jax.eval_shape(lora.adapters, params["blocks"], jax.random.key(0))
+        random = np.random.default_rng(1)
+        adapters = jax.tree.map(
+            lambda leaf: jnp.float32(0.1 * random.standard_normal(leaf.shape)), adapters
+        )
+
+        def loss(trained, batch):
+            own = params | {"blocks": attach(params["blocks"], trained["adapters"])}
+            own |= {"embed": trained["embed"]}
+            return next_token_loss(model, own, batch, ops)
+
+        def logits(batch):
+            positions = find_positions(batch)
+            blocks = attach(params["blocks"], adapters)
+            x = model.embed(params, batch.tokens, positions)
+            x, _, _ = run_stack(model.block, blocks, x, positions, ops)
+            return model.head(params, x, ops)
+
+        trained = {"adapters": adapters, "embed": params["embed"]}
+
+        @jax.jit
+        def both(batch):
+            return jax.value_and_grad(loss)(trained, batch), logits(batch)
+
+        return both
+
+    @pytest.mark.parametrize("learned, remat", [(False, "block"), (True, "none")])
+    def test_they_are_learnt_as_if_each_were_alone(self, run):
+        documents = self.documents()
+        length = sum(self.LENGTHS) - 1
+        (together, alone) = pack(documents, length), pad(documents, 129)
+        found, logits = run(together)
+        expected, apart = run(alone)
+        assert together.weights.sum() == alone.weights.sum() == length - 2
+        chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
+        start = 0
+        for row, own in enumerate(self.LENGTHS):
+            ours = logits[0, start : start + own - 1]
+            np.testing.assert_allclose(ours, apart[row, : own - 1], atol=2e-5)
+            start += own
+
+    @pytest.mark.parametrize("learned, remat", [(False, "block")])
+    def test_another_document_before_changes_no_bit(self, run):
+        """Of the loss of those behind it, and of its gradients."""
+        documents, length = self.documents(), sum(self.LENGTHS) - 1
+        given = pack(documents, length)
+        weights = np.where(given.segments == 1, np.float32(0), given.weights)
+        other = pack([self.documents(seed=7)[0], *documents[1:]], length)
+        assert (given.tokens != other.tokens).any()
+        found, _ = run(given._replace(weights=weights))
+        expected, _ = run(other._replace(weights=weights))
+        chex.assert_trees_all_equal(found, expected)

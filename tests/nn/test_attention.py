@@ -27,7 +27,8 @@ def test_attention_follows_the_target_compiled_for(target, dtype, head_dim, expe
     assert choose(card, dtype, head_dim) == expected
 
 
-def test_documents_of_a_packed_row_do_not_see_each_other():
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_documents_of_a_packed_row_do_not_see_each_other(implementation):
     rope = Rope(head_dim=4)
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 7, 2, 4))
     positions = jnp.arange(7, dtype=jnp.int32)[None]
@@ -37,15 +38,10 @@ def test_documents_of_a_packed_row_do_not_see_each_other():
         q_, k_, v_ = (x[:, part] for x in (q, k, v))
         return attention(q_, k_, v_, rope, positions[:, part], jnp.int32(0), None)[0]
 
-    packed = attend(causal(segments=segments), slice(None))
+    packed = attend(causal(implementation, segments), slice(None))
     for part in (slice(0, 3), slice(3, 7)):
         alone = attend(causal(), part)
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-6)
-
-
-def test_segments_are_refused_where_they_would_be_materialised():
-    with pytest.raises(ValueError, match=r"segments need implementation='xla'"):
-        causal("cudnn", segments=jnp.zeros((1, 4), jnp.int32))
 
 
 def test_rotation_depends_on_distance_only():

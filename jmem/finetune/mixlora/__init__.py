@@ -42,7 +42,7 @@ from jmem.finetune.mixlora.storage import ROUTER, Storage
 from jmem.finetune.mixture import Router, compute_imbalance
 from jmem.finetune.mixture_ops import MixtureFeed, MixtureLinear, split_mixtures
 from jmem.finetune.walk import Update
-from jmem.models.next_token import head_loss, token_positions
+from jmem.models.next_token import find_positions, head_loss
 from jmem.nn.maps import MAPS, insert
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth, run_stack
@@ -187,7 +187,7 @@ class MixLora:
 
     def _run(self, model, state, batch, ops: Ops) -> tuple[jax.Array, dict]:
         """The last block's output [J*B, T, M], and what the blocks said, [L, ...]."""
-        params, positions = state["params"], token_positions(batch.tokens)
+        params, positions = state["params"], find_positions(batch)
         blocks = attach(params["blocks"], state["adapters"])
         x = model.embed(params, batch.tokens, positions)
         x, _, aux = run_stack(model.block, blocks, x, positions, ops, remat=model.remat)
@@ -507,5 +507,17 @@ def _divide_weights(weights: Float[Array, "B T"], mixtures: int) -> Float[Array,
 
 
 def _find_real(batch) -> Bool[Array, "B T"]:
-    """Tokens that some target's loss depends on: what follows them is padding."""
-    return jnp.cumsum(batch.weights[:, ::-1] > 0, axis=1)[:, ::-1] > 0
+    """Tokens that some target's loss depends on: what follows them is padding.
+
+    In a row of several documents, those of the same one.
+    """
+    counted = batch.weights > 0
+    if batch.segments is None:
+        return jnp.cumsum(counted[:, ::-1], axis=1)[:, ::-1] > 0
+    places = jnp.arange(counted.shape[1], dtype=jnp.int32)[None]
+    last = jnp.where(counted, places, places.size - 1)
+    following = jax.lax.cummin(last, axis=1, reverse=True)
+    found = jnp.take_along_axis(counted, following, axis=1)
+    return found & (
+        jnp.take_along_axis(batch.segments, following, axis=1) == batch.segments
+    )
