@@ -90,9 +90,10 @@ class Saved:
         Raises:
           ValueError: not a report, or one of another version; the place is named.
         """
-        where, raw = "report", text
         if isinstance(text, pathlib.Path):
             where, raw = str(text), text.read_bytes()
+        else:
+            where, raw = "report", text
         values = disk.parse_json(raw, where)
         if not isinstance(values, dict) or values.pop("schema", None) != cls.schema:
             raise ValueError(f"{where}: not a {cls.__name__} of schema {cls.schema}.")

@@ -57,7 +57,7 @@ class TestAttention:
         @jax.jit
         def both(inputs, dout):
             found = jax.vjp(blocks, *inputs)
-            expected = jax.vjp(lambda *own: self.masked(*own, window), *inputs)
+            expected = jax.vjp(lambda q, k, v: self.masked(q, k, v, window), *inputs)
             return [(out, *transpose(dout)) for out, transpose in (found, expected)]
 
         for ours, theirs in zip(*both(inputs, dout)):
@@ -68,8 +68,8 @@ class TestAttention:
         """What is not read cannot spoil: 0 * nan would be nan."""
         q, k, v, _ = self.arguments(2)
         positions = number_positions(jnp.array([[1] * 4 + [2] * 8] * 2))
-        spoilt = [a.at[:, :4].set(jnp.nan) for a in (k, v)]
-        out = attend_packed(q, *spoilt, positions, block=4)
+        k, v = (a.at[:, :4].set(jnp.nan) for a in (k, v))
+        out = attend_packed(q, k, v, positions, block=4)
         assert jnp.isfinite(out[:, 4:]).all()
 
 

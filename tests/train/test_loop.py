@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from orbax import checkpoint as ocp
 
-from jmem.data import Batch, Loader
+from jmem.data import Loader
 from jmem.train import checkpoint, loop, metrics, progress
 from jmem.train.folder import FolderError
 
@@ -386,7 +386,8 @@ class TestOrder:
         ],
     )
     def test_of_a_loader(self, tmp_path, change, words):
-        rows = Batch(*(np.concatenate([leaf] * 4) for leaf in tiny.Walk().batch(0)))
+        first = tiny.Walk().batch(0)
+        rows = jax.tree.map(lambda leaf: np.concatenate([leaf] * 4), first)
         data = Loader(rows, 4)
         tiny.run(tmp_path, steps=2, data=data)
         other = dataclasses.replace(data, **change)
