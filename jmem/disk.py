@@ -33,12 +33,13 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     Raises:
       OSError: it cannot be written; `path` is as before.
     """
-    path = pathlib.Path(os.path.realpath(path))  # a link goes on leading there
+    path = pathlib.Path(path)
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")  # names may be any bytes
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # asked first: a pipe has no real path
         path.write_bytes(content)
         return
+    path = pathlib.Path(os.path.realpath(path))  # a link goes on leading there
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         with partial.open("xb") as file:

@@ -173,10 +173,12 @@ def _say(text: str, stream: Any) -> None:
         return
     try:
         print(fit_encoding(text, stream.encoding), file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         # Python would complain of the rest of it when it ends.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError) and stream is not sys.stderr:
+            raise
 
 
 def _describe(error: BaseException) -> str:
@@ -184,7 +186,10 @@ def _describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     raised = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     by = raised[-1].f_globals.get("__name__", "") if raised else ""
-    if any(name.split(".")[0] == "jmem" for name in (type(error).__module__, by)):
+    ours = isinstance(error, _RefusedError)  # of __main__, by its name
+    if ours or any(
+        name.split(".")[0] == "jmem" for name in (type(error).__module__, by)
+    ):
         return escape_lines(str(error))
     own = [f for f in frames if "site-packages" not in f.filename and f.lineno]
     own = [f for f in own if not f.filename.startswith(("<frozen", _LIBRARY))]

@@ -34,7 +34,7 @@ from jmem.lowering import never_cached
 from jmem.memory import kinds
 from jmem.memory.card import find_described, find_gpu
 from jmem.memory.escape import escape_all
-from jmem.memory.measure import ATTACHED, compile_and_dump, measure
+from jmem.memory.measure import ATTACHED, as_program, compile_and_dump, measure
 from jmem.memory.report import MemoryReport, Saved, format_size
 from jmem.program import HOST, Program
 
@@ -179,7 +179,7 @@ def live(
     """Runs a program once on the attached GPU and reads its allocator.
 
     Args:
-      what: a `Program`, or any function with its arguments.
+      what: a `Program`, or any function with its arguments, as `jmem.measure` takes it.
       *args: the function's arguments; descriptions will do.
       donate: positions of arguments the function may take over.
       static: positions of hashable arguments that are compiled in.
@@ -194,7 +194,7 @@ def live(
     Raises:
       NoGPUError: there is no GPU.
     """
-    program = what if isinstance(what, Program) else Program(what, args, donate, static)
+    program = as_program(what, args, donate=donate, static=static)
     device = find_gpu()
     # What JAX takes at the first run of anything is not the program's.
     jax.block_until_ready(jax.jit(lambda x: x + 1)(0.0))

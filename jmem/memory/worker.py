@@ -182,8 +182,10 @@ def write_name(thing: Any) -> str:
     """`module:qualified.name` of something that can be imported by it."""
     module, name = getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")
     found = _look_up(sys.modules[module], name) if module in sys.modules else None
-    # What `jax.jit` adds to a function is in the program by now.
-    if found is not None and found in (thing, getattr(thing, "__wrapped__", None)):
+    # What `jax.jit` adds to a function is in the program by now; what another wrapper
+    # adds is not.
+    inner = getattr(thing, "__wrapped__", None) if hasattr(thing, "trace") else None
+    if found is not None and found in (thing, inner):
         if module == "__main__":  # of `python -m package.module`; a script has no name
             module = getattr(sys.modules[module].__spec__, "name", "")
         if module:

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
+import subprocess
 import sys
 import textwrap
 
@@ -137,6 +139,36 @@ def test_a_file_that_was_there_is_replaced_whole(module, monkeypatch):
     assert MemoryReport.from_json(report).device_bytes == 8 * 2**20
     assert link.is_symlink()
     assert not [*module.glob(".*partial")]
+
+
+def test_in_a_process_of_its_own(module):
+    """The command as it is typed: where it is refused, its output full, or cut off."""
+
+    def run(*flags, **more):
+        done = subprocess.run(
+            [sys.executable, "-m", "jmem.memory", *flags],
+            env=os.environ | {"PYTHONPATH": f"{module}:{os.getcwd()}"},
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=240,
+            **more,
+        )
+        return done.returncode, done.stderr
+
+    status, said = run("mine:double", "--reserve", "nan")
+    assert (status, said[:32]) == (2, "jmem.memory: --reserve nan: must")
+    reading, writing = os.pipe()
+    status, said = run("mine:double", "--json=/dev/stdout", stdout=writing)
+    os.close(writing)
+    with os.fdopen(reading) as output:
+        written = output.read()
+    assert (status, said) == (0, "")
+    assert MemoryReport.from_json(written[written.index("{") :]).name == "<lambda>"
+    if pathlib.Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            status, said = run("mine:double", stdout=full)
+        assert (status, said.count("\n")) == (2, 1)
+        assert "No space left" in said
 
 
 class TestOutput:

@@ -1,5 +1,6 @@
 """JAX started too early: a worker measures the function, or a way out is named."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -139,6 +140,9 @@ def test_names_that_cannot_be_imported_are_refused():
         worker.write_name(lambda: None)
     assert worker.import_name(worker.write_name(textwrap.dedent)) is textwrap.dedent
     assert worker.write_name(jax.jit(textwrap.dedent)) == "textwrap:dedent"
+    bound = functools.partial(textwrap.dedent, mode="other")
+    with pytest.raises(TypeError, match="cannot be imported by name"):
+        worker.write_name(functools.wraps(textwrap.dedent)(bound))
 
 
 class TestIsolated:
