@@ -200,7 +200,8 @@ class TestLossSpans:
         sequences = tokenise(documents, word_tokenizer, vocab_size=8)
         packed, padded = pack(sequences, 7), pad(sequences, 3)
         assert packed.targets.tolist() == [[2, 3, 7, 4, 5, 6, 7]]
-        assert packed.weights.tolist() == [[0, 1, 1, 1, 1, 1, 1]]
+        # Of a document apart from the one before, the first token is no target.
+        assert packed.weights.tolist() == [[0, 1, 1, 0, 1, 1, 1]]
         assert padded.targets.tolist() == [[2, 3, 7], [5, 6, 7]]
         assert padded.weights.tolist() == [[0, 1, 1], [1, 1, 1]]
 
