@@ -54,6 +54,8 @@ without rows; a tokenizer of half or twice the size belongs to another model."""
 _PIECE_LIMIT = 256
 """Longest SentencePiece token, in characters: each is cut everywhere to find merges.
 Published vocabularies have up to 48."""
+_PIECES_LIMIT = 1 << 22
+"""Most characters of all of them; 262,144 published ones have 2 million."""
 _GROWTH_LIMIT = 1000
 """Most times that a text may get longer before it is cut; in published ones 1 to 3."""
 _PROBE = "".join(map(chr, range(32, 127))) + "\r\n\tOne 12 three: é, 你好 🙂.\n"
@@ -279,6 +281,11 @@ def _make_sentencepiece(given: Fields, tokens: list[str], types: list) -> "Token
         raise CheckpointError(
             f"{given.where}: tokenizer.ggml.tokens holds a token of {longest} "
             f"characters; such tokens have at most {_PIECE_LIMIT}."
+        )
+    if (total := sum(map(len, tokens))) > _PIECES_LIMIT:
+        raise CheckpointError(
+            f"{given.where}: tokenizer.ggml.tokens holds {total} characters; such "
+            f"vocabularies have at most {_PIECES_LIMIT}."
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     # SentencePiece merges the pair whose union scores best. Ranked pairs do the same.

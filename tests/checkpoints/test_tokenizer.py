@@ -165,6 +165,14 @@ class TestSentencePiece:
         metadata["tokenizer.ggml.tokens"][-1] = "a" * 300
         with pytest.raises(CheckpointError, match=r"a token of 300 characters"):
             from_gguf(metadata, 319, HERE)
+        tokens = [f"{number:0250}" for number in range(17_000)]  # cut everywhere
+        metadata = {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [0.0] * len(tokens),
+        }
+        with pytest.raises(CheckpointError, match=r"holds 4250000 characters; such"):
+            from_gguf(metadata, len(tokens), HERE)
 
 
 class TestMisfits:
