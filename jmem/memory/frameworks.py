@@ -130,7 +130,7 @@ def _find_jit_arguments(call: Call) -> Call:
     """The call with the positions that a jitted function donates or holds static."""
     jitted: Any = call.fn
     with explain_errors(_name(jitted)):
-        infos = jitted.trace(*call.args, **call.keywords).args_info[0]
+        infos = jitted.trace(*_unplace(call.args), **call.keywords).args_info[0]
     found = list(_list_statics(infos, call.args))
     if len(found) > 1:  # two numbers, one of them static
         found = [some for some in found if all(_is_static(call, n) for n in some)]
@@ -306,7 +306,7 @@ def _read_nnx(call: Call) -> Call:
             "    jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))"
         )
     with explain_errors(_name(fn)):
-        traced = fn.trace(*call.args, **call.keywords).traced
+        traced = fn.trace(*_unplace(call.args), **call.keywords).traced
     infos, keyword_infos = traced.args_info
     owners = [*call.args, *(call.keywords[name] for name in keyword_infos)]
     kept, static = _pair_nnx(infos, call, fn)
@@ -378,6 +378,23 @@ def _describe_nnx(arg: Any, info: Any, fn: Any) -> dict[str, jax.ShapeDtypeStruc
     }
 
 
+def _unplace(args: tuple) -> tuple:
+    """The arguments without the mesh that they are on, which is not in scope here."""
+
+    def describe(leaf: Any) -> Any:
+        if _find_placement(leaf) is None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not _hold(args, _nnx_types()):
+        return jax.tree.map(describe, args)
+    if not any(map(_find_placement, jax.tree.leaves(args))):
+        return args
+    graph, state = nnx.split(args)  # keeps what two modules share
+    return nnx.merge(graph, jax.tree.map(describe, state))
+
+
 def _nest(by_path: Mapping[str, Any]) -> Any:
     """A tree of dicts whose leaves have these paths."""
     if list(by_path) == [""]:
@@ -401,7 +418,8 @@ def refuse_lost_changes(fn: Any, args: tuple, static: tuple[int, ...]) -> None:
     Raises:
       ProgramError: it changes one of its arguments; names the position.
     """
-    if changed := _find_changed(inspect.unwrap(fn), args, static, {}):
+    inner = fn.__wrapped__ if hasattr(fn, "trace") else fn
+    if changed := _find_changed(inner, args, static, {}):
         raise ProgramError(
             f"{_name(fn)}: it changes the NNX modules of argument {min(changed)}, and "
             "jax.jit loses the change.\nCompile it as NNX does:\n"
@@ -432,7 +450,7 @@ def _find_changed(
     if own:
         with explain_errors(_name(fn)):
             arrays = [arg for n, arg in enumerate(args) if n not in static]
-            jax.eval_shape(look, *arrays)
+            jax.eval_shape(look, *_unplace(tuple(arrays)))
     return changed
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import jmem
 from jmem.memory import kinds
@@ -239,6 +240,38 @@ class TestNNX:
                 0,
                 self.BATCH_BYTES,
             )
+
+    def test_a_model_on_a_mesh_keeps_its_parts(self, state):
+        mesh = AbstractMesh((2,), ("data",))
+        parts = NamedSharding(mesh, PartitionSpec("data"))
+        graph, split = nnx.split(state)
+        split = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=parts if a.shape else None
+            ),
+            split,
+        )
+        step = nnx.jit(self.step, donate_argnums=(0, 1))
+        for what in (step, self.step):
+            args = (*nnx.merge(graph, split), x)
+            program = as_program(what, args, donate=(0, 1))
+            placed = [leaf.sharding for leaf in jax.tree.leaves(program.args[:2])]
+            assert placed.count(parts) == len(placed) - 2  # and two numbers of steps
+        report = jmem.measure(step, *args, target="rtx4090x2", bounds=False)
+        assert report.by_label["model"] == PARAMETERS // 2
+
+    def test_shared_weights_are_there_once(self, state):
+        model = state[0]
+        both = nnx.jit(lambda model, layer, x: layer(model(x)))
+        program = as_program(both, (model, model.up, x))
+        assert sizes(program) == (
+            *(PARAMETERS + self.BATCH_BYTES, 0, PARAMETERS + self.BATCH_BYTES),
+        )
+
+    def test_transforms_under_jit(self, state):
+        gradients = nnx.grad(lambda model, x: model(x).sum())
+        program = as_program(jax.jit(gradients), (state[0], x))
+        assert sizes(program)[2] == PARAMETERS
 
     def test_changes_that_would_be_lost_are_refused(self, state):
         words = r"changes the NNX modules of argument 0.*step = nnx\.jit\(step"
