@@ -9,9 +9,9 @@ from jmem.data.batch import Batch
 
 
 def test_batch_is_the_contract():
-    """Every trainer unpacks these three, in this order."""
+    """What a loader makes and a step takes, in this order."""
     assert jmem.data.Batch is Batch
-    assert Batch._fields == ("tokens", "targets", "weights")
+    assert Batch._fields == ("tokens", "targets", "weights", "segments")
 
 
 def test_no_name_hides_a_module():
