@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from optax import ScaleByAdamState
 
 from jmem.finetune.checks import check_choice, check_rate
@@ -54,13 +55,13 @@ def store_in(
     return optax.GradientTransformation(init, update)
 
 
-def correct_bias(decay: float, count: jax.Array) -> jax.Array:
+def correct_bias(decay: float, count: ArrayLike) -> jax.Array:
     """1 - decay**count of a moment after `count` updates (from 1), float32.
 
     Within 4e-7 of the exact value: the logarithm is that of the Python float.
     """
     log = math.log(decay) if decay else -math.inf
-    return -jnp.expm1(count.astype(jnp.float32) * log)
+    return -jnp.expm1(jnp.asarray(count, jnp.float32) * log)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

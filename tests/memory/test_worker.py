@@ -140,7 +140,7 @@ def test_names_that_cannot_be_imported_are_refused():
         worker.write_name(lambda: None)
     assert worker.import_name(worker.write_name(textwrap.dedent)) is textwrap.dedent
     assert worker.write_name(jax.jit(textwrap.dedent)) == "textwrap:dedent"
-    bound = functools.partial(textwrap.dedent, mode="other")
+    bound = functools.partial(textwrap.indent, prefix="other")
     with pytest.raises(TypeError, match="cannot be imported by name"):
         worker.write_name(functools.wraps(textwrap.dedent)(bound))
 
