@@ -163,7 +163,9 @@ _LATE = (
 )
 _MISSING = (
     "JAX's CUDA plugin is not installed, and it holds the GPU compiler.\n"
-    'Install it (no GPU and no driver is needed): pip install "jax[cuda13]"'
+    'Install it (no GPU and no driver is needed): pip install "jmem[cuda13]",\n'
+    'or "jmem[cuda12]" where a GPU has a driver older than 580; '
+    "in a clone of jmem: uv sync."
 )
 
 

@@ -3,8 +3,10 @@
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import sysconfig
 from typing import Any
 
 import pytest
@@ -30,13 +32,13 @@ print(json.dumps([seconds, imported, variable, platform, heavy()]))
 """
 
 
-def run(code):
+def run(code, *options: str, **variables: str):
     """A fresh process that is told nothing about platforms, and has no reports kept."""
     told = {"JAX_PLATFORMS", VARIABLE}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
         env={name: value for name, value in os.environ.items() if name not in told}
-        | {"JMEM_CACHE_DIR": ""},
+        | {"JMEM_CACHE_DIR": "", **variables},
         capture_output=True,
         text=True,
         timeout=120,
@@ -74,6 +76,24 @@ class TestFreshProcess:
 def test_the_variable_is_left_alone_once_it_is_too_late():
     code = f"import jax; jax.devices()\nimport jmem, os; print(os.getenv({VARIABLE!r}))"
     assert run(code).stdout.strip() == "None"
+
+
+def test_without_the_cuda_plugin_jmem_opens_and_measure_names_the_extra(tmp_path):
+    """An environment with the wheel and no extra, and nothing of the dev group."""
+    absent = ("jax_plugins", "jax_cuda", "nvidia", "chex", "safetensors")
+    for entry in pathlib.Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(absent):
+            (tmp_path / entry.name).symlink_to(entry)
+    code = """\
+import jmem, jmem.checkpoints, jmem.methods
+try:
+    jmem.measure(lambda x: x, 1.0)
+except jmem.targets.NoCompilerError as error:
+    print(error)
+"""
+    path = f"{tmp_path}:{pathlib.Path(__file__).parents[1]}"
+    said = run(code, "-S", PYTHONPATH=path).stdout
+    assert 'pip install "jmem[cuda13]"' in said
 
 
 def test_every_name_of_the_top_level_is_there():

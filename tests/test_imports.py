@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Iterator
 
@@ -132,6 +134,51 @@ def _is_package(node: ast.ImportFrom, path: pathlib.Path) -> bool:
     """Whether `from X import y` takes y out of this very package, as a module."""
     here = ".".join(path.parent.relative_to(ROOT).parts)
     return node.module == here or (node.level == 1 and node.module is None)
+
+
+MODULE = {"orbax-checkpoint": "orbax", "protobuf": "google"}
+"""What is imported under another name than it is installed under."""
+ALONG = {"jaxlib", "ml_dtypes", "pyarrow"}
+"""What comes with JAX and `datasets`, and is imported beside them."""
+
+
+def test_what_is_declared_is_imported_and_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    words = [re.match(r"[\w-]+", entry) for entry in project["dependencies"]]
+    declared = {MODULE.get(word[0], word[0]) for word in words if word}
+    library = {name.split(".")[0] for path in SOURCES for name in imported(path)}
+    assert library - {*sys.stdlib_module_names, "jmem"} <= declared | ALONG
+    experiments = ROOT.glob("experiments/**/*.py")
+    everything = library | {
+        name.split(".")[0] for path in experiments for name in imported(path)
+    }
+    assert declared <= everything
+
+
+def test_no_requirement_replaces_a_user_s_jax():
+    """CUDA is an extra of the wheel, and a group of the checkout."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, groups = pyproject["project"], pyproject["dependency-groups"]
+    assert not [entry for entry in project["dependencies"] if "cuda" in entry]
+    (bounds,) = (e[3:] for e in project["dependencies"] if re.match(r"jax\W", e))
+    for version in ("cuda12", "cuda13"):
+        extra = project["optional-dependencies"][version]
+        assert extra == [f"jax[{version}]{bounds}"]
+    assert groups["cuda13"] == project["optional-dependencies"]["cuda13"]
+    assert "cuda13" in pyproject["tool"]["uv"]["default-groups"]
+
+
+def test_pictures_and_tables_are_imported_where_they_are_used():
+    """Not with their module: whoever neither draws nor reads rows does not wait."""
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in (*SOURCES, *ROOT.glob("experiments/**/*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (getattr(node, "module", None), *(a.name for a in node.names))
+        if name and name.split(".")[0] in ("matplotlib", "datasets")
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 HEAVY = ("flax", "orbax", "datasets", "matplotlib", "tyro", "jax.experimental.pallas")

@@ -364,7 +364,7 @@ class TestRefusals:
 
         monkeypatch.setattr(topologies, "get_topology_desc", refuse)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(NoCompilerError, match=r'pip install "jax\[cuda13\]"'):
+        with pytest.raises(NoCompilerError, match=r'pip install "jmem\[cuda13\]"'):
             measure(lambda x: x, x)
 
     @pytest.mark.parametrize("option", ["xla_gpu_memory_limit_gb", "nonsense"])
