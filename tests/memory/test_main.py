@@ -142,33 +142,16 @@ def test_a_file_that_was_there_is_replaced_whole(module, monkeypatch):
 
 
 def test_in_a_process_of_its_own(module):
-    """The command as it is typed: where it is refused, its output full, or cut off."""
-
-    def run(*flags, **more):
-        done = subprocess.run(
-            [sys.executable, "-m", "jmem.memory", *flags],
-            env=os.environ | {"PYTHONPATH": f"{module}:{os.getcwd()}"},
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=240,
-            **more,
-        )
-        return done.returncode, done.stderr
-
-    status, said = run("mine:double", "--reserve", "nan")
-    assert (status, said[:32]) == (2, "jmem.memory: --reserve nan: must")
-    reading, writing = os.pipe()
-    status, said = run("mine:double", "--json=/dev/stdout", stdout=writing)
-    os.close(writing)
-    with os.fdopen(reading) as output:
-        written = output.read()
-    assert (status, said) == (0, "")
-    assert MemoryReport.from_json(written[written.index("{") :]).name == "<lambda>"
-    if pathlib.Path("/dev/full").exists():
-        with open("/dev/full", "w") as full:
-            status, said = run("mine:double", stdout=full)
-        assert (status, said.count("\n")) == (2, 1)
-        assert "No space left" in said
+    done = subprocess.run(
+        [sys.executable, "-m", "jmem.memory", "mine:double", "--reserve", "nan"],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        cwd=module,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("jmem.memory: --reserve nan: must not be")
 
 
 class TestOutput:
@@ -200,3 +183,17 @@ class TestOutput:
 
     def test_no_output_at_all(self, module, monkeypatch):
         assert self.say(monkeypatch, None, module) == 0
+
+    def test_a_full_disk_is_no_verdict(self, module, monkeypatch, capsys):
+        if not pathlib.Path("/dev/full").exists():
+            pytest.skip("no /dev/full here")
+        with open("/dev/full", "w") as full:
+            assert self.say(monkeypatch, full, module) == 2
+        assert "No space left" in capsys.readouterr().err
+
+    def test_a_report_into_a_pipe(self, module):
+        reading, writing = os.pipe()
+        with os.fdopen(reading) as output:
+            assert command.main(["mine:step", f"--json=/dev/fd/{writing}"]) == 0
+            os.close(writing)
+            assert MemoryReport.from_json(output.read()).device_bytes == 4 * 2**20
