@@ -1,10 +1,12 @@
 """The cards that are known by name: what their makers and XLA say of each.
 
 Sources: the public target specifications of openxla/xla for H200, H100, A100, B200,
-B300, RTX A6000 and RTX PRO 6000. For all others NVIDIA's data sheets and architecture
-papers (cores, bandwidth, clock, L2); memory is what CUDA reports on Linux, a few
-hundred MiB below what `nvidia-smi` prints, and differs by some MiB between drivers.
-That of RTX PRO 6000 is CUDA's too: XLA's specification has the round 96 GiB.
+B300, RTX A6000 and RTX PRO 6000 (whose memory there is a round 96 GiB). For all others
+cores, bandwidth, clock and L2 as NVIDIA publishes them; memory is what CUDA reports on
+Linux, a few hundred MiB below what `nvidia-smi` prints, and differs by some MiB between
+drivers. Not confirmed on a card: memory of RTX 5080, 4080, 4070 Ti Super and 3060,
+L40S, GH200 and RTX PRO 6000, which is what PyTorch's out-of-memory messages name. It
+decides what fits, not what is measured; a TOML of one's own says otherwise.
 Sizes of an SM's shared memory: the CUDA programming guide, by compute capability.
 
 A card is a row of fields of `jmem.targets.Target`, which explains them and checks them.
