@@ -9,11 +9,13 @@
 Reads files only and imports no JAX, so that the tables can be checked in a blink.
 """
 
+import builtins
 import dataclasses
 import difflib
 import pathlib
 import re
 import tomllib
+import types
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -172,9 +174,8 @@ def read(path: pathlib.Path) -> Claims:
       ClaimsError: it is not TOML, a key is unknown or missing, a value is of the wrong
         kind, or a relation names nothing; with file, line and the nearest name.
     """
-    text = path.read_text()
     try:
-        document = tomllib.loads(text)
+        document = tomllib.loads(text := path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ClaimsError(f"{path}: {error}") from None
 
@@ -215,7 +216,7 @@ def _find_mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
             yield key, _describe_unknown("key", key, fields)
         elif key == "kind" and value not in KEYS:
             yield key, _describe_unknown("kind", value, KEYS)
-        elif not _fits(value, hint := fields[key].type):
+        elif not fits(value, hint := fields[key].type):
             yield key, f"{key}={value!r} should be {getattr(hint, '__name__', hint)}"
     for key in ("name", "what", "kind", "source"):
         if not values.get(key):
@@ -231,13 +232,24 @@ def _find_mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "unit", _describe_unknown("unit of memory", values["unit"], BYTES)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value has the type of a field's annotation; true is no number."""
-    if hint == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(word, str) for word in value)
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    return type(value) in (typing.get_args(hint) or (hint,))
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value has the type of a field's annotation; true is no number."""
+    inner = typing.get_args(hint)
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return value in inner
+        case types.UnionType:
+            return any(fits(value, kind) for kind in inner)
+        case builtins.dict:
+            return isinstance(value, dict) and all(
+                fits(held, inner[1]) for held in value.values()
+            )
+        case builtins.tuple:
+            if not isinstance(value, list | tuple):
+                return False
+            kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+            return len(value) == len(kinds) and all(map(fits, value, kinds))
+    return hint is Any or type(value) is hint
 
 
 def _find_broken_relations(claim: Claim, others: dict[str, Claim]) -> Iterable[str]:

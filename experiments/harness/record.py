@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.harness import cli
 from experiments.harness import config as configs
-from experiments.harness.claim import Claim, Claims, ClaimsError
+from experiments.harness.claim import Claim, Claims, ClaimsError, fits
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = "here/"
@@ -74,10 +74,20 @@ def load(path: pathlib.Path) -> dict[str, Record]:
         return {}
     try:
         values = json.loads(path.read_text())
-        found = {name: configs.from_plain(Record, own) for name, own in values.items()}
+        found = {name: _make_record(own, name) for name, own in values.items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ClaimsError(f"{path}: not a file of records: {error}") from error
     return found
+
+
+def _make_record(values: dict[str, Any], name: str) -> Record:
+    record = configs.from_plain(Record, values)
+    for field in dataclasses.fields(Record):
+        if not fits(value := getattr(record, field.name), field.type):
+            raise TypeError(f"{name}: {field.name}={value!r:.60}")
+    if "jax" not in record.versions:
+        raise ValueError(f"{name}: versions={record.versions!r:.60} says no jax")
+    return record
 
 
 def save(claims: Claims, records: dict[str, Record]) -> None:

@@ -10,6 +10,7 @@ Source   llama.cpp, src/llama-vocab.cpp: the texts, and which exclude each other
 """
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -99,6 +100,11 @@ def keep_known(value: Any, vocab_size: int, where: str) -> list[int]:
 
 
 def read_token(value: Any) -> str | None:
-    """A special token's text: a string, or an object that holds it; None otherwise."""
+    """A special token's text: a string, or an object that holds it; None otherwise.
+
+    A string with a lone surrogate, which JSON can write, is no text.
+    """
     content = value.get("content") if isinstance(value, Mapping) else value
-    return content if isinstance(content, str) else None
+    if not isinstance(content, str) or re.search("[\ud800-\udfff]", content):
+        return None
+    return content

@@ -383,11 +383,14 @@ def _build(wanted: Any, value: Any, where: str) -> Any:
         return {k: _build(inside[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     if origin is tuple:
         _check(isinstance(value, list), where, wanted, value)
-        return tuple(_build(inside[0], v, f"{where}[{n}]") for n, v in enumerate(value))
+        kinds = inside[:1] * len(value) if inside[-1] is Ellipsis else inside
+        _check(len(value) == len(kinds), where, wanted, value)
+        pairs = enumerate(zip(kinds, value))
+        return tuple(_build(kind, v, f"{where}[{n}]") for n, (kind, v) in pairs)
     if origin is types.UnionType:
         return None if value is None else _build(inside[0], value, where)
-    wanted = (int, float) if wanted is float else wanted
-    _check(isinstance(value, wanted), where, wanted, value)
+    kinds = (int, float) if wanted is float else (wanted,)
+    _check(type(value) in kinds, where, wanted, value)  # true is no number
     return value
 
 

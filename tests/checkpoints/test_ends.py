@@ -75,6 +75,13 @@ class TestFolder:
         (folder / "special_tokens_map.json").write_text('{"eos_token": "nowhere"}')
         assert checkpoints.load(folder).eos_ids == ()
 
+    @pytest.mark.parametrize("value", ["\ud800", {"content": "a\udfff"}], ids=str)
+    @pytest.mark.parametrize("name", ["special_tokens_map", "tokenizer_config"])
+    def test_half_a_character_is_no_token(self, folder, name, value):
+        """JSON can write one; a tokenizer cannot be asked for it."""
+        (folder / f"{name}.json").write_text(json.dumps({"eos_token": value}))
+        assert checkpoints.load(folder).eos_ids == ()
+
 
 def metadata(*tokens, **ids):
     named = {f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}

@@ -165,6 +165,13 @@ class TestReading:
         assert f"claims.toml:{line}:" in str(caught.value) or "line 12" in message
 
 
+def test_claims_that_are_not_utf8_are_refused_by_name(tmp_path):
+    path = tmp_path / "claims.toml"
+    path.write_bytes(PAPER.encode() + b"# \xe9\n")
+    with pytest.raises(ClaimsError, match=r"claims\.toml: 'utf-8' codec"):
+        read(path)
+
+
 def test_the_claims_of_the_contributors_page_are_read(tmp_path):
     page = (ROOT / "docs" / "contributing.md").read_text()
     (sample,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
@@ -387,6 +394,24 @@ class TestRecords:
         path = root / "configs" / "lisa" / "records.json"
         path.write_text(text)
         with pytest.raises(ClaimsError, match=r"records\.json"):
+            record.load(path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            *({"value": "3"}, {"value": True}, {"value": None}, {"interval": [1]}),
+            *({"interval": [1, "2"]}, {"versions": []}, {"versions": {"jax": 1}}),
+            *({"versions": {}}, {"programs": {"a": 1}}, {"date": 3}, {"config": {}}),
+        ],
+        ids=str,
+    )
+    def test_a_value_of_another_kind_is_refused_by_name(self, root, change):
+        measured(root, lisa=19.2)
+        path = root / "configs" / "lisa" / "records.json"
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps({"lisa": kept["lisa"] | change}))
+        (field,) = change
+        with pytest.raises(ClaimsError, match=rf"records\.json: .* lisa: {field}="):
             record.load(path)
 
 

@@ -34,6 +34,9 @@ class TestSaving:
             ({"rows": [{"bytes": 1}]}, r"report\.rows\[0\]: missing or unknown"),
             ({"by_kind": [1]}, r"report\.by_kind: need dict"),
             ({"colour": 1}, r"missing or unknown fields \['colour'\]"),
+            ({"interval": [1]}, r"report\.interval: need tuple\[int, int\]"),
+            ({"interval": [1, 2, 3]}, r"report\.interval: need"),
+            ({"device_bytes": True}, r"report\.device_bytes: need"),
             ({"timeline": None}, r"report\.timeline: need"),
         ],
     )
