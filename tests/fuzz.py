@@ -1,6 +1,6 @@
 """Damaged files of every format that is read, each by a seeded mutator of its own.
 
-    uv run python -m tests.fuzz                          2,500 inputs, 100 a format
+    uv run python -m tests.fuzz                          2,800 inputs, 100 a format
     uv run python -m tests.fuzz --inputs 10000 --seed 7
     uv run python -m tests.fuzz --only gguf --case 31    this one again
 
@@ -45,7 +45,7 @@ from jmem import checkpoints, confined, disk, measure, targets
 from jmem.data import text as texts
 from jmem.data.chat import ChatTemplate, read_chats, read_template
 from jmem.data.document import DataError
-from jmem.memory import cache
+from jmem.memory import cache, page
 from jmem.memory.report import MemoryReport
 from jmem.models.decoder import Decoder
 from jmem.train import checkpoint, metrics
@@ -210,6 +210,27 @@ def make_gguf(folder: pathlib.Path) -> Format:
     return Format(path, damage_bytes, lambda: load(path), checkpoints.CheckpointError)
 
 
+def of_adapter(name: str, damage: Callable[[bytes, Random], bytes]):
+    """A file of PEFT's folder."""
+
+    def make(folder: pathlib.Path) -> Format:
+        pair = {
+            "lora_a": np.ones((TINY.layers, TINY.hidden, 2), np.float32),
+            "lora_b": np.ones((TINY.layers, 2, TINY.hidden), np.float32),
+        }
+        given = {"attention": {"q": pair, "o": pair}}
+        checkpoints.save_adapter(given, TINY, folder, alpha=8)
+
+        def read():
+            found = checkpoints.load_adapter(folder, TINY).adapters
+            for held in jax.tree.leaves(found):
+                assert held.shape[0] == TINY.layers
+
+        return Format(folder / name, damage, read, checkpoints.CheckpointError)
+
+    return make
+
+
 def of_template(name: str, damage: Callable[[bytes, Random], bytes]):
     def make(folder: pathlib.Path) -> Format:
         words = {"eos_token": "</s>", "chat_template": TEMPLATE}
@@ -234,6 +255,8 @@ def of_rows(name: str, rows: list[Any], damage: Callable[[bytes, Random], bytes]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif name.endswith("json"):
             path.write_text(json.dumps(rows))
+        elif name.endswith("csv"):
+            path.write_text("id,text\n" + "".join(f"1,{json.dumps(r)}\n" for r in rows))
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -356,6 +379,8 @@ def make_memory_report(folder: pathlib.Path) -> Format:
     def read():
         report = MemoryReport.from_json(path)
         assert str(report)
+        assert page.write_markdown(report)
+        assert "<script" not in page.write_html(report)
         assert str(report.fits())
 
     return Format(path, damage_document, read, ValueError)
@@ -396,6 +421,8 @@ FORMATS: dict[str, Callable[[pathlib.Path], Format]] = {
     "generation-config": of_model("generation_config.json"),
     "safetensors": of_model("model.safetensors", damage_safetensors),
     "gguf": make_gguf,
+    "adapter-config": of_adapter("adapter_config.json", damage_document),
+    "adapter": of_adapter("adapter_model.safetensors", damage_safetensors),
     "template": of_template("chat_template.jinja", damage_template),
     "template-in-config": of_template("tokenizer_config.json", damage_document),
     "chats-jsonl": of_rows("chats.jsonl", ROWS, damage_lines),
@@ -403,6 +430,7 @@ FORMATS: dict[str, Callable[[pathlib.Path], Format]] = {
     "chats-parquet": of_rows("chats.parquet", ROWS[:1], damage_parquet),
     "texts-jsonl": of_rows("texts.jsonl", TEXTS, damage_lines),
     "texts-parquet": of_rows("texts.parquet", TEXTS, damage_parquet),
+    "texts-csv": of_rows("texts.csv", ["a é", "b, c"], damage_either),
     "preset": make_preset,
     "target": make_target,
     "claims": make_claims,

@@ -214,7 +214,7 @@ def _find_mistakes(values: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for key, value in values.items():
         if key not in fields:
             yield key, _describe_unknown("key", key, fields)
-        elif key == "kind" and value not in KEYS:
+        elif key == "kind" and str(value) not in KEYS:  # it may be a list
             yield key, _describe_unknown("kind", value, KEYS)
         elif not fits(value, hint := fields[key].type):
             yield key, f"{key}={value!r} should be {getattr(hint, '__name__', hint)}"

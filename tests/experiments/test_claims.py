@@ -155,6 +155,9 @@ class TestReading:
             ("paper = 59", 'unit = "nats"', 12, "unit of memory 'nats'"),
             ("paper = 59", "paper = ", 12, "line 12"),
             ("[defaults]", "[[defaults]]", 4, "write setting"),
+            ('kind = "train"', 'kind = ["train"]', 28, r"unknown kind \['train'\]"),
+            ('kind = "train"', "kind = {a = 1}", 28, "unknown kind {'a': 1}"),
+            ('name = "lisa"', "name = [1]", 17, r"name=\[1\] should be str"),
         ],
     )
     def test_a_mistake_is_named_with_its_line(self, root, old, new, line, message):
