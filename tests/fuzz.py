@@ -509,6 +509,14 @@ def attack(
     signal.signal(signal.SIGALRM, handler)
 
 
+def limit_memory() -> None:
+    """So much more than is held now, and no more: beyond, it is a MemoryError."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    (held,) = re.findall(r"(?m)^VmData:\s+(\d+) kB$", status)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(held) * 1024 + BYTES, hard))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100 * len(FORMATS))
@@ -535,5 +543,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    limit_memory()
     confined.SECONDS = 2.0
     sys.exit(main())

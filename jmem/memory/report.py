@@ -164,6 +164,9 @@ class MemoryReport(Contents, Saved):
             return "compiler_bytes or versions are missing"
         if not line.by_kind or {*map(len, line.by_kind.values())} != {len(line) or -1}:
             return "the timeline's kinds are not of one length"
+        held = [size for sizes in line.by_kind.values() for size in sizes]
+        if not 0 <= min(held) <= max(held) <= self.device_bytes:
+            return "the timeline leaves 0 to device_bytes"
         return ""
 
     @property

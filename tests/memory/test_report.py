@@ -45,6 +45,14 @@ class TestSaving:
         with pytest.raises(ValueError, match=place):
             MemoryReport.from_json(json.dumps(values))
 
+    @pytest.mark.parametrize("size", [-1, 10**41])
+    def test_a_timeline_that_no_program_has_is_refused(self, report_of, size):
+        """It could not be drawn."""
+        values = json.loads(report_of("mlp").to_json())
+        next(iter(values["timeline"]["by_kind"].values()))[0] = size
+        with pytest.raises(ValueError, match="timeline leaves 0 to device_bytes"):
+            MemoryReport.from_json(json.dumps(values))
+
     def test_mutated_reports_are_reports_or_refused(self, report_of, tmp_path):
         """And whatever is read can be printed."""
 
