@@ -53,6 +53,7 @@ def main(config, run):
     return int(config.fail == "no")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a parent may ignore
     cli.run(main, Config)
 '''
 
@@ -130,12 +131,13 @@ class TestProcess:
         [folder] = (tmp_path / "runs" / "toy").iterdir()
         holding = os.open(folder, os.O_RDONLY)
         fcntl.flock(holding, fcntl.LOCK_EX)  # of another open file: as if elsewhere
-        before = {path: path.stat() for path in (folder, *folder.iterdir())}
+        files = (folder, *folder.iterdir())
+        before = [(file.stat().st_mtime_ns, file.stat().st_ino) for file in files]
         status, _, err = toy("--resume", str(folder))
         os.close(holding)
         assert status == 2
         assert err.startswith(f"FolderError: folder={str(folder)!r} is in use by proc")
-        assert {path: path.stat() for path in before} == before
+        assert before == [(f.stat().st_mtime_ns, f.stat().st_ino) for f in files]
         assert toy("--resume", str(folder))[0] == 0
 
     def test_folder_that_cannot_be_written(self, toy, tmp_path):

@@ -79,7 +79,7 @@ class TestTrain:
         plan: Any = program.compile(resolve("h200")).memory_analysis()
         held = 4 * config.parameters + 2 * 4 * norms
         counters = 2 * 4  # of updates, in the state and in the optimizer's
-        tokens = sum(x.size * x.dtype.itemsize for x in batch)
+        tokens = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
         assert plan.argument_size_in_bytes == held + counters + tokens
         table = config.vocab_size * config.hidden
         head_gradient, stack_copy = 4 * table, 2 * (config.parameters - 2 * table)
