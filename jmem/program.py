@@ -440,9 +440,10 @@ class Lowered:
         return compiled
 
 
-_UNTUNED = {"xla_gpu_autotune_level": 0}
+_UNTUNED = {"xla_gpu_autotune_level": 0} if jax.__version_info__ >= (0, 12) else {}
 """With no GPU to time on, XLA would take the first config of each fusion that compiles,
 and compile every fusion alone to know: a third to a half of its time, to the same plan.
+JAX 0.11's XLA plans otherwise then: 32 MiB for cuBLAS instead of 4.
 """
 HOST = "pinned_host"
 """JAX's name of host memory a GPU can read and write."""
