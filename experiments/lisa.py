@@ -94,6 +94,11 @@ class Config(TextSource, Training):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Used with `factors`, in place of `seed`."""
 
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """What may be more when a run goes on; a comparison's trials have ended."""
+        return () if self.factors else ("steps",)
+
     def __post_init__(self):
         TextSource.__post_init__(self)
         Training.__post_init__(self)

@@ -10,7 +10,8 @@ come first, then the command line:
 
     --preset NAME      configs/<experiment>/NAME.toml, or the path of a TOML file
     --measure-only     compile only: no weights, no training, no GPU
-    --resume DIR       continue a run, with its own config, `PLACES` aside
+    --resume DIR       continue a run, with its own config, `PLACES` aside; --steps may
+                       be more where the config says so (`growing`)
     --trace            let the XLA profiler record some steps
     --runs DIR         where run folders are made
 
@@ -275,11 +276,16 @@ def _read_saved[Config](folder: pathlib.Path, base: Config) -> Config:
 
 
 def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
-    """Refuse to continue a run with another config, `PLACES` aside."""
+    """Refuse to continue a run with another config.
+
+    `PLACES` may differ, and what the config's `growing` names may be more.
+    """
     if flags.measure_only:
         raise ConfigError("--resume and --measure-only: there is nothing to resume.")
     for name, before, now in configs.find_differences(saved, given):
         if name.partition(".")[0] in PLACES:
+            continue
+        if name in getattr(saved, "growing", ()) and now > before:
             continue
         raise ConfigError(
             f"--resume {flags.resume}: {name}={now!r} differs from the saved run's "

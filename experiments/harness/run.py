@@ -88,6 +88,8 @@ class Run(contextlib.AbstractContextManager):
             self._hold = Hold(resume)
             self._folder = prepare(resume)
         self._toml = f"# Config of a run of {slug}; --preset takes this file.\n{toml}\n"
+        if resume is not None:  # with more steps, say
+            write_atomically(self._folder / "config.toml", self._toml)
         self.report = Report(config=dataclasses.asdict(config))
         self.memory: dict[str, Any] = {}
         """Recorded memory reports, by program."""
@@ -215,6 +217,11 @@ class Run(contextlib.AbstractContextManager):
         if error is None:
             if self.exports is not None:
                 self.note(self.exports.tell())
+            if self.trace:
+                traces = sorted(map(str, self._folder.glob("*/trace")))
+                self.note(
+                    "Traces: " + (", ".join(traces) or "none; nothing was trained")
+                )
             self.finish("complete")
             return False
         interrupted = isinstance(error, KeyboardInterrupt)

@@ -216,6 +216,22 @@ class TestCommandLine:
         moved = parse("--resume", str(tmp_path), "--gpu", "h200")
         assert moved == Config(gpu="h200")
 
+    def test_what_grows_may_be_more_and_never_less(self, presets, tmp_path):
+        @dataclasses.dataclass(frozen=True)
+        class Growing:
+            steps: int = 4
+            growing = ("steps",)
+
+        (tmp_path / "config.toml").write_text(config.write(Growing()))
+
+        def resume(steps):
+            flags = "--resume", str(tmp_path), "--steps", steps
+            return cli.parse(Growing, "toy", flags)[1].steps
+
+        assert resume("6") == 6
+        with pytest.raises(ConfigError, match="steps=3 differs from the saved run's 4"):
+            resume("3")
+
     def test_resume_of_nothing(self, presets, tmp_path):
         with pytest.raises(ConfigError, match="no run was saved there"):
             parse("--resume", str(tmp_path / "gone"))
