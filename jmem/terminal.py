@@ -53,10 +53,7 @@ class Forgiving:
         lose this text alone.
         """
         if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
-            with contextlib.suppress(Exception):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+            silence(self._stream)
 
 
 @contextlib.contextmanager
@@ -70,6 +67,14 @@ def forgive() -> Iterator[None]:
         for stream in streams:
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def silence(stream: Any) -> None:
+    """What a stream is given from now on, and what waits in it, goes nowhere."""
+    with contextlib.suppress(Exception):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def tell(words: str) -> None:

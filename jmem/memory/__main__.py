@@ -10,7 +10,6 @@ from.
 """
 
 import argparse
-import contextlib
 import functools
 import importlib
 import inspect
@@ -28,6 +27,7 @@ from jmem.memory.measure import measure
 from jmem.memory.report import GiB, MemoryReport
 from jmem.program import Program
 from jmem.targets import suggest
+from jmem.terminal import silence
 
 
 class _RefusedError(ValueError):
@@ -175,8 +175,7 @@ def _say(text: str, stream: Any) -> None:
         print(fit_encoding(text, stream.encoding), file=stream, flush=True)
     except OSError as error:
         # Python would complain of the rest of it when it ends.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        silence(stream)
         if not isinstance(error, BrokenPipeError) and stream is not sys.stderr:
             raise
 
