@@ -46,13 +46,14 @@ def windowed_attention(
     q: Float[Array, "B H D"],
     keys: Float[Array, "N K S D"],
     values: Float[Array, "N K S D"],
-    starts: Int[Table, "B W"],
-    length: Int[Table, " B"],
-    tail_start: Int[Table, " B"],
-    tail_length: Int[Table, " B"],
+    starts: Int[Table, "*L B W"],
+    length: Int[Table, "*L B"],
+    tail_start: Int[Table, "*L B"],
+    tail_length: Int[Table, "*L B"],
     *,
     window: int,
     max_tail: int,
+    layer: Int[Array, ""] | int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
@@ -73,6 +74,9 @@ def windowed_attention(
       tail_length: int32, valid slots from `tail_start` on, at most `max_tail`.
       window: slots a window, a multiple of 8.
       max_tail: static bound of `tail_length`; it sets the grid.
+      layer: if given, the table and the lengths have a leading axis of layers, and
+        count by their row `layer`. The kernel reads that row itself: a loop over layers
+        that share one cache then makes no table.
       scale: D**-0.5 if None.
       return_lse: also returns the log-sum-exp.
       implementation: who builds a program resolves it by `choose`; None is "xla".
@@ -97,12 +101,12 @@ def windowed_attention(
       ValueError: shapes that do not fit, a table out of range (if known), or an
         implementation that cannot serve.
     """
-    _check_static(q, keys, values, starts, window, max_tail, implementation, interpret)
     table = (starts, length, tail_start, tail_length)
+    _check_layer(table, layer)
+    _check_static(q, keys, values, starts, window, max_tail, implementation, interpret)
     slots = keys.shape[2]
     if not any(isinstance(x, Tracer) for x in table):
         check(*table, slots=slots, window=window, max_tail=max_tail)
-    table = _clamped(*table, slots=slots, window=window, max_tail=max_tail)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     sizes = {"window": window, "max_tail": max_tail, "scale": scale}
     chosen = implementation or "xla"
@@ -110,11 +114,15 @@ def windowed_attention(
         if chosen == "mosaic_gpu":
             from . import mosaic_gpu
 
-            sizes |= {"tile": tile, "interpret": interpret}
+            sizes |= {"tile": tile, "interpret": interpret, "layer": layer}
+            table = (jnp.asarray(x, jnp.int32) for x in table)
             out, lse = mosaic_gpu.attend(q, keys, values, *table, **sizes)
         else:
             from . import reference
 
+            if layer is not None:
+                table = (jnp.asarray(x)[jnp.clip(layer, 0, len(x) - 1)] for x in table)
+            table = _clamped(*table, slots=slots, window=window, max_tail=max_tail)
             out, lse = reference.attend(q, keys, values, *table, **sizes)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
@@ -154,10 +162,10 @@ def unserved(
 
 
 def check(
-    starts: Int[Table, "B W"],
-    length: Int[Table, " B"],
-    tail_start: Int[Table, " B"],
-    tail_length: Int[Table, " B"],
+    starts: Int[Table, "*L B W"],
+    length: Int[Table, "*L B"],
+    tail_start: Int[Table, "*L B"],
+    tail_length: Int[Table, "*L B"],
     *,
     slots: int,
     window: int,
@@ -171,8 +179,8 @@ def check(
     starts, length, tail_start, tail_length = map(
         np.asarray, (starts, length, tail_start, tail_length)
     )
-    room = starts.shape[1] * window
-    valid = np.arange(starts.shape[1])[None] * window < length[:, None]
+    room = starts.shape[-1] * window
+    valid = np.arange(starts.shape[-1]) * window < length[..., None]
     last = slots - window
     wrong = {
         f"length={{}}; need 0 to {room}, the slots of the table's windows": (
@@ -202,24 +210,24 @@ def check(
 
 
 def out_of_range(
-    starts: Int[Table, "B W"],
-    length: Int[Table, " B"],
-    tail_start: Int[Table, " B"],
-    tail_length: Int[Table, " B"],
+    starts: Int[Table, "*L B W"],
+    length: Int[Table, "*L B"],
+    tail_start: Int[Table, "*L B"],
+    tail_length: Int[Table, "*L B"],
     *,
     slots: int,
     window: int,
     max_tail: int,
-) -> Bool[Array, " B"]:
+) -> Bool[Array, "*L B"]:
     """Rows whose table, lengths or tail `windowed_attention` would clamp.
 
     Pure, for the device: return it beside the output, and look at it when convenient.
     """
     given = (starts, length, tail_start, tail_length)
     clamped = _clamped(*given, slots=slots, window=window, max_tail=max_tail)
-    order = jnp.arange(starts.shape[1], dtype=jnp.int32)[None] * window
-    valid = order < clamped[1][:, None]
-    rows = jnp.any(valid & (clamped[0] != starts), axis=1)
+    first = jnp.arange(starts.shape[-1], dtype=jnp.int32) * window
+    valid = jnp.broadcast_to(first, starts.shape) < clamped[1][..., None]
+    rows = jnp.any(valid & (clamped[0] != starts), axis=-1)
     for before, after in zip(given[1:], clamped[1:], strict=True):
         rows |= before != after
     return rows
@@ -231,10 +239,28 @@ def _clamped(starts, length, tail_start, tail_length, *, slots, window, max_tail
         jnp.asarray(x, jnp.int32) for x in (starts, length, tail_start, tail_length)
     )
     starts = jnp.clip(starts, 0, slots - window) // ALIGNMENT * ALIGNMENT
-    length = jnp.clip(length, 0, starts.shape[1] * window)
+    length = jnp.clip(length, 0, starts.shape[-1] * window)
     tail_start = jnp.clip(tail_start, 0, slots)
     tail_length = jnp.clip(tail_length, 0, jnp.minimum(max_tail, slots - tail_start))
     return starts, length, tail_start, tail_length
+
+
+def _check_layer(table, layer) -> None:
+    """Refuses a table whose axes are not those that `layer` asks for."""
+    axes = tuple(np.ndim(x) for x in table)
+    layers = {np.shape(x)[0] for x in table} if layer is not None else set()
+    wrong = None
+    if axes != ((2, 1, 1, 1) if layer is None else (3, 2, 2, 2)):
+        wrong = (
+            f"layer={layer} with a table and lengths of {axes} axes; need (2, 1, 1, 1) "
+            "with layer=None, else (3, 2, 2, 2), layers first"
+        )
+    elif len(layers) > 1:
+        wrong = f"the table and the lengths have {sorted(layers)} layers; need as many"
+    elif not isinstance(layer, Tracer | None) and not 0 <= layer < min(layers):
+        wrong = f"layer={layer}; need 0 to {min(layers) - 1}, the table's layers"
+    if wrong:
+        raise ValueError(f"windowed_attention: {wrong}.")
 
 
 def _check_static(
@@ -256,7 +282,7 @@ def _check_static(
         wrong = f"{heads} query heads do not divide among {kv_heads} key-value heads"
     elif slots % ALIGNMENT:
         wrong = f"the cache has {slots} slots; round up to a multiple of {ALIGNMENT}"
-    elif starts.shape[1] and (window % ALIGNMENT or not 0 < window <= slots):
+    elif starts.shape[-1] and (window % ALIGNMENT or not 0 < window <= slots):
         wrong = (
             f"window={window}; need a multiple of {ALIGNMENT} up to the cache's "
             f"{slots} slots"
@@ -276,7 +302,7 @@ def _check_static(
         rule = unserved(
             q.dtype,
             dim,
-            window=window if starts.shape[1] else ALIGNMENT,
+            window=window if starts.shape[-1] else ALIGNMENT,
             groups=heads // kv_heads,
         )
         if rule:

@@ -175,22 +175,30 @@ def attend(
     q: Float[Array, "B H D"],
     keys: Float[Array, "N K S D"],
     values: Float[Array, "N K S D"],
-    starts: Int[Array, "B W"],
-    length: Int[Array, " B"],
-    tail_start: Int[Array, " B"],
-    tail_length: Int[Array, " B"],
+    starts: Int[Array, "*L B W"],
+    length: Int[Array, "*L B"],
+    tail_start: Int[Array, "*L B"],
+    tail_length: Int[Array, "*L B"],
     *,
     window: int,
     max_tail: int,
     scale: float,
+    layer: Int[Array, ""] | int | None = None,
     tile: Tile | None = None,
     interpret: bool = False,
     lanes: bool = False,
 ) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
-    """As `reference.attend`; `lanes` compiles by the other lowering of Mosaic."""
-    batch, heads, dim = q.shape
-    pools, kv_heads, _, _ = keys.shape
-    windows, groups = starts.shape[1], heads // kv_heads
+    """As `reference.attend`, of row `layer` of a table that the kernel clamps itself.
+
+    `lanes` compiles by the other lowering of Mosaic.
+    """
+    lengths = (length, tail_start, tail_length)
+    if layer is None:
+        layer, starts, lengths = 0, starts[None], [x[None] for x in lengths]
+    layers, batch, windows = starts.shape
+    _, heads, dim = q.shape
+    pools, kv_heads, slots, _ = keys.shape
+    groups = heads // kv_heads
     if tile is None:
         tile = tile_for(
             batch=batch,
@@ -211,10 +219,15 @@ def attend(
     pieces = [_mgpu.ds(at, piece) for at in range(0, dim, piece)]
 
     def body(*refs):
-        q_ref, keys_ref, values_ref, starts_ref, lengths_ref, o_ref, lse_ref = refs[:7]
-        q_s, k_s, v_s, p_s, o_s, lse_s, q_full, k_full, v_full, free = refs[7:]
+        q_ref, keys_ref, values_ref, layer_ref, starts_ref, *lengths_refs = refs[:8]
+        o_ref, lse_ref = refs[8:10]
+        q_s, k_s, v_s, p_s, o_s, lse_s, q_full, k_full, v_full, free = refs[10:]
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
-        valid, tail, tail_valid = (lengths_ref[row, i] for i in range(3))
+        at_layer = jnp.clip(layer_ref[0], 0, layers - 1)
+        valid, tail, tail_valid = (ref[at_layer, row] for ref in lengths_refs)
+        valid = jnp.clip(valid, 0, windows * window)
+        tail = jnp.clip(tail, 0, slots)
+        tail_valid = jnp.clip(tail_valid, 0, jnp.minimum(max_tail, slots - tail))
         lead = lax.rem(tail, ALIGNMENT)  # slots copied before the tail, to be aligned
         window_steps = lax.div(valid + (tile.keys - 1), tile.keys)
         tail_steps = lax.div(lead + tail_valid + (tile.keys - 1), tile.keys)
@@ -228,19 +241,21 @@ def attend(
             if windows:
                 token = step * tile.keys + j * chunk
                 entry = jnp.minimum(lax.div(token, window), windows - 1)
-                inside = starts_ref[row, entry] + lax.rem(token, window)
+                start = jnp.clip(starts_ref[at_layer, row, entry], 0, slots - window)
+                start = start - lax.rem(start, ALIGNMENT)
+                inside = start + lax.rem(token, window)
                 at = jnp.where(step < window_steps, inside, at)
             return _mgpu.multiple_of(at, ALIGNMENT)
 
         def produce(i, _):
             # The table is read before waiting: its latency hides behind the ring.
-            slots = [slot_of(first + i, j) for j in range(copies)]
+            sources = [slot_of(first + i, j) for j in range(copies)]
             stage = lax.rem(i, stages)
             _mgpu.when(i >= stages)(lambda: _mgpu.barrier_wait(free.at[stage]))
             pool = row if pools > 1 else 0
             rings = ((keys_ref, k_s, k_full), (values_ref, v_s, v_full))
             for source, ring, full in rings:
-                for j, slot in enumerate(slots):
+                for j, slot in enumerate(sources):
                     _mgpu.copy_gmem_to_smem(
                         source.at[pool, head, _mgpu.ds(slot, chunk)],
                         ring.at[stage, _mgpu.ds(j * chunk, chunk)],
@@ -361,8 +376,9 @@ def attend(
         jnp.pad(q.reshape(batch, kv_heads, groups, dim), padding),
         keys,
         values,
-        starts if windows else jnp.zeros((batch, 1), jnp.int32),  # no empty operand
-        jnp.stack([length, tail_start, tail_length], axis=1),
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        starts if windows else jnp.zeros((1, 1, 1), jnp.int32),  # no empty operand
+        *lengths,
     )
     return reference.merge(
         outs[..., :groups, :].reshape(splits, batch, heads, dim),

@@ -198,6 +198,24 @@ class TestInterpreted:
             unit = 2.0**-8  # the result in bfloat16, from weights in bfloat16
             same(out, other[0], unit)
 
+    def test_it_reads_a_layer_s_row_and_clamps_as_the_definition_does(self):
+        case = Case(((41, 8, 30), (0, 0, 80)), shared=True, groups=1)
+        q, keys, values, *table = case.arrays
+        off = (20, 99, jnp.asarray([-20, 300]), 99)  # of places, lengths and tails
+        beyond = [x + at for x, at in zip(table, off, strict=True)]
+        tables = [jnp.stack(pair) for pair in zip(table, beyond, strict=True)]
+        sizes = {"window": case.window, "max_tail": case.max_tail, "return_lse": True}
+        kernel = {"implementation": "mosaic_gpu", "tile": Tile(), "interpret": True}
+
+        def run(layer, **how):
+            call = functools.partial(windowed_attention, **sizes, **how)
+            return jax.jit(call)(q, keys, values, *tables, layer=layer)
+
+        for how in ({}, kernel):
+            case.compare(run(0, **how))
+        for found, expected in zip(run(1, **kernel), run(1), strict=True):
+            same(found, expected, 2.0**-6)
+
     def test_vmap_adds_an_axis_of_the_grid(self):
         case = CASES["ungrouped"]
         q, *rest = case.arrays
@@ -336,6 +354,40 @@ def unchecked():
 def test_what_cannot_be_served_is_refused_by_name(given, words):
     with pytest.raises(ValueError, match=words):
         call_with(**given)
+
+
+LAYERS = [
+    ({"layer": 0}, (), r"layer=0 with .* of \(2, 1, 1, 1\) axes"),
+    ({}, (3,), r"layer=None with .* of \(3, 2, 2, 2\) axes"),
+    ({"layer": 3}, (3,), "layer=3; need 0 to 2"),
+    ({"layer": -1}, (3,), "layer=-1; need 0 to 2"),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("given, layers, words", LAYERS)
+def test_a_layer_and_its_table_must_agree(given, layers, words):
+    q, cache = jnp.zeros((2, 4, 64)), jnp.zeros((2, 2, 64, 64))
+    starts, rows = jnp.zeros((*layers, 2, 2), int), jnp.zeros((*layers, 2), int)
+    table = (starts, rows, rows, rows)
+    with pytest.raises(ValueError, match=words):
+        windowed_attention(q, cache, cache, *table, window=8, max_tail=8, **given)
+    if layers:
+        wrong = (starts[:2], rows, rows, rows)
+        with pytest.raises(ValueError, match=r"have \[2, 3\] layers"):
+            windowed_attention(
+                *(q, cache, cache, *wrong), window=8, max_tail=8, layer=0
+            )
+
+
+def test_a_bad_value_names_its_layer():
+    table = [np.stack([rows, rows]) for rows in GOOD.values()]
+    table[1][1, 0] = 49
+    with pytest.raises(ValueError, match=r"at \[1, 0\], length=49"):
+        check(*table, **SIZES)
+    np.testing.assert_array_equal(
+        out_of_range(*table, **SIZES), [[False, False], [True, False]]
+    )
 
 
 @pytest.mark.parametrize("fields", [{"keys": 32}, {"swizzle": 16}, {"stages": 0}])
