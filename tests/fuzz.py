@@ -1,6 +1,6 @@
 """Damaged files of every format that is read, each by a seeded mutator of its own.
 
-    uv run python -m tests.fuzz                          2,800 inputs, 100 a format
+    uv run python -m tests.fuzz                          3,500 inputs, 100 a format
     uv run python -m tests.fuzz --inputs 10000 --seed 7
     uv run python -m tests.fuzz --only gguf --case 31    this one again
 
@@ -10,6 +10,7 @@ over 20 s, over 4 GiB, a file that was touched, or a part of one that was left.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -38,17 +39,21 @@ from mutations import damage_bytes, damage_json, damage_text
 from tiny_decoder import TINY, random_params
 
 from experiments import lisa
-from experiments.harness import claim, record
+from experiments.harness import check, claim, exports, record, sweep
 from experiments.harness import config as configs
 from experiments.harness.journal import Journal
+from experiments.harness.report import Column, gib
+from experiments.harness.run import Run
 from jmem import checkpoints, confined, disk, measure, targets
 from jmem.data import text as texts
 from jmem.data.chat import ChatTemplate, read_chats, read_template
 from jmem.data.document import DataError
-from jmem.memory import cache, page
+from jmem.finetune.mixlora import MixLora
+from jmem.memory import cache, page, protocol
 from jmem.memory.report import MemoryReport
 from jmem.models.decoder import Decoder
 from jmem.train import checkpoint, metrics
+from jmem.train.loop import DivergedError
 from tests.checkpoints import tiny
 
 Random = np.random.Generator
@@ -158,11 +163,11 @@ ROWS = [
 ]
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
+def write_model(folder: pathlib.Path, shards: int = 0) -> pathlib.Path:
     config = dataclasses.replace(tiny.VARIANTS["scaled"], layers=1)
     tensors = tiny.torch_tensors(random_params(config), "huggingface")
     tokenizer = tiny.tiny_tokenizer()
-    tiny.write_folder(folder, config, tensors, tokenizer=tokenizer)
+    tiny.write_folder(folder, config, tensors, shards=shards, tokenizer=tokenizer)
     more = {
         "tokenizer_config": {"eos_token": "three", "chat_template": TEMPLATE},
         "special_tokens_map": {"eos_token": {"content": "."}, "bos_token": "one"},
@@ -188,7 +193,7 @@ def of_model(name: str, damage: Callable[[bytes, Random], bytes] = damage_docume
     """A file of a Hugging Face folder."""
 
     def make(folder: pathlib.Path) -> Format:
-        path = write_model(folder) / name
+        path = write_model(folder, shards=2 * name.endswith("index.json")) / name
         return Format(path, damage, lambda: load(folder), checkpoints.CheckpointError)
 
     return make
@@ -224,6 +229,33 @@ def of_adapter(name: str, damage: Callable[[bytes, Random], bytes]):
         def read():
             found = checkpoints.load_adapter(folder, TINY).adapters
             for held in jax.tree.leaves(found):
+                assert held.shape[0] == TINY.layers
+
+        return Format(folder / name, damage, read, checkpoints.CheckpointError)
+
+    return make
+
+
+def of_mixture(name: str, damage: Callable[[bytes, Random], bytes]):
+    """A file of MoE-PEFT's folder."""
+
+    def make(folder: pathlib.Path) -> Format:
+        def pair(inputs, outputs, width):
+            shapes = {"lora_a": (inputs, width), "lora_b": (width, outputs)}
+            return {k: np.ones((TINY.layers, *s), "f") for k, s in shapes.items()}
+
+        router = np.ones((TINY.layers, TINY.hidden, 3), np.float32)
+        up = pair(TINY.hidden, TINY.intermediate, 3 * 2)
+        given = {
+            "attention": {"q": pair(TINY.hidden, TINY.hidden, 2)},
+            "mlp": {"router": {"kernel": router}, "up": up},
+        }
+        checkpoints.save_mixlora(given, TINY, folder, alpha=8, balance=0.01)
+
+        def read():
+            found = checkpoints.load_mixlora(folder, TINY)
+            MixLora.of(found.settings)
+            for held in jax.tree.leaves(found.adapters):
                 assert held.shape[0] == TINY.layers
 
         return Format(folder / name, damage, read, checkpoints.CheckpointError)
@@ -411,6 +443,85 @@ def make_run_report(folder: pathlib.Path) -> Format:
     return Format(path, damage_document, read, claim.ClaimsError)
 
 
+@contextlib.contextmanager
+def go_on(folder: pathlib.Path) -> Iterator[Run]:
+    """A run that is resumed and says nothing aloud."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        config = lisa.Config(gpu="h200")
+        with Run("lisa", config, resume=folder, target=targets.resolve("h200")) as run:
+            yield run
+
+
+def make_plan(folder: pathlib.Path) -> Format:
+    (folder / "lora").mkdir()
+    path = folder / "lora" / "plan.json"
+    # As older versions wrote it, without a digest; so below.
+    path.write_text(json.dumps({"bytes": 1 << 30, "program": "ab12"}))
+
+    def read():
+        with go_on(folder) as run:
+            plan = run.read_plan("lora")
+            columns = "method", Column("memory", gib)
+            run.table("Memory", columns, [("lora", plan.get("bytes"))])
+        assert all(isinstance(p, str) for p in run.report.programs.values())
+
+    return Format(path, damage_document, read, disk.DamagedError, True)
+
+
+def make_trial(folder: pathlib.Path) -> Format:
+    (folder / "lora-x1-seed0").mkdir()
+    path = folder / "lora-x1-seed0" / "done.json"
+    found = {"choose": 2.5, "loss": 2.25, "device": "cpu", "jax": "0.12.0"}
+    path.write_text(json.dumps(found))
+
+    def train(*_):
+        raise AssertionError("a trial that is done is not trained again")
+
+    def read():
+        with go_on(folder) as run:
+            outcomes = sweep.search(run, ["lora"], (1.0,), (0,), train)
+            sweep.tabulate(run, "Losses", outcomes, (), lambda *_: (), before=3.0)
+        assert np.isfinite(outcomes["lora"].mean)
+
+    return Format(path, damage_document, read, (disk.DamagedError, DivergedError), True)
+
+
+def make_tuned(folder: pathlib.Path) -> Format:
+    (folder / "lora").mkdir()
+    path = folder / "lora" / exports.ABOUT
+    about = {
+        **{"experiment": "lisa", "method": "lora", "learning_rate": 1e-4, "seed": 0},
+        **{"updates": 8, "kept": "best", "files": {"model.safetensors": 9}},
+        **{"dtype": "bfloat16", "trained_in": "float32"},
+    }
+    path.write_text(disk.seal(about))
+
+    def read():
+        assert str(path.parent) in exports.describe(path.parent)
+
+    return Format(path, damage_document, read, disk.DamagedError)
+
+
+def make_check(folder: pathlib.Path) -> Format:
+    path, rows = folder / "check.json", {"one": {"ms": 1.5, "programs": {"one": "ab"}}}
+    probed = {"device": "NVIDIA H200", "versions": {"jax": "0.12.0"}}
+    check.write(path, "toy", probed, {}, True, rows=rows)
+
+    def read():
+        hashes = {row: found["programs"] for row, found in rows.items()}
+        answers = {"probe": lambda: probed, "call": lambda *_, **how: hashes}
+        flags = check.Flags(out=path, minutes=9)
+        with (
+            mock.patch.multiple(protocol, **answers),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            called = check.Check("toy", flags, {}, ["one"])
+            again = called.measure("rows", lambda row: {"ms": 1.5}, "{1[ms]}".format)
+        assert again == rows
+
+    return Format(path, damage_document, read, ValueError, True)
+
+
 TEXTS = [{"text": "a é"}, {"text": "b\nc"}, {"text": "d"}]
 FORMATS: dict[str, Callable[[pathlib.Path], Format]] = {
     "config": make_config,
@@ -420,9 +531,12 @@ FORMATS: dict[str, Callable[[pathlib.Path], Format]] = {
     "special-tokens": of_model("special_tokens_map.json"),
     "generation-config": of_model("generation_config.json"),
     "safetensors": of_model("model.safetensors", damage_safetensors),
+    "shards": of_model("model.safetensors.index.json"),
     "gguf": make_gguf,
     "adapter-config": of_adapter("adapter_config.json", damage_document),
     "adapter": of_adapter("adapter_model.safetensors", damage_safetensors),
+    "mixture-config": of_mixture("adapter_config.json", damage_document),
+    "mixture": of_mixture("adapter_model.safetensors", damage_safetensors),
     "template": of_template("chat_template.jinja", damage_template),
     "template-in-config": of_template("tokenizer_config.json", damage_document),
     "chats-jsonl": of_rows("chats.jsonl", ROWS, damage_lines),
@@ -441,6 +555,10 @@ FORMATS: dict[str, Callable[[pathlib.Path], Format]] = {
     "memory-report": make_memory_report,
     "kept-report": make_kept_report,
     "run-report": make_run_report,
+    "plan": make_plan,
+    "trial": make_trial,
+    "tuned": make_tuned,
+    "check": make_check,
 }
 
 

@@ -169,7 +169,8 @@ class Check:
     def _keep(self, part: str, hashes: futures.Future) -> dict[str, Row]:
         """Rows of the report that is there, of the same GPU, versions and programs."""
         try:
-            report = open_sealed(self.flags.out.read_bytes(), str(self.flags.out))
+            where = self.flags.out
+            report = open_sealed(where.read_bytes(), str(where), bare=False)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:

@@ -137,7 +137,11 @@ class Run(contextlib.AbstractContextManager):
         """What XLA planned for a method's step here; {}, and a note, if damaged."""
         path = self.folder / method / "plan.json"
         try:
-            return open_sealed(path.read_bytes(), str(path))
+            plan = open_sealed(path.read_bytes(), str(path))
+            for name, kind in {"bytes": int, "program": str}.items():
+                if not isinstance(found := plan.get(name, kind()), kind):
+                    raise DamagedError(f"{path}: {name} is {found!r:.40}.")
+            return plan
         except (OSError, DamagedError) as error:  # the report is not lost for that
             self.note(f"{error} What was planned for {method} here is not told.")
             return {}

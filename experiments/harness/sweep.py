@@ -195,10 +195,11 @@ def _read_done(path: pathlib.Path) -> dict[str, Any]:
     found = open_sealed(path.read_bytes(), str(path))
     if "diverged" not in found:
         for name in _LOSSES:
-            if not isinstance(found.get(name), int | float):
+            value = found.get(name)
+            if not (isinstance(value, int | float) and math.isfinite(value)):
                 raise DamagedError(
-                    f"{path}: {name}={found.get(name)!r} is no loss. Remove the file, "
-                    "and the trial is trained again."
+                    f"{path}: {name}={value!r} is no loss. Remove the file, and the "
+                    "trial is trained again."
                 )
     return found
 
@@ -207,4 +208,4 @@ def _name_place(done: dict[str, Any]) -> str:
     """In words, what a trial was trained on, from its `done.json`."""
     if "device" not in done:  # of a version that did not write it
         return "a device that was not noted"
-    return f"{done['device']} with JAX {done['jax']}"
+    return f"{done['device']} with JAX {done.get('jax')}"

@@ -254,6 +254,9 @@ def _read_settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
         top_p = given.number("top_p", _TOP_P)
         if top_p > 1:
             raise given.make_error("top_p", top_p, "a number above 0 and up to 1")
+    jitter = given.number("jitter_noise", _JITTER, or_zero=True)
+    if jitter >= 1:
+        raise given.make_error("jitter_noise", jitter, "0 or more, and below 1")
     balance = given.number("router_aux_loss_coef", _BALANCE, or_zero=True)
     settings = adapter_files.read_settings(given)
     if settings["dropout"] <= _NO_DROPOUT:
@@ -264,7 +267,7 @@ def _read_settings(given: Fields, config: DecoderConfig) -> dict[str, Any]:
         "top_k": top_k,
         "top_p": top_p,
         "balance": balance * given.flag("router_loss", True),
-        "jitter": given.number("jitter_noise", _JITTER, or_zero=True),
+        "jitter": jitter,
         "dora": False,
     }
 

@@ -315,6 +315,7 @@ REFUSED = {
     ),
     "balance flag": ({"router_loss": 0}, "router_loss is 0; supported: true or false"),
     "jitter": ({"jitter_noise": True}, "jitter_noise is True"),
+    "much jitter": ({"jitter_noise": 1.0}, "jitter_noise is 1.0; supported: 0 or more"),
     "base": ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
     "targets": ({"target_modules": [1]}, r"target_modules is \[1\]; supported: a list"),
     "pattern": ({"target_modules": ".*_proj"}, r"target_modules is '\.\*_proj'"),

@@ -80,7 +80,9 @@ def test_without_a_limit_everything_is_measured_anew(calls):
     assert tuple(calls()[0]) == ROWS
 
 
-@pytest.mark.parametrize("what", ["config", "jax", "device", "programs", "torn"])
+@pytest.mark.parametrize(
+    "what", ["config", "jax", "device", "programs", "torn", "bare"]
+)
 def test_rows_of_something_else_are_not_kept(calls, attached, monkeypatch, what):
     calls(minutes=60)
     kept = ()
@@ -95,7 +97,9 @@ def test_rows_of_something_else_are_not_kept(calls, attached, monkeypatch, what)
         hashes = {row: {row: f"hash of {row}"} for row in ROWS} | {"two": {"two": "x"}}
         monkeypatch.setattr(protocol, "call", lambda *given, **how: hashes)
     else:
-        calls.out.write_text("{")
+        rows = {"one": {"ms": "fast", "programs": {"one": "hash of one"}}}
+        bare = attached | {"config": calls.config, "rows": rows}  # without its digest
+        calls.out.write_text("{" if what == "torn" else json.dumps(bare))
     measured, _, report = calls(minutes=60)
     assert sorted(measured) == sorted(set(ROWS) - set(kept))
     assert report["status"] == "complete"

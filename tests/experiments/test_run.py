@@ -98,11 +98,19 @@ class TestRun:
         with pytest.raises(ClaimsError, match=r"report\.json: its values are not"):
             record.read_report(run.folder)
 
-    def test_a_plan_that_is_damaged_costs_no_report(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("plan", "words"),
+        [
+            ("{", "not JSON"),
+            ('{"bytes": "much"}', "bytes is 'much'"),
+            ('{"bytes": 1, "program": ["a"]}', "program is ['a']"),
+        ],
+    )
+    def test_a_plan_that_is_damaged_costs_no_report(self, tmp_path, plan, words):
         with self.start(tmp_path) as run:
-            (run.folder_of("lisa") / "plan.json").write_text("{")
+            (run.folder_of("lisa") / "plan.json").write_text(plan)
         saved = json.loads((run.folder / "report.json").read_text())
-        assert "plan.json: not JSON" in saved["notes"][0]
+        assert f"plan.json: {words}" in saved["notes"][0]
 
     def test_full_disk(self, tmp_path, monkeypatch):
         def full(*_, **__):
@@ -188,6 +196,7 @@ class TestSweep:
         [
             lambda text: text.replace('"loss": 1.0', '"loss": 0.0'),
             lambda text: '{"choose": 1.0, "loss": "low"}',
+            lambda text: '{"choose": 1.0, "loss": NaN}',
             lambda text: text[:20],
         ],
     )
