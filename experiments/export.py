@@ -24,6 +24,7 @@ from experiments.harness import cli, sweep
 from experiments.harness import config as configs
 from experiments.harness.config import ConfigError
 from experiments.harness.exports import Dtype, Exports, describe
+from experiments.harness.rates import scale_rate
 from jmem.finetune import tuned
 from jmem.train.checkpoint import Checkpoints
 from jmem.train.folder import Hold
@@ -86,7 +87,7 @@ def find_states(
         method = name if trial is None else trial.method
         if method in finetuners:
             own, factor = finetuners[method], 1.0 if trial is None else trial.factor
-            found[name] = own if factor == 1 else sweep.scale_rate(own, factor)
+            found[name] = own if factor == 1 else scale_rate(own, factor)
     if not found:
         why = (
             "A comparison of rates keeps what it tuned and no state, and a run that "

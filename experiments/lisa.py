@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from experiments.harness import cli, memory, plots, sweep
+from experiments.harness.rates import explain_tie, lay_out, scale_rate
 from experiments.harness.report import Column, gib, loss, make_columns, rate
 from experiments.harness.run import Run
 from experiments.harness.settings import need
@@ -95,9 +96,12 @@ class Config(TextSource, Training):
     """Used with `factors`, in place of `seed`."""
 
     @property
-    def growing(self) -> tuple[str, ...]:
-        """What may be more when a run goes on; a comparison's trials have ended."""
-        return () if self.factors else ("steps",)
+    def growing(self) -> dict[str, str]:
+        """What may be more when a run goes on, or why not: "" if it may.
+
+        Of a comparison nothing may, as its trials have ended.
+        """
+        return {} if self.factors else {"steps": explain_tie(self, self.methods)}
 
     def __post_init__(self):
         TextSource.__post_init__(self)
@@ -129,7 +133,7 @@ def build_here(config: Config) -> Decoder:
 
 def make_finetuners(config: Config) -> dict[Method, Any]:
     """What is trained, by method."""
-    return {method: getattr(config, method) for method in config.methods}
+    return {m: lay_out(getattr(config, m), config.steps) for m in config.methods}
 
 
 def programs(config: Config, target: Target) -> dict[str, Program]:
@@ -249,7 +253,7 @@ def compare(
         return float(np.average([loss(state, b) for b in batches], weights=weights))
 
     def one(trial: sweep.Trial[Method], folder: pathlib.Path) -> dict[str, float]:
-        own = sweep.scale_rate(getattr(config, trial.method), trial.factor)
+        own = scale_rate(make_finetuners(config)[trial.method], trial.factor)
         state = learn(
             *(run, own, model, pretrained),
             dataclasses.replace(data, seed=trial.seed),
@@ -270,12 +274,11 @@ def compare(
     memory.measure(run, programs(config, run.target))
 
     def cells(method: Method, own: sweep.Outcome) -> tuple[int, float]:
-        best = sweep.scale_rate(getattr(config, method), own.factor).adamw.learning_rate
+        best = scale_rate(getattr(config, method), own.factor).adamw.learning_rate
         return run.memory[method].device_bytes, best
 
     columns = [Column("device", gib), "best rate"]
-    title = "Loss against bytes"
-    sweep.tabulate(run, title, outcomes, columns, cells, before=before)
+    sweep.tabulate(run, "Loss against bytes", outcomes, columns, cells, before=before)
     run.note(
         f"Before: {before:.4f}. {config.steps} steps of {config.size} in "
         f"{config.run_dtype}, at the best of {len(config.factors)} rates; that is "

@@ -24,6 +24,7 @@ import jax
 
 import jmem
 from experiments.harness import cli, memory
+from experiments.harness.rates import lay_out
 from experiments.harness.report import GiB, gib, make_columns
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Weights, need
@@ -97,7 +98,9 @@ def programs(config: Config, target: Target) -> dict[str, Program]:
     sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
     match config.program:
         case "train":
-            program = step_program(getattr(config, config.method), model, **sizes)
+            # Over however many updates a rate falls, a step holds the same.
+            own = lay_out(getattr(config, config.method), 1_000_000)
+            program = step_program(own, model, **sizes)
         case "forward":
             program = loss_program(model, **sizes)
         case "decode":

@@ -27,6 +27,7 @@ import numpy as np
 
 import jmem.data
 from experiments.harness import cli, memory, plots, sweep
+from experiments.harness.rates import lay_out, scale_rate
 from experiments.harness.report import Column, gib, loss, make_columns, score
 from experiments.harness.run import Run
 from experiments.harness.settings import need
@@ -113,9 +114,9 @@ def make_finetuner(
     config: Config, method: Method, dims: DecoderConfig, factor: float = 1.0
 ) -> Lora | MixLora:
     """The method as the config has it, its learning rate times `factor`."""
-    mixture = sweep.scale_rate(config.mixture, factor)
+    mixture = lay_out(scale_rate(config.mixture, factor), config.steps)
     if method == "lora":
-        lora = sweep.scale_rate(config.lora, factor)
+        lora = lay_out(scale_rate(config.lora, factor), config.steps)
         if not config.equal:
             return lora
         rank = find_equal_rank(config.mixture, dims)

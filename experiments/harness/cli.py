@@ -11,7 +11,8 @@ come first, then the command line:
     --preset NAME      configs/<experiment>/NAME.toml, or the path of a TOML file
     --measure-only     compile only: no weights, no training, no GPU
     --resume DIR       continue a run, with its own config, `PLACES` aside; --steps may
-                       be more where the config says so (`growing`)
+                       be more where the config says so (`growing`), as long as no
+                       learning rate falls over the steps of the run
     --trace            let the XLA profiler record some steps
     --runs DIR         where run folders are made
 
@@ -278,19 +279,24 @@ def _read_saved[Config](folder: pathlib.Path, base: Config) -> Config:
 def _check_resumed(flags: Flags, saved: Any, given: Any) -> None:
     """Refuse to continue a run with another config.
 
-    `PLACES` may differ, and what the config's `growing` names may be more.
+    `PLACES` may differ, and what the config's `growing` names may be more, unless that
+    says why not.
     """
     if flags.measure_only:
         raise ConfigError("--resume and --measure-only: there is nothing to resume.")
     for name, before, now in configs.find_differences(saved, given):
         if name.partition(".")[0] in PLACES:
             continue
-        if name in getattr(saved, "growing", ()) and now > before:
+        why = getattr(saved, "growing", {}).get(name)
+        if why == "" and now > before:
             continue
+        if not why or now < before:
+            why = (
+                "A run goes on with its own config: drop the flag, or start a new run."
+            )
         raise ConfigError(
             f"--resume {flags.resume}: {name}={now!r} differs from the saved run's "
-            f"{before!r}.\n"
-            "A run goes on with its own config: drop the flag, or start a new run."
+            f"{before!r}.\n{why}"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments.harness.comparison import Outcome, draw_curves, mean_share, summarise
 from experiments.harness.plots import Panel
+from experiments.harness.rates import lay_out
 from experiments.harness.report import Column, kib, make_columns, percent
 from experiments.harness.run import Run
 from jmem.data.recall import CURRICULUM, Kind, Recall, make_lessons
@@ -68,7 +69,8 @@ def learn(small: Small, recall: Recall, run: Run, model: Decoder, seed: int) -> 
     It learns to find a record by its key and to name the commonest symbol of a text, so
     that all that a cut cache gets wrong is the cache's fault.
     """
-    learning = Full(adamw=small.adamw)
+    updates = [max(round(small.effort * step.updates), 1) for step in CURRICULUM]
+    learning = lay_out(Full(adamw=small.adamw), sum(updates))
 
     @jax.jit
     def begin(key):
@@ -76,10 +78,10 @@ def learn(small: Small, recall: Recall, run: Run, model: Decoder, seed: int) -> 
 
     state = begin(jax.random.key(seed))
     lessons = make_lessons(recall, questions=small.questions, seed=seed)
-    for number, (lesson, step) in enumerate(zip(lessons, CURRICULUM), 1):
+    for number, (lesson, steps) in enumerate(zip(lessons, updates), 1):
         state = train(
             *(learning, model, state, lesson),
-            steps=max(round(small.effort * step.updates), 1),
+            steps=steps,
             folder=run.folder_of(f"lesson-{number}"),
             keep=1,
             resume=run.resume,

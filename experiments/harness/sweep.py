@@ -71,19 +71,6 @@ class Outcome:
         return sum(self.losses) / len(self.losses)
 
 
-def scale_rate(own: Any, factor: float) -> Any:
-    """A dataclass whose learning rate, its own or its `adamw`'s, is `factor` times.
-
-    Of a MixLora, those of all its mixtures.
-    """
-    if mixtures := getattr(own, "mixtures", ()):
-        scaled = tuple(scale_rate(mixture, factor) for mixture in mixtures)
-        return dataclasses.replace(own, mixtures=scaled)
-    if hasattr(own, "learning_rate"):
-        return dataclasses.replace(own, learning_rate=own.learning_rate * factor)
-    return dataclasses.replace(own, adamw=scale_rate(own.adamw, factor))
-
-
 def say_where(outcomes: Iterable[Outcome]) -> str:
     """A sentence: where the trials were trained."""
     places = frozenset().union(*(own.places for own in outcomes))

@@ -97,8 +97,9 @@ class AdamW:
     warmup_steps: int = 0
     """Steps of linear rise to the peak, which update number `warmup_steps` has (from
     1, or from 0 where `convention` is "transformers")."""
-    total_steps: int = 0
-    """Updates the schedule is laid out for; needed unless it is constant."""
+    total_steps: int | None = None
+    """Updates the schedule is laid out for; needed unless it is constant. None: those
+    of the run, where the harness trains (`lay_out`)."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -141,10 +142,11 @@ class AdamW:
                 f"AdamW: b1={self.b1}, b2={self.b2}, eps={self.eps}: the decays must "
                 "lie in [0, 1) and eps must be positive."
             )
-        if self.schedule != "constant" and self.total_steps <= self.warmup_steps:
+        total, falls = self.total_steps, self.schedule != "constant"
+        if falls and total is not None and total <= self.warmup_steps:
             raise ValueError(
                 f"AdamW: schedule={self.schedule!r} needs total_steps above "
-                f"warmup_steps={self.warmup_steps}, got total_steps={self.total_steps}."
+                f"warmup_steps={self.warmup_steps}, got total_steps={total}."
             )
         for pattern, factor in self.rates:
             if not 0 <= factor < math.inf:
@@ -163,12 +165,21 @@ class AdamW:
             )
 
     def rate(self, step: jax.Array) -> jax.Array:
-        """Learning rate of update number `step` (from 0), float32."""
+        """Learning rate of update number `step` (from 0), float32.
+
+        Raises:
+          ValueError: the schedule falls, and nobody said over how many updates.
+        """
         step = jnp.asarray(step, jnp.float32)
         begun = 0 if self.convention == "transformers" and self.warmup_steps else 1
         warmup = jnp.minimum(1.0, (step + begun) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return self.learning_rate * warmup
+        if self.total_steps is None:
+            raise ValueError(
+                f"AdamW: schedule={self.schedule!r} falls to zero at total_steps=None. "
+                "Give the updates that it is laid out for: those that are trained."
+            )
         span = self.total_steps - self.warmup_steps
         done = jnp.clip((step - self.warmup_steps) / span, 0.0, 1.0)
         left = 1 - done

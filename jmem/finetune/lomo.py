@@ -44,7 +44,7 @@ class Lomo:
     """Peak rate: the papers take 0.01 to 0.05 for LOMO and 5e-4 to 1e-3 for AdaLomo."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
-    total_steps: int = 0
+    total_steps: int | None = None
     convention: Convention = "plain"
     """These four as `AdamW`'s."""
     weight_decay: float = 0.0

@@ -220,17 +220,25 @@ class TestCommandLine:
         @dataclasses.dataclass(frozen=True)
         class Growing:
             steps: int = 4
-            growing = ("steps",)
+            why: str = ""
 
-        (tmp_path / "config.toml").write_text(config.write(Growing()))
+            @property
+            def growing(self):
+                return {"steps": self.why}
 
-        def resume(steps):
+        def resume(steps, why=""):
+            (tmp_path / "config.toml").write_text(config.write(Growing(why=why)))
             flags = "--resume", str(tmp_path), "--steps", steps
             return cli.parse(Growing, "toy", flags)[1].steps
 
         assert resume("6") == 6
         with pytest.raises(ConfigError, match="steps=3 differs from the saved run's 4"):
             resume("3")
+        assert resume("4", "Rates fall until then.") == 4
+        with pytest.raises(ConfigError, match=r"run's 4\.\nRates fall until then"):
+            resume("6", "Rates fall until then.")
+        with pytest.raises(ConfigError, match="drop the flag"):
+            resume("3", "Rates fall until then.")
 
     def test_resume_of_nothing(self, presets, tmp_path):
         with pytest.raises(ConfigError, match="no run was saved there"):

@@ -141,7 +141,7 @@ def test_an_update_is_as_large_as_its_matrix_says():
     [
         ({"clip_value": -1.0}, r"Lomo: clip_value=-1.0 must be finite"),
         ({"learning_rate": -1.0}, r"learning_rate=-1.0 must be finite"),
-        ({"schedule": "cosine"}, r"needs total_steps above"),
+        ({"schedule": "cosine", "total_steps": 0}, r"needs total_steps above"),
     ],
 )
 def test_refuses(settings, message):
