@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import os
 import pathlib
 import runpy
@@ -47,6 +48,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from experiments.harness import config as configs
 from experiments.harness.config import ConfigError, find_slug
 from experiments.harness.flags import read as read_flags
+from experiments.harness.naming import name_flags
 
 if TYPE_CHECKING:
     from experiments.harness.run import Run
@@ -83,7 +85,7 @@ def run[Config](
     Exit status 1 is a verdict that is no, which `main` returns; 2 is a refusal in words
     or a bug, which keeps its traceback; 130 is an interruption.
     """
-    with _end_in_words():
+    with _end_in_words((config, Flags), sys.argv[1:]):
         slug = find_slug(main)
         flags, chosen = parse(config, slug, sys.argv[1:], _describe(main))
         from experiments.harness.run import Run  # with JAX, which a script may not need
@@ -118,11 +120,12 @@ def script[Command](
     Raises:
       TypeError: `command` cannot be one (`experiments.harness.config.check`).
     """
-    with _end_in_words():
+    given = sys.argv[1:] if arguments is None else arguments
+    with _end_in_words((command,), given):
         configs.check(command)
         chosen = read_flags(
             command,
-            sys.argv[1:] if arguments is None else arguments,
+            given,
             prog=f"python -m experiments.{find_slug(main)}",
             description=_describe(main),
         )
@@ -131,8 +134,11 @@ def script[Command](
 
 
 @contextlib.contextmanager
-def _end_in_words() -> Iterator[None]:
-    """Ends the process in words where the user can mend what went wrong."""
+def _end_in_words(kinds: Sequence[type], arguments: Sequence[str]) -> Iterator[None]:
+    """Ends the process in words where the user can mend what went wrong.
+
+    The words end with the flags that they speak of, of dataclasses of these `kinds`.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(forgive())
         stack.enter_context(_stop_as_by_ctrl_c())
@@ -144,7 +150,8 @@ def _end_in_words() -> Iterator[None]:
             if os.environ.get("JMEM_DEBUG") or not is_refusal(error):
                 sys.excepthook = _exit_after_traceback
                 raise
-            print(format_error(error), file=sys.stderr)
+            flags = name_flags(str(error), kinds, arguments)
+            print(format_error(error, flags), file=sys.stderr)
             sys.exit(2)
 
 
@@ -193,6 +200,7 @@ def parse[Config](
     Raises:
       ConfigError: a preset that is missing or does not fit; with --resume, a field
         that differs from the saved run's.
+      ValueError: a value that the config, or a table within it, refuses.
       TypeError: `config` cannot be one (`experiments.harness.config.check`).
     """
     import tyro
@@ -218,16 +226,33 @@ def parse[Config](
         Annotated[config, bare],
     )
     both: Any = tuple[*parts]
-    flags, chosen = tyro.cli(
-        both,
-        args=list(arguments),
-        default=(Flags(), base),
-        prog=f"python -m experiments.{slug}",
-        description=f"{description}\n\nPresets: {known}".strip(),
-    )
+    with _raise_our_own():
+        flags, chosen = tyro.cli(
+            both,
+            args=list(arguments),
+            default=(Flags(), base),
+            prog=f"python -m experiments.{slug}",
+            description=f"{description}\n\nPresets: {known}".strip(),
+        )
     if saved is not None:
         _check_resumed(flags, saved, chosen)
     return flags, chosen
+
+
+@contextlib.contextmanager
+def _raise_our_own() -> Iterator[None]:
+    """Raises what a table within a config refused, where tyro would exit with a box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            yield
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error := error.__context__:
+            if isinstance(error, ValueError) and is_refusal(error):
+                raise error from None
+        sys.stderr.write(box.getvalue())
+        raise
 
 
 def _find_value(flag: str, arguments: Sequence[str]) -> str:
@@ -329,8 +354,11 @@ def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in ("jmem", "experiments", "__main__")
 
 
-def format_error(error: Exception) -> str:
-    """An error in the house style: its class, its words, further lines indented."""
-    first, *rest = str(error).splitlines() or [""]
+def format_error(error: Exception, more: str = "") -> str:
+    """An error in the house style: its class, its words, further lines indented.
+
+    `more` is a line of its own at the end.
+    """
+    first, *rest = [*(str(error).splitlines() or [""]), *more.splitlines()]
     lines = [f"{type(error).__name__}: {first}"]
     return "\n".join(lines + [textwrap.indent(line, " " * 12) for line in rest])

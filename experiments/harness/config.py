@@ -173,9 +173,7 @@ def _apply(
 def _suggest(name: str, config: type) -> str:
     """The end of an unknown key's message: the nearest name, in a table below too."""
     own = {name: name for name in resolve_hints(config)}
-    below = {
-        path.rpartition(".")[2]: path for path in reversed([*_list_leaves(config)])
-    }
+    below = {path.rpartition(".")[2]: path for path in reversed([*list_leaves(config)])}
     paths = below | own
     near = difflib.get_close_matches(name, paths, n=1, cutoff=0.4)
     return (
@@ -183,11 +181,11 @@ def _suggest(name: str, config: type) -> str:
     )
 
 
-def _list_leaves(config: type, above: str = "") -> Iterator[str]:
+def list_leaves(config: type, above: str = "") -> Iterator[str]:
     """Dotted names of the fields of a config, and of the configs within it."""
     for name, hint in resolve_hints(config).items():
         if _is_table(hint):
-            yield from _list_leaves(hint, f"{above}{name}.")
+            yield from list_leaves(hint, f"{above}{name}.")
         else:
             yield above + name
 
@@ -309,7 +307,7 @@ def _write_value(value: Any) -> str:
 
 def find_differences(first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
     """Dotted names of the fields whose values differ, with both values."""
-    for name in _list_leaves(type(first)):
+    for name in list_leaves(type(first)):
         own, other = map(operator.attrgetter(name), (first, second))
         if own != other:
             yield name, own, other

@@ -26,7 +26,7 @@ from jmem.memory.escape import escape_controls, escape_lines, fit_encoding
 from jmem.memory.measure import measure
 from jmem.memory.report import GiB, MemoryReport
 from jmem.program import Program
-from jmem.targets import suggest
+from jmem.targets import resolve, suggest
 from jmem.terminal import silence
 
 
@@ -122,6 +122,10 @@ def _check(given: argparse.Namespace) -> None:
             f"--reserve {given.reserve}: must not be negative, nor more than {_MOST:,} "
             "GiB."
         )
+    try:
+        resolve(given.gpu)
+    except ValueError as error:
+        raise _RefusedError(f"--gpu {given.gpu}: {error}") from error
     if given.top < 0:
         raise _RefusedError(f"--top {given.top}: must not be negative.")
     for kind in _WRITERS:

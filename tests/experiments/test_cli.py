@@ -99,7 +99,8 @@ class TestProcess:
         assert toy("--fail", "refused") == (
             2,
             "",
-            "ValueError: Toy: fail='refused' is refused.\n            Use another.\n",
+            "ValueError: Toy: fail='refused' is refused.\n            Use another.\n"
+            "            Flags: --fail refused.\n",
         )
         assert not list((tmp_path / "runs" / "toy").iterdir())
         monkeypatch.setenv("JMEM_DEBUG", "1")

@@ -1,0 +1,101 @@
+"""Which flags a refusal speaks of: the library names its arguments, a user typed flags.
+
+    name_flags("Lora: rank=0 must be at least 1.", [Config], ["--lora.rank", "0"])
+    'Flags: --lora.rank 0.'
+
+One place for all that the library refuses. An argument is a typed flag's where it has
+the flag's last name and its value, or, if the message names none of these, where it has
+its value alone (`target='h20'` is `--gpu h20`).
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+
+from experiments.harness.config import list_leaves
+
+_ARGUMENT = re.compile(
+    r"(?<![\w.-])((?:\w+(?:\[\d+\])?\.)*[a-z]\w*)(?:\[\d+\])?="
+    r"('[^']*'|\"[^\"]*\"|\((?:[^()]|\([^()]*\))*\)|\d{1,3}(?:,\d{3})+|[^\s,;]+)"
+)
+_VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[^\s,()\[\]]+")
+
+
+def name_flags(message: str, kinds: Iterable[type], arguments: Sequence[str]) -> str:
+    """The end of a message: flags behind the arguments that it names; "" if none are.
+
+    Args:
+      message: of a refusal.
+      kinds: the dataclasses that the command line is read into.
+      arguments: the command line.
+    """
+    leaves = [leaf for kind in kinds for leaf in list_leaves(kind)]
+    typed = _read_typed(arguments, leaves)
+    named = [(re.sub(r".*\]\.", "", n), v) for n, v in _ARGUMENT.findall(message)]
+    found = {
+        path: None
+        for name, value in named
+        for path in typed
+        if f".{path}".endswith(f".{name}") and _is_equal(typed[path], value)
+    }
+    for path in [*found]:  # what was not typed and lies in the same table, or above it
+        for name, _ in named:
+            for near in _list_near(path, name):
+                if near in leaves and near not in typed:
+                    found[near] = None
+    if not found:
+        found = {p: None for p, words in typed.items() if _holds(message, words)}
+    shown = [shlex.join([_spell(path), *typed.get(path, ())]) for path in found]
+    missing = [flag for flag in shown if flag not in message]
+    return f"Flags: {', '.join(missing)}." if missing else ""
+
+
+def _read_typed(arguments: Sequence[str], leaves: Sequence[str]) -> dict[str, list]:
+    """What was typed behind the flag of each field; True or False of a bare one."""
+    typed: dict[str, list[str]] = {}
+    current: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("--"):
+            current.append(argument)
+            continue
+        flag, equals, value = argument[2:].partition("=")
+        path = flag.replace("-", "_")
+        current = [value] if equals else []
+        typed[path] = current
+    return {path: words for path, words in typed.items() if path in leaves}
+
+
+def _is_equal(words: Sequence[str], value: str) -> bool:
+    """Whether typed words are the value that a message tells."""
+    told = [_read(word) for word in _VALUE.findall(value.rstrip(".:"))]
+    return told == ([_read(word) for word in words] or [_read("True")])
+
+
+def _read(word: str) -> float | str:
+    word = word.strip("'\"")
+    try:
+        return float(word.replace(",", ""))
+    except ValueError:
+        return word
+
+
+def _list_near(path: str, name: str) -> Iterator[str]:
+    """The names of `name` beside the field `path`, and in each table above that."""
+    table = path.rpartition(".")[0]
+    yield f"{table}.{name}" if table and "." not in name else name
+    while table := table.rpartition(".")[0]:
+        yield f"{table}.{name}"
+
+
+def _holds(message: str, words: Sequence[str]) -> bool:
+    """Whether a message tells one of these words, as they are or as a number is."""
+    for word in words:
+        forms = {word, f"{int(word):,}"} if word.isdigit() else {word}
+        for form in forms:
+            if len(form) > 1 and re.search(rf"(?<!\w){re.escape(form)}(?!\w)", message):
+                return True
+    return False
+
+
+def _spell(path: str) -> str:
+    return f"--{path.replace('_', '-')}"
