@@ -161,6 +161,7 @@ def render(
     tools: list[Any] | None,
     today: str,
     limit: int,
+    options: dict[str, Any] | None = None,
 ) -> list[str]:
     """The text of the first so many messages, with or without the prompt for an answer.
 
@@ -172,10 +173,12 @@ def render(
       tools: that the template may describe.
       today: the day that `strftime_now` tells, as ISO; empty: now.
       limit: most characters of one text.
+      options: further values by the names that the template has for them.
     """
     template, texts = _compile(source), []
     now = datetime.datetime.fromisoformat(today) if today else datetime.datetime.now()
-    names = tokens | {"tools": tools, "documents": None, "strftime_now": now.strftime}
+    names = {"documents": None, **tokens, **(options or {})}
+    names |= {"tools": tools, "strftime_now": now.strftime}
     for stop, asks in parts:
         own = names | {"messages": messages[:stop], "add_generation_prompt": asks}
         pieces, length = [], 0

@@ -6,6 +6,9 @@ Idea    A template is a Jinja program in the checkpoint. What an assistant turn 
         whole rendering starts, so training sees each turn as generation would.
         Templates that drop the reasoning of earlier turns break that: such a chat is
         refused, or made one document an answer (`render_each`).
+Thought An answer may begin with its reasoning, <think> ... </think>. Where a template
+        leaves that out, or has opened it in the prompt for the answer, the answer
+        follows its prompt as it would be generated, and ends as the template ends it.
 Source  `apply_chat_template` of Hugging Face's transformers 5: whitespace control,
         `raise_exception`, `tojson`, `strftime_now`, loop controls, `generation` blocks
         (whose contents are rendered; the spans do not need them), tools. No documents.
@@ -14,8 +17,10 @@ Safety  Templates come from somebody else: they run in Jinja's immutable sandbox
 """
 
 import datetime
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +28,16 @@ from typing import TYPE_CHECKING, Any
 from jmem import confined
 from jmem.data import rows
 from jmem.data.document import DataError, Document, read_text
-from jmem.data.messages import ALPACA, BESIDE, COLUMNS, Chat, make_chat, read_chat
+from jmem.data.messages import (
+    ALPACA,
+    BESIDE,
+    COLUMNS,
+    Chat,
+    list_said,
+    make_chat,
+    name_tools,
+    read_chat,
+)
 from jmem.data.text import Source, check_sources, gather
 
 if TYPE_CHECKING:
@@ -41,6 +55,10 @@ CONFIG_LIMIT = 1 << 26
 
 _JINJA, _CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
+_THOUGHT = re.compile(r"<(\w+)>.*?</\1>", re.DOTALL)
+"""How an answer begins that brings its reasoning."""
+_OPENED = re.compile(r"<(\w+)>\s*\Z")
+"""How a prompt ends that has begun the reasoning."""
 _KINDS_OF_TOKEN = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -121,7 +139,11 @@ class ChatTemplate:
         text, *pairs = self._write(chat, source, whole=True)
         spans: list[tuple[int, int]] = []
         for i, (before, after) in zip(_list_answers(chat), _pair(pairs)):
-            if not (text.startswith(after) and after.startswith(before)):
+            said, place = chat.messages[i]["content"], f"{source}: message {i}"
+            through = _read_answer(before, after, said, place)
+            if through is not None and text == after:
+                text = through
+            if through is None or not text.startswith(through):
                 raise DataError(
                     f"{source}: this template rewrites earlier turns: message {i} (by "
                     "the assistant) is written otherwise in the whole chat than when "
@@ -129,22 +151,24 @@ class ChatTemplate:
                     "split=True), cut the chat after its first answer, or use another "
                     "template."
                 )
-            spans.append((len(before), len(after)))
+            spans.append((len(before), len(through)))
         return _make_document(text, chat, spans, source)
 
     def _render_each(self, chat: Chat, source: str) -> list[Document]:
         found = []
         pairs = _pair(self._write(chat, source, whole=False))
         for i, (before, after) in zip(_list_answers(chat), pairs):
-            if not after.startswith(before):
+            said, place = chat.messages[i]["content"], f"{source}: message {i}"
+            through = _read_answer(before, after, said, place)
+            if through is None:
                 raise DataError(
-                    f"{source}: this template writes an answer otherwise than it asks "
+                    f"{place}: this template writes an answer otherwise than it asks "
                     "for one: the prompt for it is not how it begins. Use another "
                     "template."
                 )
             own = chat._replace(learnt=[n == i for n in range(len(chat.learnt))])
-            span = len(before), len(after)
-            found.append(_make_document(after, own, [span], source))
+            span = len(before), len(through)
+            found.append(_make_document(through, own, [span], source))
         return found
 
     def _write(self, chat: Chat, place: str, *, whole: bool) -> list[str]:
@@ -160,6 +184,7 @@ class ChatTemplate:
                 messages=chat.messages,
                 parts=parts,
                 tools=chat.tools,
+                options=dict(chat.options),
                 today=self.today,
                 limit=RENDERED_LIMIT,
             )
@@ -265,21 +290,83 @@ def _pair(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
     return zip(texts[::2], texts[1::2])
 
 
+def _read_answer(before: str, after: str, said: str, place: str) -> str | None:
+    """The text through an answer as it is generated: `before` is how it begins.
+
+    None if the template writes it otherwise than it asks for it.
+
+    Raises:
+      DataError: the prompt has begun a reasoning that the answer does not bring.
+    """
+    said = said.strip()
+    thought, opened = _THOUGHT.match(said), _OPENED.search(before)
+    if opened and not thought and f"</{opened[1]}>" in said:
+        thought = opened  # it goes on from there
+    begins = after.startswith(before)
+    if thought and not (begins and f"</{thought[1]}>" in after[len(before) :]):
+        through = _put_thought(before, after, said, thought[1])
+        if through is not None:
+            return through
+    if begins:
+        return after
+    if opened and not thought and after.startswith(before[: opened.start()]):
+        tag = opened[1]
+        raise DataError(
+            f"{place}: this template writes an answer otherwise than it asks for one: "
+            f"the prompt for it ends in <{tag}>, and the answer brings no reasoning. "
+            f"Begin its content so, <{tag}>...</{tag}>, or use another template."
+        )
+    return None
+
+
+def _put_thought(before: str, after: str, said: str, tag: str) -> str | None:
+    """`before`, all that is said, and what the template writes behind an answer.
+
+    None if what follows the thought is not how the template goes on.
+    """
+    begin, end = f"<{tag}>", f"</{tag}>"
+    opening = re.search(rf"{begin}(\s*)\Z", before)
+    head = before[: opening.start()] if opening else before
+    written, answer = after[len(head) :].lstrip(), said.partition(end)[2].lstrip()
+    if end in written:
+        written = written.partition(end)[2].lstrip()
+    if not (after.startswith(head) and written.startswith(answer)):
+        return None
+    if opening:
+        said = said.removeprefix(begin).removeprefix(opening[1])
+    return before + said + written[len(answer) :]
+
+
 def _make_document(
     text: str, chat: Chat, spans: list[tuple[int, int]], source: str
 ) -> Document:
     text = read_text({"messages": text}, "messages", source)
     for i, (start, stop) in zip(_list_answers(chat), spans):
-        words = chat.messages[i]["content"].split()
-        if words and not any(word in text[start:stop] for word in words):
-            raise DataError(
-                f"{source}: this template leaves out what message {i} (by the "
-                "assistant) says. It may be for images, or of another kind of model; "
-                "use another."
-            )
+        for what, words in list_said(chat.messages[i]).items():
+            if left_out := _find_left_out(words, text[start:stop]):
+                raise DataError(
+                    f"{source}: this template leaves out what message {i} (by the "
+                    f"assistant) says: {left_out!r:.80} of its {what}. It may be for "
+                    "images, or of another kind of model; use another, or change the "
+                    "message."
+                )
+    if left_out := _find_left_out(name_tools(chat), text):
+        raise DataError(
+            f"{source}: this template says nothing of the tool {left_out!r:.80}, so "
+            "nobody would tell the model what it may call. Use a template that does, "
+            "or leave out the column 'tools'."
+        )
     return Document(
         text=text, source=source, loss_spans=spans, add_special_tokens=False
     )
+
+
+def _find_left_out(words: Iterable[str], text: str) -> str | None:
+    """The first of some words that a text does not hold, as it is or as in JSON."""
+    for word in words:
+        if word not in text and json.dumps(word)[1:-1] not in text:
+            return word
+    return None
 
 
 def _read_texts(folder: Path) -> dict[str, str]:

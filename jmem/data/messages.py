@@ -13,7 +13,8 @@ Idea    What a template gets is what transformers gives it: a key whose value is
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jmem.data.document import DataError, make_missing_column_error
@@ -21,7 +22,7 @@ from jmem.data.document import DataError, make_missing_column_error
 COLUMNS = ("messages", "conversations", "conversation")
 """Where lists of messages are looked for, if no column is named."""
 ALPACA = ("instruction", "input", "output", "history")
-BESIDE = ("tools", "system")
+BESIDE = ("tools", "system", "chat_template_kwargs")
 """Columns that belong to a conversation, where they are."""
 
 _ROLES: Mapping[str, str] = {
@@ -32,6 +33,7 @@ _ROLES: Mapping[str, str] = {
     "system": "system",
 }
 """Who speaks in ShareGPT, and the role that this is."""
+_WORD = re.compile(r"\w+")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """What reasoning before an answer is called; templates ask for the first or second."""
 
@@ -44,6 +46,8 @@ class Chat(NamedTuple):
     """Whether the loss covers the message: the assistant's, unless its weight is 0."""
     tools: list[Any] | None
     """What the assistant may call, as JSON schemas."""
+    options: Mapping[str, Any] = {}
+    """Further values that the template may ask for: {"enable_thinking": False}."""
 
 
 def read_chat(row: Any, column: str | None, place: str) -> Chat:
@@ -56,6 +60,7 @@ def read_chat(row: Any, column: str | None, place: str) -> Chat:
         raise row
     known = row if isinstance(row, Mapping) else {}
     names = [column] if column else [n for n in (*COLUMNS, ALPACA[0]) if n in known]
+    names.sort(key=lambda name: known.get(name) is None)
     if not names or names[0] not in known:
         raise make_missing_column_error(place, column or COLUMNS[0], known)
     value = known[names[0]]
@@ -67,7 +72,14 @@ def read_chat(row: Any, column: str | None, place: str) -> Chat:
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     if system and "system" not in (first.get("role"), first.get("from")):
         messages.insert(0, {"role": "system", "content": system})
-    return make_chat(messages, place, _read_tools(known.get("tools"), place))
+    chat = make_chat(messages, place, _read_tools(known.get("tools"), place))
+    options = known.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise DataError(
+            f"{place}: chat_template_kwargs={options!r:.80} is not an object. Write it "
+            'as {"enable_thinking": false}, or rename the column.'
+        )
+    return chat._replace(options=options)
 
 
 def make_chat(messages: Any, place: str, tools: list[Any] | None = None) -> Chat:
@@ -94,6 +106,41 @@ def make_chat(messages: Any, place: str, tools: list[Any] | None = None) -> Chat
             "the chat."
         )
     return Chat(found, learnt, tools)
+
+
+def list_said(message: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The words of an answer that a model is to learn, by the key they stand in."""
+    parts = {key: message.get(key) for key in ("content", "reasoning_content")}
+    calls, one = message.get("tool_calls"), message.get("function_call")
+    for key, own in (("tool_calls", calls), ("function_call", [one])):
+        own = [_get_function(call) for call in own] if isinstance(own, list) else []
+        parts[key] = [[call.get("name"), call.get("arguments")] for call in own]
+    return {key: [*_list_words(value)] for key, value in parts.items()}
+
+
+def name_tools(chat: Chat) -> list[str]:
+    """The names of the tools that an assistant is told of."""
+    names = [_get_function(tool).get("name") for tool in chat.tools or ()]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _get_function(tool: Any) -> Mapping[str, Any]:
+    """What a tool, or a call of one, says of the function; {} if it is neither."""
+    own = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    return own if isinstance(own, Mapping) else {}
+
+
+def _list_words(value: Any) -> Iterator[str]:
+    """The words of the strings in a value of JSON, and of the names in it."""
+    rest = [value]
+    while rest:
+        match rest.pop():
+            case str() as text:
+                yield from dict.fromkeys(_WORD.findall(text))
+            case Mapping() as own:
+                rest += reversed([*own, *own.values()])
+            case list() as own:
+                rest += reversed(own)
 
 
 def _check_list(messages: Any, place: str) -> list[Any] | tuple[Any, ...]:

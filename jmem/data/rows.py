@@ -129,7 +129,8 @@ def read_dataset_rows(
         for column in columns:
             if column not in names:
                 raise make_missing_column_error(str(place), column, names)
-        source = source.select_columns([n for n in names if n in {*columns, *beside}])
+        read = [n for n in names if n in {*columns, *beside}]
+        source = source.select_columns(read or names)  # all, for who says what lacks
     for number, row in enumerate(source, start=1):
         yield f"{place}:{number}", row
 
@@ -212,6 +213,7 @@ def read_parquet_rows(
                 _check_column(path, column, file.schema_arrow, strings)
             names = file.schema_arrow.names
             read = [n for n in dict.fromkeys((*columns, *beside)) if n in names]
+            read = read or names  # for who says what is missing
             for batch in file.iter_batches(columns=read):
                 values = [batch.column(column).to_pylist() for column in read]
                 for row in zip(*values):

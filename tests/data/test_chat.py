@@ -377,6 +377,170 @@ class TestSplit:
             ChatTemplate(source).render_each(MESSAGES[1:3], "here")
 
 
+def write_answers(answer: str, prompt: str = "<A>") -> ChatTemplate:
+    """A template with so much of an answer, and such a prompt for one."""
+    return ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}<A>"
+        + answer
+        + "<E>{% else %}<U>{{ m.content }}{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}"
+        + prompt
+        + "{% endif %}"
+    )
+
+
+LAST_PART = "{{ m.content.split('</think>')[-1] }}"
+WITHOUT = write_answers(LAST_PART)  # as DeepSeek-R1's first one
+OPENED = write_answers(LAST_PART, "<A><think>\n")  # as that of its distilled models
+TRIMMED = write_answers(LAST_PART.replace("]", "].lstrip('\\n')"), "<A><think>\n")
+WHOLE = write_answers("{{ m.content }}", "<A><think>\n")
+KEPT = write_answers(
+    "<think>\n{{ m.content.split('</think>')[0].split('<think>')[-1].strip() }}"
+    "\n</think>\n\n{{ m.content.split('</think>')[-1].lstrip() }}",
+    "<A><think>\n",
+)
+
+
+def answer(*contents):
+    asked = {"role": "user", "content": "1+1?"}
+    return [m for c in contents for m in (asked, {"role": "assistant", "content": c})]
+
+
+class TestThoughts:
+    """Answers that bring their reasoning, behind prompts that begin it or do not."""
+
+    @pytest.mark.parametrize(
+        ("template", "content", "learnt"),
+        [
+            (WITHOUT, "<think>\nx\n</think>\n\n2", "<think>\nx\n</think>\n\n2<E>"),
+            *(
+                (template, start + "x\n</think>\n\n2\n", "x\n</think>\n\n2" + end)
+                for template, end in (
+                    *((OPENED, "\n<E>"), (TRIMMED, "\n<E>"), (WHOLE, "\n<E>")),
+                    (KEPT, "\n<E>"),
+                )
+                for start in ("<think>\n", "<think>", "")
+            ),
+            (OPENED, "<think>e</think>e", "e</think>e<E>"),
+            (OPENED, "<think>x</think>", "x</think><E>"),
+        ],
+    )
+    def test_an_answer_goes_on_from_its_prompt(self, template, content, learnt):
+        (split,) = template.render_each(answer(content))
+        for found in (template.render(answer(content)), split):
+            prompt = "<U>1+1?<A>" + "<think>\n" * (template is not WITHOUT)
+            assert found["text"] == prompt + learnt
+            assert covered(found) == [learnt]
+
+    def test_earlier_ones_are_as_the_template_has_them(self):
+        talk = answer("<think>\nx\n</think>2", "<think>\ny\n</think>3")
+        for template in (WITHOUT, OPENED):
+            with pytest.raises(DataError, match=r"^c: .* message 1 .*--split-chats"):
+                template.render(talk, "c")
+        first, second = OPENED.render_each(talk)
+        assert covered(first) == ["x\n</think>2<E>"]
+        assert second["text"] == "<U>1+1?<A>2<E><U>1+1?<A><think>\ny\n</think>3<E>"
+        talk[1] |= {"weight": 0}
+        assert OPENED.render(talk) == second | {"source": "messages"}
+
+    @pytest.mark.parametrize("more", [{}, {"reasoning_content": "x"}])
+    def test_one_without_is_refused_with_a_way_out(self, more):
+        (asked, told) = answer("2")
+        for render in (OPENED.render, OPENED.render_each):
+            with pytest.raises(
+                DataError, match=r"^c: message 1: .*<think>, .*<think>\.\.\.</think>"
+            ):
+                render([asked, told | more], "c")
+
+
+class TestLeftOut:
+    """What a template does not write can't be learnt, and is refused by its name."""
+
+    CALL = {"name": "wx", "arguments": {"city": "Rome"}}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("answer", "message", "words"),
+        [
+            (
+                "{{ m.content[:9] }}",
+                {"content": "one, two, three"},
+                "'three' of its con",
+            ),
+            (
+                "{{ m.content }}",
+                {"thinking": "easy"},
+                "'easy' of its reasoning_content",
+            ),
+            ("{{ m.content }}", {"tool_calls": [CALL]}, "'wx' of its tool_calls"),
+            (
+                "{{ m.tool_calls[0].function.name }}",
+                {"content": "", "tool_calls": [{"function": CALL}]},
+                "'city' of its tool_calls",
+            ),
+            ("{{ m.content }}", {"function_call": CALL}, "'wx' of its function_call"),
+            (
+                "{{ m.tool_calls }}",  # as llama 3.1 does
+                {"content": "Let me see.", "tool_calls": [CALL]},
+                "'Let' of its content",
+            ),
+        ],
+    )
+    def test_of_an_answer(self, answer, message, words):
+        asked, told = {"role": "user", "content": "?"}, {"role": "assistant"}
+        talk = [asked, told | {"content": "b"} | message]
+        template = write_answers(answer)
+        for render in (template.render, template.render_each):
+            with pytest.raises(DataError, match=rf"^c: .* leaves out .* 1 .*({words})"):
+                render(talk, "c")
+
+    @pytest.mark.parametrize("filter", ["", "| tojson", "| tojson(ensure_ascii=True)"])
+    def test_nothing_is_where_it_is_only_written_otherwise(self, filter):
+        template = write_answers(
+            f"{{{{ m.content {filter} }}}}{{{{ m.tool_calls | tojson }}}}"
+        )
+        told = {"content": 'é "b"\n  日本', "tool_calls": [self.CALL]}
+        talk = [MESSAGES[1], {"role": "assistant"} | told]
+        assert covered(template.render(talk))[0].endswith("<E>")
+
+    @pytest.mark.parametrize("tool", [{"name": "wx"}, {"function": {"name": "wx"}}])
+    def test_of_the_tools(self, tool):
+        with pytest.raises(
+            DataError, match=r"^c: .* nothing of the tool 'wx'.*'tools'"
+        ):
+            TEMPLATE.render(MESSAGES, "c", [tool])
+        template = ChatTemplate("{{ tools | tojson }}" + CHATML, TEMPLATE.tokens)
+        assert template.render(MESSAGES, "c", [tool])["text"].startswith('[{"')
+
+
+def test_a_rows_own_values_for_the_template(tmp_path):
+    template = write_answers("{{ m.content }}{% if not mood %}!{% endif %}")
+    rows = [
+        {"messages": MESSAGES[1:3], "chat_template_kwargs": own}
+        for own in (None, {"mood": True})
+    ]
+    lines = jsonl(tmp_path / "a.jsonl", *rows)
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    for path in (lines, table):
+        texts = read_chats(path, template=template)["text"]
+        assert [text.count("!") for text in texts] == [1, 0]
+    bad = jsonl(tmp_path / "b.jsonl", rows[0] | {"chat_template_kwargs": [1]})
+    with pytest.raises(DataError, match=r"b\.jsonl:1: chat_template_kwargs=\[1\] is"):
+        read_chats(bad, template=template)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_a_table_without_a_column_of_chats_says_which_it_has(kind, tmp_path):
+    place = tmp_path / f"a.{kind}"
+    rows = datasets.Dataset.from_list([{"dialog": MESSAGES, "id": 1}])
+    if kind == "folder":
+        rows.save_to_disk(place)
+    else:
+        pq.write_table(rows.data.table, place)
+    with pytest.raises(DataError, match=r":1: no column 'messages' among \['dialog'"):
+        read_chats(place, template=TEMPLATE)
+
+
 def test_a_template_that_leaves_out_what_is_said_is_refused():
     """One for contents in parts finds none in a text."""
     source = "{% for m in messages %}{{ m.role }}:"

@@ -26,12 +26,13 @@ from jmem.data.document import DataError
 
 TEMPLATE = """\
 {%- set state = namespace(first=true) -%}
+{{- tools | tojson if tools else '' -}}
 {%- for m in messages -%}
     {%- if m.role not in ['system', 'user', 'assistant', 'tool'] -%}
         {{ raise_exception('unknown role ' + m.role) }}
     {%- endif -%}
 <|im_start|>{{ m.role }}
-{{ m.content | trim }}
+{{ m.thinking or '' }}{{ m.content | trim }}
 {%- for c in m.tool_calls or [] %}{{ c | tojson(indent=2) }}{% endfor %}
 {{ eos_token * 2 }}{{ strftime_now('%Y') }}{% set state.first = false %}
 {% endfor %}

@@ -75,6 +75,10 @@ class TestForms:
         with pytest.raises(DataError, match="system=7 is not a string"):
             messages_of(row | {"system": 7})
 
+    def test_a_column_that_is_null_is_not_the_one(self):
+        row = {"messages": None, "conversations": [ASKED, TOLD]}
+        assert messages_of(row) == [ASKED, TOLD]
+
     def test_a_column_that_is_named_is_the_one(self):
         row = {"messages": [ASKED, TOLD], "chat": [ASKED, CALL]}
         assert messages_of(row, "chat")[1]["content"] == ""
