@@ -6,11 +6,12 @@ compiled for GPUs that are not there, and what their errors mean.
 
 import contextlib
 import math
+import operator
 import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -89,6 +90,22 @@ def use_mesh(
     if mesh is not None and named:
         return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     return contextlib.nullcontext()
+
+
+def list_positions(field: str, given: Any) -> tuple[int, ...]:
+    """Positions of arguments as a tuple; one may be given by itself.
+
+    Raises:
+      TypeError: something that is no position, as a name.
+    """
+    positions: Any = (given,) if isinstance(given, int | str) else tuple(given)
+    for position in positions:
+        if not isinstance(position, SupportsIndex):
+            raise TypeError(
+                f"{field}={given!r}: {position!r} is no position of an argument. Count "
+                f"them from 0, as {field}=(0, 1)."
+            )
+    return tuple(map(operator.index, positions))
 
 
 @contextlib.contextmanager
@@ -182,6 +199,12 @@ _KNOWN = (
         "over, or that nnx.cached_partial holds.\nGive every module as an argument:\n"
         "    step = nnx.jit(step)                     # def step(model, batch): ...\n"
         "    jmem.measure(step, model, batch)",
+    ),
+    (
+        "can only be passed to top-level",
+        "it is under jax.jit with compiler_options, or calls a function that is, and "
+        "JAX takes those of the outermost function only.\n"
+        "Leave them out there, and give them here: jmem.measure(..., options={{...}})",
     ),
     ("No such compile option", "{error}"),
     ("Failed to get configs", _NO_ALGORITHM),

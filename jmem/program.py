@@ -38,6 +38,7 @@ from jmem.lowering import (
     ahead_of_time,
     explain_errors,
     find_ignored_donation,
+    list_positions,
     use_device,
     use_mesh,
 )
@@ -133,9 +134,8 @@ class Program:
                 "entry an argument, as (state, batch)."
             )
         for field in ("donate", "static"):
-            positions = tuple(
-                self._check_position(field, p) for p in getattr(self, field)
-            )
+            given = list_positions(field, getattr(self, field))
+            positions = tuple(self._check_position(field, p) for p in given)
             object.__setattr__(self, field, positions)
         both = sorted(set(self.donate) & set(self.static))
         if both:

@@ -8,7 +8,6 @@ measured is what runs. Neither library is imported: who has such a function has 
 
 import dataclasses
 import functools
-import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping
@@ -19,19 +18,17 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from jmem.lowering import ProgramError, explain_errors
+from jmem.memory.calls import (
+    Call,
+    bind,
+    hold_descriptions,
+    hold_static,
+    name_arrays,
+    name_of,
+    place,
+    prepend,
+)
 from jmem.program import by_key, format_path, is_described
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A function that `jax.jit` can compile, and what it is called with."""
-
-    fn: Callable
-    args: tuple
-    donate: tuple[int, ...]
-    static: tuple[int, ...]
-    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Bound by a partial, and left to its function by name."""
 
 
 def read(
@@ -47,23 +44,30 @@ def read(
       static: positions of `args`, likewise.
 
     Raises:
-      ProgramError: the function's changes to a module would be lost, or which of its
-        arguments are static cannot be told; says what to write instead.
+      ProgramError: the function's changes to a module would be lost, which of its
+        arguments are static cannot be told, or it is compiled already; says what to
+        write instead.
     """
+    if isinstance(what, jax.stages.Compiled):
+        raise ProgramError(
+            "measure: what is compiled for other devices already.\nGive the function "
+            "that it was compiled of: jmem.measure(jax.jit(step), ...)"
+        )
     call = _open(Call(what, args, donate, static))
-    if _is_equinox_jit(call.fn) or _hold(call.args, _equinox_types()):
+    if _is_equinox_jit(call.fn) or _asks_for_equinox(call):
         return _read_equinox(call)
     if _is_nnx_jit(call.fn):
         return _read_nnx(call)
     if hasattr(call.fn, "trace"):
-        call = _find_jit_arguments(call)
-        refuse_lost_changes(call.fn, call.args, call.static)
-    elif _find_changed(call.fn, call.args, call.static, call.keywords):
+        call, names = _find_jit_arguments(call)
+        jitted: Any = call.fn
+        inner = place(dataclasses.replace(call, fn=jitted.__wrapped__), names)
+        refuse_lost_changes(inner.fn, inner.args, inner.static)
+        return place(call, names)
+    call = place(call, name_arrays(call.keywords))
+    if _find_changed(call.fn, call.args, call.static):
         return _read_nnx(call)
-    if not call.keywords:
-        return call
-    fn = functools.wraps(call.fn)(functools.partial(call.fn, **call.keywords))
-    return dataclasses.replace(call, fn=fn, keywords={})
+    return call
 
 
 # Partials, methods and models ---------------------------------------------------------
@@ -76,61 +80,43 @@ def _open(call: Call) -> Call:
     """
     fn: Any = call.fn
     modules = (*_nnx_types(), *_equinox_types())
-    if isinstance(getattr(fn, "__self__", None), modules) and hasattr(fn, "__func__"):
-        return _open(_prepend(call, fn.__func__, fn.__self__))  # a bound method
+    own, method = (getattr(fn, name, None) for name in ("__self__", "__func__"))
+    if method and (isinstance(own, modules) or hasattr(method, "trace")):
+        return _open(prepend(call, method, own))
     bound = getattr(fn, "args", ()), getattr(fn, "keywords", {})
     if isinstance(fn, functools.partial) or (
         isinstance(fn, _equinox_types()) and hasattr(fn, "func")
     ):
         inner: Any = fn.func
         opened = hasattr(inner, "trace") or _is_equinox_jit(inner)
-        if not (opened or _hold(bound, modules) or _hold_descriptions(bound)):
+        if not (opened or _hold(bound, modules) or hold_descriptions(bound)):
             return call
         if any(value is getattr(functools, "Placeholder", call) for value in bound[0]):
             raise ProgramError(
-                f"{_name(inner)}: a partial with placeholders cannot be opened. Give "
+                f"{name_of(inner)}: a partial with placeholders cannot be opened. Give "
                 "measure the function itself, and its arguments in order."
             )
-        return _open(_bind(_prepend(call, inner, *bound[0]), bound[1]))
+        found = bind(prepend(call, inner, *bound[0]), bound[1])
+        before, behind = len(bound[0]), len(bound[0]) + len(call.args)
+        own = (*range(before), *range(behind, len(found.args)))
+        return _open(found if opened else hold_static(found, own))
     if isinstance(fn, modules) and not (_is_equinox_jit(fn) or _is_nnx_jit(fn)):
-        return _prepend(call, type(fn).__call__, fn)
+        return prepend(call, type(fn).__call__, fn)
     return call
-
-
-def _prepend(call: Call, fn: Callable, *args: Any) -> Call:
-    """The call of `fn` with further arguments in front of the others."""
-    donate, static = (
-        tuple(n + len(args) for n in positions)
-        for positions in (call.donate, call.static)
-    )
-    return Call(fn, (*args, *call.args), donate, static, call.keywords)
-
-
-def _bind(call: Call, keywords: Mapping[str, Any]) -> Call:
-    """The call with keywords at their positions, as far as they have one.
-
-    Raises:
-      ProgramError: one without a position holds arrays.
-    """
-    keywords = {**keywords, **call.keywords}
-    bound = inspect.signature(call.fn).bind_partial(*call.args, **keywords)
-    if _hold_descriptions(bound.kwargs):
-        raise ProgramError(
-            f"{_name(call.fn)}: a partial holds arrays under {', '.join(bound.kwargs)},"
-            " which cannot be given by position. Give measure the function itself, and "
-            "all its arguments in order."
-        )
-    return dataclasses.replace(call, args=bound.args, keywords=bound.kwargs)
 
 
 # jax.jit ------------------------------------------------------------------------------
 
 
-def _find_jit_arguments(call: Call) -> Call:
-    """The call with the positions that a jitted function donates or holds static."""
+def _find_jit_arguments(call: Call) -> tuple[Call, list[str]]:
+    """The call with the positions that a jitted function donates or holds static.
+
+    And its keywords that are traced, which count as the last arguments.
+    """
     jitted: Any = call.fn
-    with explain_errors(_name(jitted)):
-        infos = jitted.trace(*_unplace(call.args), **call.keywords).args_info[0]
+    with explain_errors(name_of(jitted)):
+        traced = jitted.trace(*_unplace(call.args), **call.keywords)
+    infos, named = traced.args_info
     found = list(_list_statics(infos, call.args))
     if len(found) > 1:  # two numbers, one of them static
         found = [some for some in found if all(_is_static(call, n) for n in some)]
@@ -138,14 +124,14 @@ def _find_jit_arguments(call: Call) -> Call:
         found = [call.static]
     if len(found) != 1:
         raise ProgramError(
-            f"{_name(jitted)}: its static arguments cannot be told from its others; "
+            f"{name_of(jitted)}: its static arguments cannot be told from its others; "
             "give their positions as static=(...)."
         )
     [static] = found
     kept = [n for n in range(len(call.args)) if n not in static]
-    return dataclasses.replace(
-        call, donate=call.donate or _list_donated(kept, infos), static=static
-    )
+    kept += range(len(call.args), len(call.args) + len(named))
+    donate = call.donate or _list_donated(kept, (*infos, *named.values()))
+    return dataclasses.replace(call, donate=donate, static=static), [*named]
 
 
 def _list_statics(infos: tuple, args: tuple):
@@ -198,6 +184,16 @@ def _is_equinox_jit(fn: Any) -> bool:
     return isinstance(fn, _equinox_types()) and hasattr(fn, "donate_first")
 
 
+def _asks_for_equinox(call: Call) -> bool:
+    """Whether an argument is a module that `jax.jit` would not take, or was not asked.
+
+    It takes those that hold arrays alone, as a part of `eqx.partition`.
+    """
+    own = [arg for arg in call.args if _hold(arg, _equinox_types())]
+    jitted = hasattr(call.fn, "trace")
+    return bool(own) and not (jitted and all(map(is_described, jax.tree.leaves(own))))
+
+
 def _read_equinox(call: Call) -> Call:
     """The function of the arrays among its arguments; all else is compiled in."""
     fn: Any = call.fn
@@ -206,15 +202,16 @@ def _read_equinox(call: Call) -> Call:
         first, rest = fn.donate_first, fn.donate_rest
         fn = fn.__wrapped__
         inner = _open(Call(fn, args, donate, call.static, call.keywords))
+        more = [rest for _ in name_arrays(inner.keywords)]
         own = range(len(inner.args) - len(args))  # arrays of the function itself
         donated = [first, *[rest] * (len(args) - 1)]
-        given = [rest] * len(own) + donated[: len(args)]
+        given = [rest] * len(own) + donated[: len(args)] + more
         found = tuple(n for n, donates in enumerate(given) if donates)
         return _keep_usable(_filter(inner), inner.donate or found)
     if hasattr(fn, "trace"):
         raise ProgramError(
-            f"{_name(fn)}: jax.jit takes no Equinox module that holds more than arrays."
-            "\nCompile it as Equinox does:\n"
+            f"{name_of(fn)}: jax.jit takes no Equinox module that holds more than "
+            "arrays.\nCompile it as Equinox does:\n"
             "    step = eqx.filter_jit(step, donate='all')\n"
             "    jmem.measure(step, model, ...)"
         )
@@ -223,7 +220,8 @@ def _read_equinox(call: Call) -> Call:
 
 def _filter(call: Call) -> Call:
     """The function of its arguments' arrays, that returns its result's arrays."""
-    fn, keywords, static = call.fn, call.keywords, call.static
+    call = place(call, name_arrays(call.keywords))
+    fn, static = call.fn, call.static
     held = [arg if n in static else _take(arg, True) for n, arg in enumerate(call.args)]
     rest = [
         None if n in static else _take(arg, False) for n, arg in enumerate(call.args)
@@ -235,7 +233,7 @@ def _filter(call: Call) -> Call:
             array if n in static else jax.tree.map(_choose, array, other, is_leaf=_none)
             for n, (array, other) in enumerate(zip(arrays, rest))
         ]
-        return _take(fn(*args, **keywords), True)
+        return _take(fn(*args), True)
 
     return Call(filtered, tuple(held), call.donate, static)
 
@@ -243,7 +241,7 @@ def _filter(call: Call) -> Call:
 def _keep_usable(call: Call, donate: tuple[int, ...]) -> Call:
     """The call with what a result can reuse donated; Equinox says nothing of others."""
     arrays = [arg for n, arg in enumerate(call.args) if n not in call.static]
-    with explain_errors(_name(call.fn)):
+    with explain_errors(name_of(call.fn)):
         results = _list_kinds(jax.eval_shape(call.fn, *arrays))
     usable = (n for n in donate if _list_kinds(call.args[n]) & results)
     return dataclasses.replace(call, donate=tuple(usable))
@@ -279,6 +277,11 @@ def _nnx_types() -> tuple[type, ...]:
     return tuple(getattr(nnx, name) for name in names if hasattr(nnx, name))
 
 
+def _nnx_states() -> tuple[type, ...]:
+    nnx = sys.modules.get("flax.nnx")
+    return (nnx.State,) if nnx else ()
+
+
 def _is_nnx_jit(fn: Any) -> bool:
     """Whether it is what `nnx.jit` returns: traced, but not by JAX's own words."""
     return hasattr(fn, "trace") and type(fn).__module__.startswith("flax.nnx")
@@ -301,11 +304,11 @@ def _read_nnx(call: Call) -> Call:
         for name in ("in_shardings", "out_shardings")
     ):
         raise ProgramError(
-            f"{_name(fn)}: measure cannot follow the shardings of nnx.jit.\n"
+            f"{name_of(fn)}: measure cannot follow the shardings of nnx.jit.\n"
             "Leave them out, and place the arrays instead:\n"
             "    jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))"
         )
-    with explain_errors(_name(fn)):
+    with explain_errors(name_of(fn)):
         traced = fn.trace(*_unplace(call.args), **call.keywords).traced
     infos, keyword_infos = traced.args_info
     owners = [*call.args, *(call.keywords[name] for name in keyword_infos)]
@@ -332,12 +335,12 @@ def _pair_nnx(infos: tuple, call: Call, fn: Any) -> tuple[list[int], tuple[int, 
     """Positions of the traced arguments, and of the static ones."""
     if len(infos) > len(call.args):  # nnx.jit_partial holds what it was given in front
         raise ProgramError(
-            f"{_name(fn)}: measure cannot look into nnx.jit_partial.\n"
+            f"{name_of(fn)}: measure cannot look into nnx.jit_partial.\n"
             "Give it the function and all its arguments:\n"
             "    jmem.measure(nnx.jit(step), model, ...)"
         )
-    modules = _nnx_types()
-    movable = [n for n, arg in enumerate(call.args) if not _hold(arg, modules)]
+    types = (*_nnx_types(), *_nnx_states())
+    movable = [n for n, arg in enumerate(call.args) if not _hold(arg, types)]
     missing = len(call.args) - len(infos)
     for static in itertools.combinations(movable, missing):
         kept = [n for n in range(len(call.args)) if n not in static]
@@ -347,8 +350,8 @@ def _pair_nnx(infos: tuple, call: Call, fn: Any) -> tuple[list[int], tuple[int, 
         ):
             return kept, static
     raise ProgramError(
-        f"{_name(fn)}: its static arguments cannot be told from its others; give their "
-        "positions as static=(...)."
+        f"{name_of(fn)}: its static arguments cannot be told from its others; give "
+        "their positions as static=(...)."
     )
 
 
@@ -357,16 +360,17 @@ def _describe_nnx(arg: Any, info: Any, fn: Any) -> dict[str, jax.ShapeDtypeStruc
     nnx = sys.modules["flax.nnx"]
     infos = jax.tree.leaves(info)
     tree = nnx.state(arg) if _hold(arg, _nnx_types()) else arg
-    named = [
-        (format_path(path).removesuffix("/value"), leaf)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    ]
+    named = [(format_path(p), leaf) for p, leaf in jax.tree.leaves_with_path(tree)]
+    short = [(name.removesuffix("/value"), leaf) for name, leaf in named]
+    named = short if _are_apart(short) else named
     own = [np.shape(leaf) for _, leaf in named]
-    if own != [of.shape for of in infos] or len(dict(named)) < len(named):
+    if own == [of.shape for of in infos] and not _are_apart(named):
+        named = [(f"leaf {n}", leaf) for n, (_, leaf) in enumerate(named)]
+    if own != [of.shape for of in infos]:
         # Shared between two arguments, and so traced in one of them only.
         if any(_find_placement(leaf) for _, leaf in named):
             raise ProgramError(
-                f"{_name(fn)}: its arguments share arrays that lie on a mesh, and "
+                f"{name_of(fn)}: its arguments share arrays that lie on a mesh, and "
                 "measure cannot tell which is which.\nSplit them, and merge inside:\n"
                 "    graph, state = nnx.split((model, optimizer))\n"
                 "    jmem.measure(lambda state, batch: ..., state, batch)"
@@ -376,6 +380,13 @@ def _describe_nnx(arg: Any, info: Any, fn: Any) -> dict[str, jax.ShapeDtypeStruc
         name: jax.ShapeDtypeStruct(of.shape, of.dtype, sharding=_find_placement(leaf))
         for (name, leaf), of in zip(named, infos)
     }
+
+
+def _are_apart(named: list[tuple[str, Any]]) -> bool:
+    """Whether no path of a leaf is that of another, or leads to another."""
+    paths = {name for name, _ in named}
+    above = {"/".join(p.split("/")[:n]) for p in paths for n in range(p.count("/") + 1)}
+    return len(paths) == len(named) and not paths & above
 
 
 def _unplace(args: tuple) -> tuple:
@@ -419,19 +430,20 @@ def refuse_lost_changes(fn: Any, args: tuple, static: tuple[int, ...]) -> None:
       ProgramError: it changes one of its arguments; names the position.
     """
     inner = fn.__wrapped__ if hasattr(fn, "trace") else fn
-    if changed := _find_changed(inner, args, static, {}):
+    if changed := _find_changed(inner, args, static):
         raise ProgramError(
-            f"{_name(fn)}: it changes the NNX modules of argument {min(changed)}, and "
-            "jax.jit loses the change.\nCompile it as NNX does:\n"
+            f"{name_of(fn)}: it changes the NNX modules of argument {min(changed)}, "
+            "and jax.jit loses the change.\nCompile it as NNX does:\n"
             "    step = nnx.jit(step, donate_argnums=...)\n"
             "    jmem.measure(step, model, ...)"
         )
 
 
-def _find_changed(
-    fn: Any, args: tuple, static: tuple[int, ...], keywords: Mapping[str, Any]
-) -> set[int]:
-    """Positions of arguments with NNX modules that a function changes."""
+def _find_changed(fn: Any, args: tuple, static: tuple[int, ...]) -> set[int]:
+    """Positions of arguments with NNX modules that a function changes.
+
+    One that it returns as well is not lost.
+    """
     modules = _nnx_types()
     own = [n for n, arg in enumerate(args) if _hold(arg, modules)]
     changed = set()
@@ -442,13 +454,15 @@ def _find_changed(
         every = iter(arrays)
         given = [a if n in static else next(every) for n, a in enumerate(args)]
         before = {n: jax.tree.leaves(given[n]) for n in own}
-        fn(*given, **keywords)
+        result = fn(*given)
+        returned = {*map(id, jax.tree.leaves(result))}
         for n in own:
-            if [*map(id, jax.tree.leaves(given[n]))] != [*map(id, before[n])]:
+            after = [*map(id, jax.tree.leaves(given[n]))]
+            if after != [*map(id, before[n])] and not returned >= {*after}:
                 changed.add(n)
 
     if own:
-        with explain_errors(_name(fn)):
+        with explain_errors(name_of(fn)):
             arrays = [arg for n, arg in enumerate(args) if n not in static]
             jax.eval_shape(look, *_unplace(tuple(arrays)))
     return changed
@@ -461,22 +475,9 @@ def _hold(tree: Any, types: tuple[type, ...]) -> bool:
     """Whether an object of these types is anywhere in a tree, in a split state not."""
     if not types:
         return False
-    nnx = sys.modules.get("flax.nnx")
-    states = (nnx.State,) if nnx else ()
 
     def stops(value: Any) -> bool:
-        return isinstance(value, (*types, *states))
+        return isinstance(value, (*types, *_nnx_states()))
 
     leaves = jax.tree.leaves(tree, is_leaf=stops)
     return any(isinstance(leaf, types) for leaf in leaves)
-
-
-def _hold_descriptions(tree: Any) -> bool:
-    return any(
-        isinstance(leaf, jax.ShapeDtypeStruct | jax.Array | np.ndarray)
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _name(fn: Any) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)

@@ -22,7 +22,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -170,8 +170,8 @@ class LiveReport(Saved):
 def live(
     what: Program | Callable,
     *args: Any,
-    donate: tuple[int, ...] = (),
-    static: tuple[int, ...] = (),
+    donate: int | Sequence[int] = (),
+    static: int | Sequence[int] = (),
     key: int | None = 0,
     predict: bool = True,
     sums: Mapping[str, int] | None = None,

@@ -17,7 +17,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -25,7 +25,7 @@ import jax
 import jaxlib.version
 
 from jmem import targets
-from jmem.lowering import ahead_of_time, never_cached
+from jmem.lowering import ahead_of_time, list_positions, never_cached
 from jmem.memory import breakdown, frameworks, hlo, kinds, worker
 from jmem.memory import cache as cached
 from jmem.memory.advice import Evidence, advise
@@ -45,8 +45,8 @@ def measure(
     what: Program | Callable,
     *args: Any,
     target: str | Target = "h200",
-    donate: tuple[int, ...] = (),
-    static: tuple[int, ...] = (),
+    donate: int | Sequence[int] = (),
+    static: int | Sequence[int] = (),
     labels: Labels | None = None,
     bounds: bool = True,
     options: Mapping[str, Any] | None = None,
@@ -85,6 +85,7 @@ def measure(
         changes a module in a way that what compiles it loses.
       AccountError: the buffers do not sum to what XLA reports.
     """
+    donate = list_positions("donate", donate)
     program = as_program(what, args, donate=donate, static=static, labels=labels)
     bare = not (isinstance(what, Program) or hasattr(what, "trace") or donate)
     options = {**program.options, **(options or {})}
@@ -265,8 +266,8 @@ def as_program(
     what: Program | Callable,
     args: tuple,
     *,
-    donate: tuple[int, ...] = (),
-    static: tuple[int, ...] = (),
+    donate: int | Sequence[int] = (),
+    static: int | Sequence[int] = (),
     labels: Labels | None = None,
 ) -> Program:
     """`what` as a labelled program; a function's labels are its arguments' names."""
@@ -283,7 +284,8 @@ def as_program(
             f"measure: what={what!r} is a {type(what).__name__}; need a function, or a "
             "jmem.Program."
         )
-    call = frameworks.read(what, args, donate, static)
+    given = (list_positions("donate", donate), list_positions("static", static))
+    call = frameworks.read(what, args, *given)
     program = Program(call.fn, call.args, call.donate, call.static)
     return _add_labels(program, labels)
 

@@ -3,6 +3,7 @@
 A step of flax NNX as pure functions is among the programs of test_programs.py.
 """
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import jmem
+from jmem.lowering import list_positions
 from jmem.memory import kinds
 from jmem.memory.measure import as_program
 from jmem.program import ProgramError
@@ -117,6 +119,20 @@ class TestEquinox:
             jmem.measure(jax.jit(self.step), *state, x)
         with pytest.raises(TypeError, match=r"jmem\.measure\(eqx\.filter_jit\(step\)"):
             jmem.Program(self.step, (*state, x))
+
+    def test_jax_compiles_modules_of_arrays_alone(self, state):
+        params, static = eqx.partition(state[0], lambda leaf: hasattr(leaf, "shape"))
+        step = jax.jit(lambda params, x: jax.vmap(eqx.combine(params, static))(x))
+        assert sizes(as_program(step, (params, x))) == (
+            *(PARAMETERS + count_bytes(x), 0, count_bytes(x)),
+        )
+
+    def test_arrays_may_be_given_by_name(self, state):
+        step = eqx.filter_jit(lambda model, *, x: jax.vmap(model)(x), donate="all")
+        program = as_program(functools.partial(step, x=x), (state[0],))
+        held, batch = PARAMETERS + count_bytes(x), count_bytes(x)
+        assert sizes(program) == (held, batch, batch)
+        assert program.name_arguments() == ["model", "x"]
 
     def test_a_partitioned_training_step(self, state):
         model, opt_state = state
@@ -268,6 +284,58 @@ class TestNNX:
             *(PARAMETERS + self.BATCH_BYTES, 0, PARAMETERS + self.BATCH_BYTES),
         )
 
+    def test_split_state_goes_in_as_it_is(self, state):
+        graph, split = nnx.split(state)
+
+        def pure(split, batch):
+            model, own = nnx.merge(graph, split)
+            return self.step(model, own, batch), nnx.state((model, own))
+
+        program = as_program(nnx.jit(pure, donate_argnums=0), (split, x))
+        held = self.STATE + 4
+        assert sizes(program) == (held + self.BATCH_BYTES, held, held + 4)
+
+    @pytest.mark.parametrize("keys", [("value", "mask"), ("a", "a/b")])
+    def test_any_batch_has_names(self, state, keys):
+        batch = {"batch": dict.fromkeys(keys, x)}
+
+        def run(model, batch):
+            return sum(model(each) for each in batch["batch"].values())
+
+        program = as_program(nnx.jit(run, graph=False), (state[0], batch))
+        held = PARAMETERS + 2 * self.BATCH_BYTES
+        assert sizes(program) == (held, 0, self.BATCH_BYTES)
+
+    def test_a_variable_may_hold_a_tree(self):
+        class Table(nnx.Module):
+            def __init__(self):
+                self.rows = nnx.Param({"value": jnp.ones(4), "other": jnp.ones(2)})
+
+        program = as_program(nnx.jit(lambda table, x: x, graph=False), (Table(), x))
+        assert sizes(program)[0] == 24 + self.BATCH_BYTES
+
+    @pytest.mark.parametrize("compile", [lambda step: step, jax.jit, nnx.jit])
+    def test_modules_that_are_returned_are_not_lost(self, state, compile):
+        def step(model, optimizer, batch):
+            loss = self.step(model, optimizer, batch)
+            return model, optimizer, loss
+
+        program = as_program(compile(step), (*state, x), donate=(0, 1))
+        held = self.STATE + 4
+        assert sizes(program) == (held + self.BATCH_BYTES, held, held + 4)
+
+    def test_values_by_name_beside_a_module(self, state):
+        @functools.partial(jax.jit, static_argnames="mode")
+        def run(model, x, *, mode, scale):
+            return model(x) * scale if mode == "train" else x
+
+        program = as_program(
+            functools.partial(run, mode="train", scale=2.0), (*state[:1], x)
+        )
+        held = PARAMETERS + self.BATCH_BYTES
+        assert sizes(program) == (held + 4, 0, self.BATCH_BYTES)
+        assert program.name_arguments() == ["model", "x", "scale"]
+
     def test_transforms_under_jit(self, state):
         gradients = nnx.grad(lambda model, x: model(x).sum())
         program = as_program(jax.jit(gradients), (state[0], x))
@@ -297,6 +365,43 @@ jitted = jax.jit(scale, static_argnames=("n", "mode"), donate_argnames="params")
 params = {"w": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
 
 
+class Trainer:
+    """A step as a method, in the ways that people compile one."""
+
+    rate = 3
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def step(self, params, x):
+        return scale(self.rate, params, x)
+
+    @functools.partial(jax.jit, static_argnames="self", donate_argnames="params")
+    def named(self, params, x):
+        return scale(self.rate, params, x)
+
+    @classmethod
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def shared(cls, params, x):
+        return scale(cls.rate, params, x)
+
+    @staticmethod
+    @functools.partial(jax.jit, donate_argnums=0)
+    def bare(params, x):
+        return scale(3, params, x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """A state whose own method is the step."""
+
+    params: dict
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(self, x):
+        params, total = scale(3, self.params, x)
+        return State(params), total
+
+
 class TestJit:
     """Functions under `jax.jit`, partials of them, and functions that call them."""
 
@@ -319,6 +424,65 @@ class TestJit:
         held = count_bytes((params, x))
         donated = count_bytes(params)
         assert sizes(program) == (held, donated, donated + 4)
+
+    @pytest.mark.parametrize("method", ["step", "named", "shared", "bare"])
+    def test_methods(self, method):
+        donated = count_bytes(params)
+        for what, args in (
+            (getattr(Trainer(), method), (params, x)),
+            (functools.partial(getattr(Trainer(), method), params), (x,)),
+        ):
+            program = as_program(what, args)
+            assert program.name_arguments()[-2:] == ["params", "x"]
+            assert sizes(program) == (count_bytes((params, x)), donated, donated + 4)
+
+    def test_a_state_with_a_method(self):
+        donated = count_bytes(params)
+        program = as_program(State(params).step, (x,))
+        assert sizes(program) == (count_bytes((params, x)), donated, donated + 4)
+
+    def test_arrays_by_name_alone(self):
+        def run(n, *, params, x, mode):
+            return scale(n, params, x, mode)
+
+        what = jax.jit(run, static_argnames=("n", "mode"), donate_argnames="params")
+        for compiled in (what, run):
+            bound = functools.partial(compiled, 3, mode="eval", x=x, params=params)
+            program = as_program(bound, ())
+            donated = count_bytes(params) if compiled is what else 0
+            held, out = count_bytes((params, x)), count_bytes(params) + 4
+            assert sizes(program) == (held, donated, out)
+            assert {"x", "params"} <= {*program.name_arguments()}
+
+    def test_what_a_partial_of_a_plain_function_holds_but_arrays_is_compiled_in(self):
+        def fill(n, params, x, more=0):
+            return jnp.zeros(n + more) + x.sum(), params
+
+        for bound, args in (
+            (functools.partial(fill, 7, params, more=1), (x,)),
+            (functools.partial(fill, n=7, params=params, x=x, more=1), ()),
+        ):
+            held = count_bytes((params, x))
+            out = count_bytes(params) + 32
+            assert sizes(as_program(bound, args)) == (held, 0, out)
+
+    def test_positions_may_be_one_and_are_no_names(self):
+        assert as_program(scale, (3, params, x), donate=1).donate == (1,)
+        for given in ("params", ("params",)):
+            with pytest.raises(TypeError, match=r"^donate=.*'params' is no position"):
+                list_positions("donate", given)
+
+    def test_what_was_compiled_before_is_refused(self):
+        compiled = jitted.lower(3, params, x).compile()
+        with pytest.raises(ProgramError, match="is compiled for other devices already"):
+            as_program(compiled, (params, x))
+
+    def test_options_of_another_function_are_refused(self):
+        step = jax.jit(scale, compiler_options={"xla_gpu_autotune_level": 0})
+        with pytest.raises(
+            ProgramError, match=r"(?s)^scale: .* compiler_options.*options="
+        ):
+            jmem.measure(step, 3.0, params, x)
 
     @pytest.mark.parametrize(("static", "args"), [(0, (8, 3)), (1, (3, 8))])
     def test_of_two_numbers_the_static_one_is_found(self, static, args):
