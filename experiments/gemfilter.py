@@ -86,10 +86,11 @@ class Config(Here, Card, Weights):
     def __post_init__(self):
         need(self, "window", "batch_size", "prompt_tokens", "new_tokens", least=1)
         need(self, "keep_first", "keep_last", "chunk", least=0)
-        lists = ("shares", "lengths", "depths", "seeds")
-        lists += ("calibration_lengths", "calibration_seeds")
-        need(self, *lists, some=True, once=True)
-        need(self, "shares", above=0, below=1)
+        listed: dict[str, Any] = {"some": True, "once": True}
+        need(self, "shares", above=0, below=1, **listed)
+        need(self, "depths", least=0, most=1, **listed)
+        need(self, "lengths", "calibration_lengths", least=1, **listed)
+        need(self, "seeds", "calibration_seeds", least=0, **listed)
         if both := set(self.seeds) & set(self.calibration_seeds):
             raise ValueError(
                 f"gemfilter: calibration_seeds={self.calibration_seeds} share {both} "

@@ -123,10 +123,12 @@ class Config(Here, Weights):
     def __post_init__(self):
         sizes = ("passage", "longbench_tokens", "batch_size", "read_rows")
         need(self, *sizes, least=1)
-        need(self, "passages", least=0)
+        need(self, "passages", "seeds", least=0)
+        need(self, "depths", least=0, most=1)
         need(self, "continuation", least=2)
         need(self, "depths", "seeds", "shares", some=True, once=True)
         need(self, "lengths", "only", "longbench", once=True)
+        need(self, "lengths", least=1)
         whole = "the full cache is there in any case"
         need(self, "shares", above=0, below=1, why=whole)
 

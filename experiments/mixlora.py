@@ -85,6 +85,7 @@ class Config(Training):
     def __post_init__(self):
         super().__post_init__()
         need(self, "together", "held_out_rows", least=1)
+        need(self, "seq_len", least=2)
         need(self, "factors", some=True)
 
     @property
@@ -181,12 +182,14 @@ def main(config: Config, run: Run) -> None:
     pretrained = checkpoint.params()
     finetuners = make_finetuners(config)
     config.plan_exports(run, model, checkpoint, finetuners)
+    balance = functools.partial(jmem.data.balance, training, config.batch_size)
+    balance(config.seeds[0])  # refuses a batch without every task
 
     def one(trial: sweep.Trial[Method], folder: pathlib.Path) -> dict[str, Any]:
         own = make_finetuner(config, trial.method, dims, trial.factor)
         state = learn(
             *(run, own, model, pretrained),
-            jmem.data.balance(training, config.batch_size, trial.seed),
+            balance(trial.seed),
             folder=folder,
             steps=config.steps,
             seed=trial.seed,

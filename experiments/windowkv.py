@@ -115,6 +115,7 @@ class Config:
 
     def __post_init__(self):
         need(self, "tested", "batch_size", least=1)
+        need(self, "classifier_prompts", "seed", least=0)
         if self.tested % self.batch_size:
             raise ValueError(
                 f"windowkv: tested={self.tested} is no multiple of batch_size="

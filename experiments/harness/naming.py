@@ -68,7 +68,7 @@ def _read_typed(arguments: Sequence[str], leaves: Sequence[str]) -> dict[str, li
 def _is_equal(words: Sequence[str], value: str) -> bool:
     """Whether typed words are the value that a message tells."""
     told = [_read(word) for word in _VALUE.findall(value.rstrip(".:"))]
-    return told == ([_read(word) for word in words] or [_read("True")])
+    return told == [*map(_read, words)] or (not words and told == ["True"])
 
 
 def _read(word: str) -> float | str:
@@ -82,7 +82,8 @@ def _read(word: str) -> float | str:
 def _list_near(path: str, name: str) -> Iterator[str]:
     """The names of `name` beside the field `path`, and in each table above that."""
     table = path.rpartition(".")[0]
-    yield f"{table}.{name}" if table and "." not in name else name
+    yield from [name] * (not table or "." in name)
+    yield f"{table}.{name}"
     while table := table.rpartition(".")[0]:
         yield f"{table}.{name}"
 

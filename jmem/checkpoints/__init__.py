@@ -186,7 +186,7 @@ def read_config(source: str | os.PathLike[str]) -> DecoderConfig:
     if where.is_file() and not any(folder.glob("*.safetensors*")):
         raw = files.read_json(where, _CONFIG_LIMIT)
         return huggingface.parse_config(raw, str(where))
-    return load(source if path == folder else folder).config
+    return load(source if path == folder or not folder.is_dir() else folder).config
 
 
 def save(

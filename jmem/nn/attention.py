@@ -81,7 +81,7 @@ def causal_attention(
         return attend_packed(q, k, v, number_positions(segments), window)
     length = q.shape[1]
     window = None if window is None or window >= length else window
-    if implementation == "cudnn":
+    if implementation == "cudnn" and length > 1:  # it has no gradient of one token
         return jax.nn.dot_product_attention(
             q,
             k,

@@ -34,13 +34,18 @@ def config(checkpoint):
     )
 
 
-def test_it_trains_both_by_task_and_leaves_losses_only(config, tmp_path, monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
+    """Two tasks of few rows."""
     short = {  # in bytes, which are this checkpoint's tokens, the others are too long
         task: Corpus(own.training[:60], own.held_out[:60])
         for task, own in jmem.data.python_tasks().items()
         if task in ("summary", "module")
     }
     monkeypatch.setattr(jmem.data, "python_tasks", lambda: short)
+
+
+def test_it_trains_both_by_task_and_leaves_losses_only(config, short, tmp_path):
     config = dataclasses.replace(config, seeds=(0, 1))
     target = resolve(config.gpu)
     with Run("mixlora", config, target=target, runs=tmp_path) as run:
@@ -110,6 +115,7 @@ def test_trained_parameters_of_the_paper():
     "given, words",
     [
         ({"steps": 0}, "steps=0; need >= 1"),
+        ({"seq_len": 1}, "seq_len=1; need >= 2"),
         ({"seeds": ()}, r"seeds=\(\)"),
         ({"factors": (0.0,)}, r"factors=\(0.0,\); need each > 0"),
     ],
@@ -123,6 +129,15 @@ def test_a_batch_without_every_task_is_refused():
     rows = jmem.data.Batch(*(np.ones((4, 8), kind) for kind in ("i4", "i4", "f4")))
     with pytest.raises(ValueError, match="batch_size=4 is not a multiple of the 3"):
         jmem.data.balance(dict.fromkeys(("one", "two", "three"), rows), 4)
+
+
+def test_it_is_refused_before_anything_is_computed(
+    config, short, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mixlora, "judge", None)
+    run = Run("mixlora", dataclasses.replace(config, batch_size=3), runs=tmp_path)
+    with pytest.raises(ValueError, match="batch_size=3 is not a multiple of the 2"):
+        mixlora.main(run.config, run)
 
 
 def test_presets_are_what_they_say():

@@ -69,7 +69,7 @@ def test_the_exit_status_is_the_verdict(module, capsys):
         (["nowhere:step"], "no module 'nowhere' can be imported"),
         (["mine:stop"], "module 'mine' has no 'stop'; did you mean 'step'?"),
         (["mine:number"], "mine:number is a int; need a jmem.Program"),
-        (["mine:double", "--gpu", "h20"], "did you mean 'h200'"),
+        (["mine:double", "--gpu", "h20"], "--gpu h20: target='h20' is no known"),
         (["mine:double", "--reserve", "-1"], "must not be negative"),
     ],
 )

@@ -126,6 +126,14 @@ def test_a_window_stays_within_its_document():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
+def test_a_token_alone_attends_itself(implementation):
+    q, k, v = (jnp.ones((2, 1, heads, 8), jnp.float32) for heads in (4, 2, 2))
+    v = v.at[:, :, 1].set(3)
+    out = causal_attention(q, k, v, implementation)
+    np.testing.assert_array_equal(out, np.repeat(v, 2, axis=2))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 def test_a_window_of_no_position_is_refused(implementation):
     with pytest.raises(ValueError, match=r"window=0 must be at least 1"):
         causal(implementation, window=0)

@@ -23,8 +23,8 @@ def check_draw(layers: int, active_layers: int, weights: tuple[float, ...]) -> N
         )
     if weights and len(weights) != layers:
         raise ValueError(
-            f"Lisa: weights has {len(weights)} entries for {layers} blocks; give one a "
-            "block, or none for uniform draws."
+            f"Lisa: weights={weights} has {len(weights)} entries for {layers} blocks; "
+            "give one a block, or none for uniform draws."
         )
 
 
