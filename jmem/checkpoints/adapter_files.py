@@ -1,5 +1,7 @@
 """The folder of an adapter: adapter_config.json beside adapter_model.safetensors."""
 
+import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +10,7 @@ from typing import Any
 
 from jmem.checkpoints import files, layout, safetensors
 from jmem.checkpoints.fields import Fields
-from jmem.checkpoints.files import CheckpointError, LazyTensor
+from jmem.checkpoints.files import CheckpointError, LazyTensor, read_finite
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -80,7 +82,8 @@ def write(
     The folder appears whole or not at all.
 
     Raises:
-      CheckpointError: it exists and is not empty, or cannot be written.
+      CheckpointError: it exists and is not empty, or cannot be written; a value is not
+        finite (names the tensor).
     """
     text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
     nbytes = layout.count_bytes(tensors) + len(text.encode())
@@ -90,5 +93,9 @@ def write(
     with files.stage_write(folder, nbytes) as stage:
         stage.mkdir()
         files.write_text(stage / CONFIG, text)
-        safetensors.write(stage / WEIGHTS, tensors)
+        safetensors.write(stage / WEIGHTS, map(_check_finite, tensors))
     return nbytes
+
+
+def _check_finite(tensor: LazyTensor) -> LazyTensor:
+    return dataclasses.replace(tensor, read=functools.partial(read_finite, tensor))

@@ -59,6 +59,9 @@ _THOUGHT = re.compile(r"<(\w+)>.*?</\1>", re.DOTALL)
 """How an answer begins that brings its reasoning."""
 _OPENED = re.compile(r"<(\w+)>\s*\Z")
 """How a prompt ends that has begun the reasoning."""
+_BEGINS = (
+    'Message 0 is an answer that nobody asked for: give it "weight": 0 or remove it. '
+)
 _KINDS_OF_TOKEN = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -147,9 +150,9 @@ class ChatTemplate:
                 raise DataError(
                     f"{source}: this template rewrites earlier turns: message {i} (by "
                     "the assistant) is written otherwise in the whole chat than when "
-                    "it is generated. Make a document of each answer (--split-chats, "
-                    "split=True), cut the chat after its first answer, or use another "
-                    "template."
+                    f"it is generated. {_BEGINS * chat.learnt[0]}Make a document "
+                    "of each answer (--split-chats, split=True), cut the chat after "
+                    "its first answer, or use another template."
                 )
             spans.append((len(before), len(through)))
         return _make_document(text, chat, spans, source)
@@ -163,8 +166,8 @@ class ChatTemplate:
             if through is None:
                 raise DataError(
                     f"{place}: this template writes an answer otherwise than it asks "
-                    "for one: the prompt for it is not how it begins. Use another "
-                    "template."
+                    "for one: the prompt for it is not how it begins. "
+                    f"{_BEGINS * chat.learnt[0]}Use another template."
                 )
             own = chat._replace(learnt=[n == i for n in range(len(chat.learnt))])
             span = len(before), len(through)
@@ -191,7 +194,8 @@ class ChatTemplate:
         except confined.ConfinedError as error:
             raise DataError(
                 f"{place}: the chat template refuses these messages or fails ({error})."
-                " Change the messages, or use another template."
+                f" {_BEGINS * chat.learnt[0]}Change the messages, or use another "
+                "template."
             ) from error
 
 

@@ -72,7 +72,7 @@ def read_chat(row: Any, column: str | None, place: str) -> Chat:
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     if system and "system" not in (first.get("role"), first.get("from")):
         messages.insert(0, {"role": "system", "content": system})
-    chat = make_chat(messages, place, _read_tools(known.get("tools"), place))
+    chat = make_chat(messages, place, _read_objects(known.get("tools"), "tools", place))
     options = known.get("chat_template_kwargs") or {}
     if not isinstance(options, Mapping):
         raise DataError(
@@ -148,7 +148,8 @@ def _check_list(messages: Any, place: str) -> list[Any] | tuple[Any, ...]:
         return messages
     raise DataError(
         f"{place}: a chat is a list of messages, not {type(messages).__name__}. "
-        'Write it as [{"role": "user", "content": ...}, ...].'
+        'Write it as [{"role": "user", "content": ...}, ...], or an instruction with '
+        'its "output".'
     )
 
 
@@ -170,6 +171,13 @@ def _read_message(message: Any, place: str) -> dict[str, Any]:
     role, content = found.get("role"), found.get("content")
     if isinstance(content, list | tuple):
         content = found["content"] = _join_parts(content, place)
+    if "tool_calls" in found:
+        found["tool_calls"] = _read_objects(found["tool_calls"], "tool_calls", place)
+    if not isinstance(found.get("function_call", {}), Mapping):
+        raise DataError(
+            f"{place}: function_call={found['function_call']!r:.80} is not an object. "
+            'Write it as {"name": ..., "arguments": ...}.'
+        )
     calls = found.get("tool_calls") or found.get("function_call")
     if content is None and calls and role == "assistant":
         content = found["content"] = ""
@@ -241,19 +249,19 @@ def _read_alpaca(row: Mapping[str, Any], instruction: str, place: str) -> list[A
     ]
 
 
-def _read_tools(value: Any, place: str) -> list[Any] | None:
-    """Schemas of tools: a list, the same as JSON text, or none."""
-    tools = value
+def _read_objects(value: Any, name: str, place: str) -> list[Any] | None:
+    """Schemas of tools, or calls of them: a list, the same as JSON text, or none."""
+    found = value
     if isinstance(value, str):
         try:
-            tools = json.loads(value) if value.strip() else None
+            found = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError):
-            tools = value
-    if tools is None or (
-        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+            found = value
+    if found is None or (
+        isinstance(found, list) and all(isinstance(tool, Mapping) for tool in found)
     ):
-        return tools
+        return found
     raise DataError(
-        f"{place}: tools={value!r:.80} is not a list of objects, one a tool. Write it "
-        "as JSON schemas, or rename the column."
+        f"{place}: {name}={value!r:.80} is not a list of objects, one a tool. Write "
+        "them as JSON, or rename the key."
     )

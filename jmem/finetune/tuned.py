@@ -23,7 +23,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import jmem.checkpoints
-from jmem.checkpoints import Checkpoint, adapter_files
+from jmem.checkpoints import Checkpoint, adapter_files, smollm2
 from jmem.finetune.lora import Lora
 from jmem.finetune.mixlora import MixLora
 from jmem.models.decoder import Decoder
@@ -155,8 +155,8 @@ def load(
       dtype: of weights and activations; None: as stored.
 
     Raises:
-      CheckpointError: anything wrong with the files, or an adapter whose base is
-        neither named nor given.
+      CheckpointError: anything wrong with the files, or an adapter whose base is not
+        given, and not named or not there.
     """
     folder = Path(folder)
     is_adapter = (folder / adapter_files.CONFIG).exists()
@@ -166,6 +166,12 @@ def load(
         raise jmem.checkpoints.CheckpointError(
             f"{folder}: names no base_model_name_or_path. Say what the adapter belongs "
             "to: load(folder, base='my-checkpoint')."
+        )
+    here = source == smollm2.NAME or os.path.exists(source)
+    if given is not None and base is None and not here:
+        raise jmem.checkpoints.CheckpointError(
+            f"{folder}: belongs to {str(source)!r:.200}, which is not here. Say where: "
+            "load(folder, base='my-checkpoint')."
         )
     checkpoint = jmem.checkpoints.load(source, dtype)
     params = checkpoint.params()

@@ -512,6 +512,16 @@ class TestLeftOut:
         assert template.render(MESSAGES, "c", [tool])["text"].startswith('[{"')
 
 
+@pytest.mark.parametrize(
+    "prompt", ["{{ messages[0].role }}<A>", "{% if not messages %}?{% endif %}<A>"]
+)
+def test_a_chat_that_begins_with_an_answer_says_how_it_may(prompt):
+    template, talk = write_answers("{{ m.content }}", prompt), answer("a", "b")[1:]
+    for render in (template.render, template.render_each):
+        with pytest.raises(DataError, match=r'Message 0 is .* nobody .*"weight": 0'):
+            render(talk)
+
+
 def test_a_rows_own_values_for_the_template(tmp_path):
     template = write_answers("{{ m.content }}{% if not mood %}!{% endif %}")
     rows = [

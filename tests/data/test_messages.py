@@ -1,5 +1,7 @@
 """Conversations in the forms that people keep them in, as one: role and content."""
 
+import json
+
 import datasets
 import pytest
 
@@ -101,6 +103,24 @@ class TestMessages:
         (_, found) = make_chat(chat, "here").messages
         assert found.keys() == {"role", "content", "tool_calls"}
         assert found["tool_calls"] == [{"name": "wx", "arguments": {"x": None}}]
+
+    def test_calls_may_be_json(self):
+        for calls in (CALL["tool_calls"], json.dumps(CALL["tool_calls"])):
+            (_, found) = make_chat([ASKED, CALL | {"tool_calls": calls}], "c").messages
+            assert found["tool_calls"] == CALL["tool_calls"]
+
+    @pytest.mark.parametrize("content", [None, "2"])
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            *(("tool_calls", own) for own in ("wx", {"name": "wx"}, ["wx"], 7)),
+            *(("function_call", own) for own in ("wx()", [CALL], 7)),
+        ],
+    )
+    def test_what_is_no_call_is_refused(self, key, value, content):
+        bad = {"role": "assistant", "content": content, key: value}
+        with pytest.raises(DataError, match=rf"^c: message 1: {key}=.* is not a"):
+            make_chat([ASKED, bad], "c")
 
     def test_depth_has_an_end(self):
         deep: list = []

@@ -151,10 +151,21 @@ class TestAdapters:
         assert found.settings["maps"] == ("q",)
         jax.tree.map(np.testing.assert_array_equal, found.adapters, trained)
         file = tmp_path / "a" / "adapter_config.json"
-        raw = json.loads(file.read_text()) | {"base_model_name_or_path": None}
-        file.write_text(json.dumps(raw))
-        with pytest.raises(CheckpointError, match=r"load\(folder, base="):
-            tuned.load(tmp_path / "a")
+        for name, words in ((None, "names no"), ("me/mine", "belongs to 'me/mine', w")):
+            raw = json.loads(file.read_text()) | {"base_model_name_or_path": name}
+            file.write_text(json.dumps(raw))
+            with pytest.raises(CheckpointError, match=rf"{words}.*load\(folder, base="):
+                tuned.load(tmp_path / "a")
+
+    def test_one_that_is_not_finite_is_not_written(self, own, tmp_path):
+        lora = Lora(rank=2, maps=("q",))
+        shapes = tuned.describe_state(lora, Decoder(own.config))["lora"]
+        trained = jax.tree.map(lambda s: np.full(s.shape, 0.5, s.dtype), shapes)
+        trained["attention"]["q"]["lora_b"][1, 0, 3] = np.nan
+        words = r"layers\.1\.self_attn\.q_proj\.lora_B\.weight' holds .* not finite"
+        with pytest.raises(CheckpointError, match=words):
+            tuned.save(lora, {"lora": trained}, own, tmp_path / "a")
+        assert not list(tmp_path.iterdir())
 
     def test_gpt2s_q_k_and_v_are_counted_as_the_one_they_become(self, own, tmp_path):
         biased = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True)
