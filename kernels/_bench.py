@@ -7,6 +7,8 @@ a data sheet.
 
 import dataclasses
 import importlib
+import math
+import re
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +22,13 @@ WARM_UP = 3
 RUNS = 30
 L2_BYTES = 50 * 2**20
 """Level-2 cache of an H100 or H200: what a bench must not read again from."""
+_ENTRY = re.compile(r"^ENTRY %(\S+) \(", re.M)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
+_INSTRUCTION = re.compile(
+    r" = (?:\(.*?\)|\S+) ([a-z-]+)\(.*?(?:to_apply=%([^\s,]+).*)?$"
+)
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_FREE |= {"copy-done", "async-done", "after-all", "opt-barrier"}
 
 
 class NoGPUError(RuntimeError):
@@ -69,14 +78,37 @@ class Time:
         return cls(statistics.median(runs), tenths[0], tenths[-1])
 
 
-def time(fn: Callable, *args: Any) -> Time:
-    """Device time of `fn(*args)`, all of its kernels together."""
+def time(fn: Callable, *args: Any) -> tuple[Time, float]:
+    """Device time of `fn(*args)`, all of its launches together, and their number."""
     profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
     compiled = jax.jit(fn).lower(*args).compile()
     for _ in range(WARM_UP):
         jax.block_until_ready(compiled(*args))
     _, runs = profiler.measure(compiled, iterations=RUNS)(*args)
-    return Time.of(runs)
+    return Time.of(runs), count_launches(compiled)
+
+
+def count_launches(compiled: Any) -> float:
+    """Kernels and copies that a compiled program starts, those of CUDA graphs too.
+
+    NaN where it has a loop or a branch, whose launches are no fixed number.
+    """
+    text = compiled.as_text()
+    bodies = dict(_COMPUTATION.findall(text))
+
+    def count(name: str) -> float:
+        total = 0.0
+        for line in bodies[name].splitlines():
+            operation, called = _INSTRUCTION.findall(line)[0]
+            if operation == "call":
+                total += count(called)
+            elif operation in ("while", "conditional"):
+                total = math.nan
+            else:
+                total += operation not in _FREE
+        return total
+
+    return count(_ENTRY.findall(text)[0])
 
 
 def copy_bandwidth() -> float:
@@ -85,5 +117,5 @@ def copy_bandwidth() -> float:
     The results of all timed runs are held until the last one ends.
     """
     x = jax.random.normal(jax.random.key(0), (GiB // 4,), jnp.float32)
-    taken = time(lambda x: -x, x)
+    taken, _ = time(lambda x: -x, x)
     return 2 * x.nbytes / (taken.median / 1e3)

@@ -39,7 +39,8 @@ Eight rows are the least that Hopper's copies place in shared memory as its tens
 read it.
 """
 MAX_GROUPS = 64
-"""Query heads to a key-value head, at most: the rows of one tensor-core product."""
+"""Query heads to a key-value head, at most: columns of one tensor-core product, each of
+which takes registers."""
 
 
 def windowed_attention(
@@ -152,8 +153,8 @@ def unserved(
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
         return f"dtype={dtype} is not bfloat16 or float16"
-    if head_dim % 16 or not 16 <= head_dim <= 128:
-        return f"head_dim={head_dim} is not a multiple of 16 from 16 to 128"
+    if head_dim % 16 or not 64 <= head_dim <= 128:
+        return f"head_dim={head_dim} is not a multiple of 16 from 64 to 128"
     if window % ALIGNMENT or window < ALIGNMENT:
         return f"window={window} is not a positive multiple of {ALIGNMENT}"
     if not 1 <= groups <= MAX_GROUPS:

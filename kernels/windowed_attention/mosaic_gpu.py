@@ -5,21 +5,24 @@ A step is `tile.keys` tokens in table order, windows first, then the tail. Two
 warpgroups share a ring of `tile.stages` slots in shared memory:
 
     warpgroup 1, producer           shared memory            warpgroup 0, consumer
-    reads the table               q  [64, D]               s = q kᵀ       tensor cores
+    reads and clamps the table    q  [N, D]               s = k qᵀ       tensor cores
     copies windows, or parts  ->  k  [stages, keys, D] ->  masks, online softmax
     of them, by TMA           ->  v  [stages, keys, D] ->  p -> shared memory
-    waits for a free slot     <-  p  [64, keys]        <-  o = o * shrink + p v
-                                  o  [64, D] float32   <-  after the last step, and
-                                  lse [64]                 from there to memory
+    waits for a free slot     <-  p  [N, keys]        <-  o = o * shrink + vᵀ pᵀ
+                                  o  [N, D] float32   <-  after the last step, and
+                                                          from there to memory
 
 Barriers: `k_full` and `v_full` complete when all copies of a slot have landed, `free`
 when the consumer is done with it. A block writes its normalised output and its natural
-log-sum-exp, float32; `reference.merge` joins the splits, in XLA.
+log-sum-exp, float32, the latter repeated to the former's width: for XLA merging the
+splits is then element by element, which is one launch.
 
-The G = H / K query heads of a key-value head are padded to the 64 rows of a tensor-core
-product: 64 operations a byte, 275e12 a second at 4.3e12 bytes a second, a third of what
-the tensor cores do. With keys as rows nothing would be padded, but softmax would reduce
-across warps, and D = 96 could not be.
+Tokens, and then the columns of v, are the 64 rows that a tensor-core product must have;
+its columns are the N query heads of a key-value head, G = H / K up to the next multiple
+of 8. So little is padding, and so few registers and bytes are taken that two blocks
+share a multiprocessor: one reads while the other starts or ends. The maximum of a query
+is over rows, hence across warps, once a step; its sum is, once a block. All warps meet
+at that maximum, so that none writes p while another still multiplies by the last one.
 
 Three things keep what is not valid out. A step is worked on only if it has a valid
 token. Scores of others are set to `MASKED` before the maximum. And as 0 * NaN is NaN,
@@ -39,17 +42,23 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jmem.kernels import _mgpu, _tuned
-from jmem.kernels.windowed_attention import ALIGNMENT, MAX_GROUPS, reference
+from jmem.kernels._resources import Resources
+from jmem.kernels.windowed_attention import ALIGNMENT, reference
 
-ROWS = MAX_GROUPS
-"""Rows of a warpgroup's tensor-core product, which query heads are padded to."""
+HEIGHT = 64
+"""Rows of a warpgroup's tensor-core product: tokens, or columns of the values."""
 MASKED = -1e30
 """Score of a token that is not valid: finite, so that no maximum is -inf."""
 LOG2E = math.log2(math.e)
 PROCESSORS = 132
 """Streaming multiprocessors of an H100 or H200."""
-MIN_BLOCKS = 2 * PROCESSORS
-"""Blocks in the grid, if the keys give enough steps."""
+THREADS = 256
+"""Of a block: two warpgroups."""
+REGISTERS = 80
+"""A thread's, for up to eight query heads a key-value head; `budget.toml` holds the
+compiled kernels to it."""
+MERGED = 64
+"""Splits that XLA is sure to merge in one launch."""
 TUNED = pathlib.Path(__file__).with_name("tuned.toml")
 
 
@@ -63,13 +72,13 @@ class Tile:
 
     keys: int = 64
     """Tokens a step: 64 or 128."""
-    stages: int = 4
+    stages: int = 3
     """Steps in flight."""
     splits: int = 1
     """Blocks that share the tokens of a row and key-value head."""
     swizzle: int = 128
-    """Bytes of a row of a shared-memory tile: 32, 64 or 128; fewer need fewer registers
-    and divide more head dims."""
+    """Bytes of a row of a shared-memory tile: 32, 64 or 128; fewer divide more head
+    dims."""
 
     def __post_init__(self):
         if self.keys not in (64, 128):
@@ -81,18 +90,28 @@ class Tile:
                 f"Tile: stages={self.stages}, splits={self.splits}; need 1 or more."
             )
 
-    def shared_bytes(self, head_dim: int) -> int:
+    def shared_bytes(self, head_dim: int, groups: int = 1) -> int:
         """Shared memory of a block, in closed form, for 16-bit keys.
 
-        Each array begins at a multiple of 1024; one such piece holds the barriers, and
-        one is lost by aligning the first.
+        Each array begins at a multiple of 1024; two such pieces are for reductions
+        across warps.
         """
-        halves = (ROWS * head_dim, ROWS * self.keys)
-        ring = 2 * self.stages * self.keys * head_dim
-        sizes = [2 * n for n in (*halves, ring)] + [4 * ROWS * head_dim, 4 * ROWS]
+        columns = columns_of(groups)
+        ring = self.stages * self.keys * head_dim
+        halves = (columns * head_dim, ring, ring, columns * self.keys)
+        sizes = [2 * n for n in halves] + [4 * columns * head_dim]
         return sum(-(-size // 1024) * 1024 for size in sizes) + 2 * 1024
 
-    def check(self, head_dim: int) -> None:
+    def resident(self, head_dim: int, groups: int = 1) -> int:
+        """Blocks that a multiprocessor holds at once, by registers as seen compiled."""
+        more = 3 * (columns_of(groups) - ALIGNMENT) + 48 * (self.keys // 64 - 1)
+        return Resources(
+            registers=min(REGISTERS + more, 255),
+            spill_bytes=0,
+            shared_bytes=self.shared_bytes(head_dim, groups),
+        ).blocks_per_core(THREADS)
+
+    def check(self, head_dim: int, groups: int = 1) -> None:
         """Refuses a tile that does not fit `head_dim`.
 
         Raises:
@@ -103,12 +122,25 @@ class Tile:
                 f"Tile: swizzle={self.swizzle} does not divide the {2 * head_dim} "
                 f"bytes of a row of head_dim={head_dim}; need a divisor."
             )
-        if self.shared_bytes(head_dim) > _mgpu.SHARED_BYTES:
+        needed = self.shared_bytes(head_dim, groups)
+        if needed > _mgpu.SHARED_BYTES:
             raise ValueError(
                 f"Tile: keys={self.keys} and stages={self.stages} need "
-                f"{self.shared_bytes(head_dim):,} bytes of shared memory at "
+                f"{needed:,} bytes of shared memory at "
                 f"head_dim={head_dim}, a block has {_mgpu.SHARED_BYTES:,}; lower one."
             )
+
+
+def columns_of(groups: int) -> int:
+    """Query heads of a key-value head, padded for a tensor-core product."""
+    return -(-groups // ALIGNMENT) * ALIGNMENT
+
+
+def steps_of(tile: Tile, *, windows: int, window: int, max_tail: int) -> int:
+    """Steps of a row, all of whose slots are valid."""
+    # An unaligned tail is copied from up to seven slots before it.
+    parts = (windows * window, max_tail and max_tail + ALIGNMENT - 1)
+    return sum(-(-part // tile.keys) for part in parts)
 
 
 def tile_for(
@@ -119,25 +151,60 @@ def tile_for(
     windows: int,
     window: int,
     max_tail: int,
+    groups: int = 1,
     device: str = "NVIDIA H200",
 ) -> Tile:
     """The tile that was measured best on `device` for such sizes, or a heuristic's.
 
-    The number of splits is always the heuristic's: blocks enough for two waves, and
-    then, within twice that, the fewest that leave the last wave fullest.
+    The number of splits is always the heuristic's: of those within 2 % of the least
+    predicted time the one that fills the multiprocessors most, then the fewest. No more
+    are tried than merge in one launch, unless it takes more for every multiprocessor to
+    have a block.
     """
     tokens = windows * window + max_tail
     measured = _tuned.lookup(
         TUNED, device, key(batch, head_dim, tokens, windows, window)
     )
-    swizzle = _mgpu.swizzle_of(head_dim, jnp.bfloat16)
-    # At D = 64 narrower rows take under 128 registers: two blocks share a processor.
-    default = Tile(swizzle=64 if head_dim == 64 else swizzle)
-    tile = dataclasses.replace(default, **measured)
-    # An unaligned tail is copied from up to seven slots before it.
-    parts = (windows * window, max_tail and max_tail + ALIGNMENT - 1)
-    steps = sum(-(-part // tile.keys) for part in parts)
-    return dataclasses.replace(tile, splits=_splits(batch * kv_heads, steps))
+    tile = Tile(swizzle=_mgpu.swizzle_of(head_dim, jnp.bfloat16))
+    tile = dataclasses.replace(tile, **measured)
+    steps = steps_of(tile, windows=windows, window=window, max_tail=max_tail)
+    pairs = batch * kv_heads
+    sizes = {"pairs": pairs, "steps": steps, "head_dim": head_dim, "groups": groups}
+    most = max(1, min(steps, max(MERGED, PROCESSORS // pairs)))
+    tiles = [dataclasses.replace(tile, splits=1 + n) for n in range(most)]
+    times = {one: predicted_us(one, **sizes) for one in tiles}
+    near = [one for one in tiles if times[one] <= 1.02 * min(times.values())]
+    room = PROCESSORS * tile.resident(head_dim, groups)
+    return max(near, key=lambda one: (min(pairs * one.splits, room), -one.splits))
+
+
+def predicted_us(
+    tile: Tile,
+    *,
+    pairs: int,
+    steps: int,
+    head_dim: int,
+    groups: int = 1,
+    launches: float = 1,
+) -> float:
+    """Microseconds of a call on an H200, by a model; nothing here was measured.
+
+        waves * (0.98 * steps + 4.2) + 1.5 * launches
+
+    with `pairs` of row and key-value head, `steps` a row and `launches` beside the
+    kernel. A wave is what the multiprocessors hold at once, its steps are those of one
+    multiprocessor, one after the other, as they share its part of the bandwidth. 0.98
+    (a step of 64 tokens at D = 128) and 4.2 (a block's start and end) were fitted to
+    times of this kernel's earlier form, one block a multiprocessor; 1.5 is assumed.
+
+    >>> alone = Tile(stages=6, splits=33)  # one block a multiprocessor
+    >>> round(predicted_us(alone, pairs=8, steps=512, head_dim=128, launches=7))
+    50
+    """
+    blocks = -(-pairs * tile.splits // PROCESSORS)  # of one multiprocessor, in turn
+    waves = -(-blocks // tile.resident(head_dim, groups))
+    step = 0.98 * tile.keys * head_dim / (64 * 128)
+    return blocks * -(-steps // tile.splits) * step + 4.2 * waves + 1.5 * launches
 
 
 def key(batch: int, head_dim: int, tokens: int, windows: int, window: int) -> dict:
@@ -150,25 +217,12 @@ def key(batch: int, head_dim: int, tokens: int, windows: int, window: int) -> di
     }
 
 
-def kernel_name(head_dim: int, window: int, lanes: bool = False) -> str:
+def kernel_name(
+    head_dim: int, window: int, groups: int = 1, lanes: bool = False
+) -> str:
     """What profilers call the kernel; window 0 where the table is empty."""
-    return f"windowed_attention_d{head_dim}_w{window}{'_lanes' * lanes}"
-
-
-def _splits(blocks: int, most: int) -> int:
-    """Splits for `blocks` pairs of row and head, at most `most`, at least 1.
-
-    >>> [_splits(blocks, 512) for blocks in (8, 48, 128, 256)]
-    [33, 8, 3, 2]
-    """
-    fewest = max(1, min(-(-MIN_BLOCKS // blocks), most))
-
-    def idle(splits: int) -> float:
-        waves = -(-blocks * splits // PROCESSORS)
-        return 1 - blocks * splits / (waves * PROCESSORS)
-
-    candidates = range(fewest, max(fewest, min(2 * fewest, most)) + 1)
-    return min(candidates, key=lambda splits: (round(idle(splits), 1), splits))
+    columns = f"_n{columns_of(groups)}" if groups > ALIGNMENT else ""
+    return f"windowed_attention_d{head_dim}_w{window}{columns}{'_lanes' * lanes}"
 
 
 def attend(
@@ -207,21 +261,24 @@ def attend(
             windows=windows,
             window=window,
             max_tail=max_tail,
+            groups=groups,
         )
-    tile.check(dim)
+    tile.check(dim, groups)
     stages, splits, dtype = tile.stages, tile.splits, q.dtype
-    rows = -(-groups // ALIGNMENT) * ALIGNMENT  # written to memory, of ROWS computed
+    columns = columns_of(groups)
     # A copy lies within one window and fills a divisor of a step.
     chunk = math.gcd(window, tile.keys) if windows else tile.keys
     copies = tile.keys // chunk
-    # The second product goes piece by piece through D: each needs its own registers.
-    piece = tile.swizzle // 2
-    pieces = [_mgpu.ds(at, piece) for at in range(0, dim, piece)]
+    # The second product has one row a column of v, 64 at a time: where D is no multiple
+    # of it two products overlap, and both give the same numbers.
+    heights = [(0, dim)] if dim % HEIGHT == 0 else [(0, HEIGHT), (dim - HEIGHT, HEIGHT)]
+    pieces = [_mgpu.ds(*piece) for piece in heights]
+    part = tile.swizzle // 2  # columns that lie together in shared memory
 
     def body(*refs):
         q_ref, keys_ref, values_ref, layer_ref, starts_ref, *lengths_refs = refs[:8]
         o_ref, lse_ref = refs[8:10]
-        q_s, k_s, v_s, p_s, o_s, lse_s, q_full, k_full, v_full, free = refs[10:]
+        q_s, k_s, v_s, p_s, o_s, q_full, k_full, v_full, free = refs[10:]
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
         at_layer = jnp.clip(layer_ref[0], 0, layers - 1)
         valid, tail, tail_valid = (ref[at_layer, row] for ref in lengths_refs)
@@ -281,31 +338,33 @@ def attend(
             high = jnp.where(step < window_steps, valid, lead + tail_valid) - before
 
             _mgpu.barrier_wait(k_full.at[stage])
-            scores = product(q_s, k_s.at[stage].transpose((1, 0)), tile.keys)
-            column = iota((ROWS, tile.keys), 1)
-            seen = (column >= low) & (column < high)
+            scores = product(k_s.at[stage], q_s.transpose((1, 0)))
+            token = iota((tile.keys, columns), 0)
+            seen = (token >= low) & (token < high)
             scores = jnp.where(seen, scores * (scale * LOG2E), MASKED)
-            new = jnp.maximum(top, scores.max(axis=1))
+            new = jnp.maximum(top, scores.max(axis=0))
             shrink = jnp.exp2(top - new)
             weights = jnp.exp2(scores - along(new, tile.keys))
-            total = total * shrink + weights.sum(axis=1)
-            p_s[...] = weights.astype(dtype)
+            total = total * along(shrink, tile.keys) + weights
+            p_s.transpose((1, 0))[...] = turned(weights.astype(dtype))
 
             _mgpu.barrier_wait(v_full.at[stage])
 
             @_mgpu.when((low > 0) | (high < tile.keys))
             def _():
-                for columns in pieces:
-                    v = _mgpu.load(v_s.at[stage, :, columns], layout=layout)
-                    token = iota((tile.keys, piece), 0)
+                for at in range(0, dim, part):
+                    v = _mgpu.load(v_s.at[stage, :, _mgpu.ds(at, part)], layout=layout)
+                    token = iota((tile.keys, part), 0)
                     kept = (token >= low) & (token < high)
-                    v_s[stage, :, columns] = jnp.where(kept, v, jnp.zeros((), dtype))
+                    v = jnp.where(kept, v, jnp.zeros((), dtype))
+                    v_s[stage, :, _mgpu.ds(at, part)] = v
 
             _mgpu.commit_smem()
+            p = p_s.transpose((1, 0))
             out = [
-                part * along(shrink, piece)
-                + product(p_s, v_s.at[stage, :, columns], piece)
-                for part, columns in zip(out, pieces, strict=True)
+                mine * along(shrink, mine.shape[0])
+                + product(v_s.at[stage, :, piece].transpose((1, 0)), p)
+                for mine, piece in zip(out, pieces, strict=True)
             ]
             _mgpu.barrier_arrive(free.at[stage])
             return out, new, total
@@ -314,20 +373,22 @@ def attend(
         def _():
             _mgpu.copy_gmem_to_smem(q_ref.at[row, head], q_s, q_full)
             _mgpu.barrier_wait(q_full)
-            vector = layout.reduce(1)
-            out = [constant(0, (ROWS, piece), layout) for _ in pieces]
-            top, total = constant(MASKED, (ROWS,), vector), constant(0, (ROWS,), vector)
+            out = [constant(0, (height, columns), layout) for _, height in heights]
+            top = constant(MASKED, (columns,), layout.reduce(0))
+            total = constant(0, (tile.keys, columns), layout)
             out, top, total = lax.fori_loop(0, count, consume, (out, top, total))
+            total = total.sum(axis=0)
             some = total > 0  # not so in a split without a step
-            share = along(jnp.where(some, 1 / total, 0), piece)
-            for part, columns in zip(out, pieces, strict=True):
-                o_s[:, columns] = part * share
-            lse_s[...] = jnp.where(some, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
-            _mgpu.commit_smem()
-            for mine, whole in ((o_s, o_ref), (lse_s, lse_ref)):
-                used = mine.at[_mgpu.ds(0, rows)]
-                _mgpu.copy_smem_to_gmem(used, whole.at[split, row, head])
-            _mgpu.wait_smem_to_gmem(0)
+            share = jnp.where(some, 1 / total, 0)
+            lse = jnp.where(some, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+            outs = [mine * along(share, mine.shape[0]) for mine in out]
+            lses = [along(lse, mine.shape[0]) for mine in out]
+            for found, whole in ((outs, o_ref), (lses, lse_ref)):
+                for mine, piece in zip(found, pieces, strict=True):
+                    o_s.at[:, piece].transpose((1, 0))[...] = turned(mine)
+                _mgpu.commit_smem()
+                _mgpu.copy_smem_to_gmem(o_s, whole.at[split, row, head])
+                _mgpu.wait_smem_to_gmem(0)
 
     layout = _mgpu.Layout.WGMMA
     iota = functools.partial(_mgpu.broadcasted_iota, jnp.int32, layout=layout)
@@ -335,34 +396,35 @@ def attend(
     def constant(value, shape, layout):
         return _mgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-    def along(vector, columns):
-        return lax.broadcast_in_dim(vector, (ROWS, columns), [0])
+    def along(vector, height):
+        wide = lax.broadcast_in_dim(vector, (height, columns), [1])
+        return _mgpu.layout_cast(wide, layout)
 
-    def product(a, b, columns):
+    def turned(x):
+        return _mgpu.layout_cast(x, _mgpu.Layout.WGMMA_TRANSPOSED)
+
+    def product(a, b):
         def run(accumulator):
             _mgpu.wgmma(accumulator, a, b)
             return accumulator[...]
 
-        return _mgpu.run_scoped(run, _mgpu.ACC((ROWS, columns), jnp.float32))
+        return _mgpu.run_scoped(run, _mgpu.ACC((a.shape[0], columns), jnp.float32))
 
+    found = jax.ShapeDtypeStruct((splits, batch, kv_heads, columns, dim), jnp.float32)
     call = _mgpu.kernel(
         body,
-        kernel_name=kernel_name(dim, window if windows else 0, lanes),
+        kernel_name=kernel_name(dim, window if windows else 0, groups, lanes),
         grid=(batch, kv_heads, splits),
         grid_names=("row", "head", "split"),
         num_threads=2,
         thread_name="warpgroup",
-        out_type=(
-            jax.ShapeDtypeStruct((splits, batch, kv_heads, rows, dim), jnp.float32),
-            jax.ShapeDtypeStruct((splits, batch, kv_heads, rows), jnp.float32),
-        ),
+        out_type=(found, found),
         scratch_types=(
-            _mgpu.swizzled((ROWS, dim), dtype, tile.swizzle),
+            _mgpu.swizzled((columns, dim), dtype, tile.swizzle),
             _mgpu.swizzled((stages, tile.keys, dim), dtype, tile.swizzle),
             _mgpu.swizzled((stages, tile.keys, dim), dtype, tile.swizzle),
-            _mgpu.swizzled((ROWS, tile.keys), dtype, tile.swizzle),
-            _mgpu.swizzled((ROWS, dim), jnp.float32, min(4 * piece, 128)),
-            _mgpu.SMEM((ROWS,), jnp.float32),
+            _mgpu.swizzled((columns, tile.keys), dtype, tile.swizzle),
+            _mgpu.swizzled((columns, dim), jnp.float32, min(2 * tile.swizzle, 128)),
             _mgpu.Barrier(),
             _mgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             _mgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -371,8 +433,8 @@ def attend(
         lanes=lanes,
         interpret=interpret,
     )
-    padding = ((0, 0), (0, 0), (0, ROWS - groups), (0, 0))
-    outs, lses = call(
+    padding = ((0, 0), (0, 0), (0, columns - groups), (0, 0))
+    results = call(
         jnp.pad(q.reshape(batch, kv_heads, groups, dim), padding),
         keys,
         values,
@@ -380,7 +442,7 @@ def attend(
         starts if windows else jnp.zeros((1, 1, 1), jnp.int32),  # no empty operand
         *lengths,
     )
-    return reference.merge(
-        outs[..., :groups, :].reshape(splits, batch, heads, dim),
-        lses[..., :groups].reshape(splits, batch, heads),
+    out, lse = reference.merge(
+        *(x[..., :groups, :].reshape(splits, batch, heads, dim) for x in results)
     )
+    return out, lse[..., 0]

@@ -4,6 +4,8 @@ It is what `implementation="xla"` runs. The gathered keys and values are tempora
 2 * B * K * (W * window + max_tail) * D * itemsize bytes.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -64,16 +66,23 @@ def attend(
 
 
 def merge(
-    outs: Float[Array, "P B H D"], lses: Float[Array, "P B H"]
-) -> tuple[Float[Array, "B H D"], Float[Array, "B H"]]:
+    outs: Float[Array, "P B H D"], lses: Float[Array, "P B H *D"]
+) -> tuple[Float[Array, "B H D"], Float[Array, "B H *D"]]:
     """One attention over P parts of the keys, from the attention over each; float32.
 
-    A part that saw nothing has lse -inf and no weight.
+    A part that saw nothing has lse -inf and no weight. Written part by part: where the
+    lses are as wide as the outputs XLA makes one launch of it (up to 66 parts, as seen
+    in 0.12), and four of reductions over an axis of parts.
     """
-    top = jnp.max(lses, axis=0)
+    top = functools.reduce(jnp.maximum, lses)
     shift = jnp.where(top == -jnp.inf, 0.0, top)
-    weights = jnp.exp(lses - shift[None])  # [P, B, H]
-    total = jnp.sum(weights, axis=0)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = jnp.sum(outs.astype(jnp.float32) * weights[..., None], axis=0)
-    return out / safe[..., None], shift + jnp.log(total)
+    weights = [jnp.exp(lse - shift) for lse in lses]
+    total = functools.reduce(jnp.add, weights)
+    narrow = outs.ndim - lses.ndim  # axes
+    along = functools.partial(jnp.expand_dims, axis=tuple(range(-narrow, 0)))
+    weighted = [
+        out.astype(jnp.float32) * along(weight)
+        for out, weight in zip(outs, weights, strict=True)
+    ]
+    safe = along(jnp.where(total > 0, total, 1.0))
+    return functools.reduce(jnp.add, weighted) / safe, shift + jnp.log(total)

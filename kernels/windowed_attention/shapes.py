@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jmem.kernels.windowed_attention import MAX_GROUPS
+
 TAIL = 128
 """Tokens of the tail beside windows: those decoded since the windows were chosen."""
 
@@ -31,6 +33,11 @@ class Shape:
     """Tokens a row attends, windows and tail together."""
     window: int = 0
     """0 for a contiguous cache, which is all tail."""
+
+    @property
+    def groups(self) -> int:
+        """Query heads of a key-value head."""
+        return self.heads // self.kv_heads
 
     @property
     def windows(self) -> int:
@@ -60,20 +67,23 @@ class Shape:
         q = jax.ShapeDtypeStruct((self.batch, self.heads, self.head_dim), dtype)
         return q, cache, cache
 
-    def table(self, seed: int = 0) -> tuple[Any, Any, Any, Any]:
-        """starts, length, tail_start, tail_length of the first region: all is valid.
+    def table(self, regions: int = 1, seed: int = 0) -> tuple[Any, Any, Any, Any]:
+        """starts, length, tail_start, tail_length of every region: all is valid.
 
         Each row's windows lie in an order of their own.
         """
         random = np.random.default_rng(seed)
         orders = [random.permutation(self.windows) for _ in range(self.batch)]
         starts = np.stack(orders).astype(np.int32) * np.int32(self.window)
+        inside = self.windows * self.window
+        at = np.arange(regions, dtype=np.int32) * np.int32(self.tokens)
 
         def rows(value):
-            return np.full(self.batch, value, np.int32)
+            return np.full((regions, self.batch), value, np.int32)
 
-        inside = self.windows * self.window
-        return starts, rows(inside), rows(inside), rows(self.max_tail)
+        tail_start = rows(inside) + at[:, None]
+        table = starts + at[:, None, None]
+        return table, rows(inside), tail_start, rows(self.max_tail)
 
 
 MODELS = {
@@ -105,18 +115,20 @@ def kernel_calls() -> dict[str, tuple[Any, tuple]]:
 
     calls = {}
 
-    def add(head_dim: int, window: int, lanes: bool) -> None:
-        heads = {"batch": 1, "heads": 32, "kv_heads": 8}
+    def add(head_dim: int, window: int, groups: int = 4, lanes: bool = False) -> None:
+        heads = {"batch": 1, "heads": 8 * groups, "kv_heads": 8}
         shape = Shape(head_dim=head_dim, tokens=32768, window=window, **heads)
-        sizes = {**shape.sizes(), "scale": head_dim**-0.5, "lanes": lanes}
+        sizes = {**shape.sizes(), "scale": head_dim**-0.5, "layer": 0, "lanes": lanes}
         table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shape.table()]
-        name = mosaic_gpu.kernel_name(head_dim, window, lanes)
+        name = mosaic_gpu.kernel_name(head_dim, window, groups, lanes)
         call = functools.partial(mosaic_gpu.attend, **sizes)
         calls[name] = (call, (*shape.arrays(), *table))
 
     for head_dim in (64, 96, 128):
         for window in WINDOWS[1:]:
-            add(head_dim, window, lanes=False)
-    add(128, 0, lanes=False)
+            add(head_dim, window)
+    add(128, 0)
+    add(80, 16)
+    add(128, 32, groups=MAX_GROUPS)
     add(128, 32, lanes=True)
     return calls

@@ -336,6 +336,7 @@ REFUSED = [
     ({"dtypes": "fff", **MOSAIC}, "dtype=float32 is not bfloat16 or float16"),
     ({"q": (2, 4, 40), "cache": (2, 2, 64, 40), **MOSAIC}, "head_dim=40 is not a mult"),
     ({"q": (2, 4, 144), "cache": (2, 2, 64, 144), **MOSAIC}, "head_dim=144"),
+    ({"q": (2, 4, 48), "cache": (2, 2, 64, 48), **MOSAIC}, "head_dim=48 is .* 64 to"),
     ({"q": (2, 65, 64), "cache": (2, 1, 64, 64), **MOSAIC}, "65 query heads to a key"),
     ({"tile": Tile(stages=16), **MOSAIC}, "stages=16 need .* bytes of shared memory"),
 ]
@@ -405,6 +406,7 @@ CHOICES = [
     ("b200", "bfloat16", 128, 32, "xla"),
     ("h200", "float32", 128, 32, "xla"),
     ("h200", "bfloat16", 256, 32, "xla"),
+    ("h200", "bfloat16", 48, 32, "xla"),
     ("h200", "bfloat16", 128, 12, "xla"),
 ]
 

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import tomllib
+import types
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from jmem.kernels import _bench, _mgpu
 from jmem.kernels._resources import resources
 from jmem.kernels.windowed_attention import bench, check, windowed_attention
-from jmem.kernels.windowed_attention.mosaic_gpu import MIN_BLOCKS
+from jmem.kernels.windowed_attention.mosaic_gpu import Tile, predicted_us
 from jmem.kernels.windowed_attention.shapes import SHAPES, Shape, kernel_calls
 from jmem.program import Program
 from jmem.targets import resolve
@@ -24,9 +26,29 @@ from jmem.targets import resolve
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_the_grid_fills_the_gpu_at_batch_one():
-    shape = SHAPES["llama3-8b-32k-b1"]
-    assert shape.kv_heads * bench.heuristic(shape).splits >= MIN_BLOCKS == 264
+@pytest.mark.parametrize(
+    "name, blocks",
+    [
+        ("llama3-8b-32k-b1", 264),  # two a multiprocessor
+        ("llama3-8b-8k-b32", 256),  # one a row and key-value head
+        ("llama3-8b-128k-b6", 528),  # full waves
+        ("qwen2.5-1.5b-32k-b1", 132),  # as many splits as merge in one launch
+    ],
+)
+def test_the_grid_fills_the_gpu(name, blocks):
+    shape = SHAPES[name]
+    assert shape.batch * shape.kv_heads * bench.heuristic(shape).splits == blocks
+
+
+def test_the_model_is_the_formula_it_was_fitted_as():
+    """Two waves of one block a multiprocessor, and one wave of two."""
+    sizes = {"pairs": 8, "steps": 528, "head_dim": 128, "launches": 7}
+    alone, two = Tile(stages=6, splits=33), Tile(splits=33)
+    assert [tile.resident(128) for tile in (alone, two)] == [1, 2]
+    found = predicted_us(alone, **sizes), predicted_us(two, **sizes)
+    start, small = 4.2, 1.5 * 7
+    expected = 2 * (0.98 * 16 + start) + small, 0.98 * 2 * 16 + start + small
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -35,12 +57,14 @@ def test_every_shape_has_a_tile_that_fits_and_a_table_that_holds_it(name):
     tile = bench.heuristic(shape)
     tile.check(shape.head_dim)
     assert tile.splits * tile.keys <= shape.tokens + 2 * tile.keys
-    starts, length, tail_start, tail_length = shape.table()
-    sizes = {**shape.sizes(), "slots": shape.tokens}
+    starts, length, tail_start, tail_length = shape.table(regions=2)
+    sizes = {**shape.sizes(), "slots": 2 * shape.tokens}
     check(starts, length, tail_start, tail_length, **sizes)
     assert (length + tail_length == shape.tokens).all()
     if shape.windows:
-        assert (np.sort(starts, axis=1) == np.arange(0, length[0], shape.window)).all()
+        order = np.sort(starts, axis=-1)
+        assert (order[0] == np.arange(0, length[0, 0], shape.window)).all()
+        assert (order[1] == order[0] + shape.tokens).all()
 
 
 @pytest.mark.compat
@@ -51,17 +75,16 @@ def test_it_compiles_for_an_h200_within_its_budget():
     found = resources("windowed_attention")
     assert set(found) == set(kernel_calls())
     for name, one in found.items():
-        (head_dim,) = re.findall(r"_d(\d+)_", name)
-        budget = budgets[head_dim]
+        ((head_dim, columns),) = re.findall(r"_d(\d+)_w\d+(_n\d+)?", name)
+        budget = budgets[head_dim + columns]
         assert one.spill_bytes == 0, name
         assert one.registers <= budget["registers"], name
         assert one.shared_bytes <= budget["shared_bytes"], name
         assert one.blocks_per_core(threads=256) >= budget["blocks"], name
-        shape = Shape(
-            batch=1, heads=8, kv_heads=8, head_dim=int(head_dim), tokens=32768
-        )
-        tile = bench.heuristic(shape)
-        assert one.shared_bytes == tile.shared_bytes(shape.head_dim)
+        sizes = int(head_dim), int(columns[2:] or 4)
+        tile = Tile(swizzle=_mgpu.swizzle_of(sizes[0], "bfloat16"))
+        assert one.shared_bytes == tile.shared_bytes(*sizes)
+        assert one.blocks_per_core(threads=256) == tile.resident(*sizes)
 
 
 def test_no_copy_of_the_cache_in_a_decoding_step():
@@ -150,7 +173,8 @@ def test_a_shape_below_its_share_of_the_bandwidth_fails(monkeypatch, capsys, tmp
     def measure(shape, device, tune):
         name = next(name for name, other in SHAPES.items() if other is shape)
         ms = 1e3 * shape.read_bytes / (shares[name] * 4e12)
-        return {"mosaic_gpu": bench.Time(ms, ms, ms)}, tile
+        row = bench.Row(bench.Time(ms, ms, ms), launches=2, model_ms=0.01234)
+        return {"mosaic_gpu": row}, tile
 
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "attached", lambda capability: "NVIDIA H200")
@@ -158,8 +182,47 @@ def test_a_shape_below_its_share_of_the_bandwidth_fails(monkeypatch, capsys, tmp
     out = tmp_path / "bench.json"
     assert bench.main(["--only", "llama3-8b-8k-b1", "--out", str(out)]) == 0
     assert bench.main(["--only", *shares, "--out", str(out)]) == 1
-    assert "8k-b1-w8 is below 65% of the bandwidth" in capsys.readouterr().out
-    assert [row["shape"] for row in json.loads(out.read_text())] == list(shares)
+    printed = capsys.readouterr().out
+    assert "8k-b1-w8 is below 65% of the bandwidth" in printed
+    assert printed.count("2.0   0.0123") == 3  # launches, and the model beside the time
+    records = json.loads(out.read_text())
+    assert [row["shape"] for row in records] == list(shares)
+    assert [row["model_ms"] for row in records] == [0.01234] * 2
+
+
+def test_a_call_of_the_bench_is_two_launches_as_written():
+    """The kernel, and one that merges 33 splits and is the next call's query."""
+    shape = SHAPES["llama3-8b-32k-b1"]
+    regions = bench.regions(shape)
+    table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shape.table(regions)]
+    run = bench.chain(shape, implementation="mosaic_gpu")
+    program = Program(run, (*shape.arrays(regions), *table))
+    compiled: Any = program.compile(resolve("h200"))
+    # and one that pads the first query
+    assert _bench.count_launches(compiled) == 2 * regions + 1
+
+
+def test_launches_within_a_call_count_and_those_of_a_loop_cannot_be():
+    @jax.jit
+    def loop(x):
+        return lax.fori_loop(0, x[0], lambda i, x: x * i, x)
+
+    assert np.isnan(_bench.count_launches(loop.lower(jnp.ones(2, int)).compile()))
+    text = """HloModule m
+
+%graph (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %a.1 = f32[2]{0} fusion(%p), kind=kLoop, calls=%fused
+  ROOT %b = (f32[2]{0}, /*index=1*/f32[2]{0}) custom-call(%a.1), custom_call_target="x"
+}
+
+ENTRY %main.2 (q: f32[2]) -> f32[2] {
+  %q = f32[2]{0} parameter(0)
+  %call.7 = f32[2]{0} call(%q), to_apply=%graph, metadata={op_name="jit(f)"}
+  ROOT %c = f32[2]{0} copy(%call.7)
+}
+"""
+    assert _bench.count_launches(types.SimpleNamespace(as_text=lambda: text)) == 3
 
 
 def test_a_timed_chain_attends_every_region_once(monkeypatch):
