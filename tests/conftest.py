@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import sys
 
 import balance
 import kept
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 os.environ.update(kept.settings())
+if kept_bytecode := os.environ.get("PYTHONPYCACHEPREFIX"):
+    sys.pycache_prefix, sys.dont_write_bytecode = kept_bytecode, False
 
 import jax
 import pytest

@@ -1,10 +1,13 @@
-"""What the tests keep from run to run: programs compiled for the CPU, and reports.
+"""What the tests keep from run to run: programs compiled for the CPU, reports, bytecode.
 
 $JMEM_TEST_CACHE names the folder, by default `jmem-tests` in the user's cache folder;
 set it to "" to keep nothing. Everything in it may be deleted at any time: an entry that
 is missing, half written or damaged is made again. Below it is a folder for each lock
 file and kind of processor. JAX and `jmem.memory.cache` choose their entries' names by
-content: the lowered program, flags, compile options, target and versions.
+content: the lowered program, flags, compile options, target and versions. Python keeps
+what it compiled beside its sources' dates and sizes: without it each process that a test
+starts parses JAX again, for a second and more, where an installation brings no bytecode
+or its environment forbids to write it there.
 """
 
 import contextlib
@@ -30,7 +33,8 @@ def folder() -> pathlib.Path | None:
 
 
 def settings() -> dict[str, str]:
-    """Environment variables that tell JAX, as it starts, and jmem where to keep things.
+    """Environment variables that tell JAX and Python, as they start, and jmem where to
+    keep things.
 
     Makes the folder, and empties it first where it has grown beyond LIMIT.
     """
@@ -42,7 +46,7 @@ def settings() -> dict[str, str]:
     try:
         if "PYTEST_XDIST_WORKER" not in os.environ and _size(where) > LIMIT:
             shutil.rmtree(where, ignore_errors=True)
-        for name in ("programs", "reports"):
+        for name in ("programs", "reports", "bytecode"):
             (mine / name).mkdir(parents=True, exist_ok=True)
     except OSError:
         return nothing  # a folder that cannot be written is no error
@@ -51,6 +55,8 @@ def settings() -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": str(mine / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONDONTWRITEBYTECODE": "",
+        "PYTHONPYCACHEPREFIX": str(mine / "bytecode"),
     }
 
 
