@@ -1,13 +1,12 @@
-"""What the tests keep from run to run: programs compiled for the CPU, reports, bytecode.
+"""What tests keep from run to run: programs compiled for the CPU, reports, bytecode.
 
 $JMEM_TEST_CACHE names the folder, by default `jmem-tests` in the user's cache folder;
 set it to "" to keep nothing. Everything in it may be deleted at any time: an entry that
 is missing, half written or damaged is made again. Below it is a folder for each lock
 file and kind of processor. JAX and `jmem.memory.cache` choose their entries' names by
 content: the lowered program, flags, compile options, target and versions. Python keeps
-what it compiled beside its sources' dates and sizes: without it each process that a test
-starts parses JAX again, for a second and more, where an installation brings no bytecode
-or its environment forbids to write it there.
+bytecode by a source's date and size: without it each process that a test starts parses
+JAX again, a second and more, where an installation brings none and none may be written.
 """
 
 import contextlib

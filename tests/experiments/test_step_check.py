@@ -4,17 +4,20 @@ import dataclasses
 import json
 
 import pytest
+from tiny_decoder import TINY
 
 from experiments import step_check
 from experiments.harness.timed import FINETUNERS
 from experiments.step_check import RATE, Command, Sizes, compute_losses, find_fault
 from jmem.memory.protocol import StageError
+from jmem.models import zoo
 
 SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
 
 
-def test_copies_at_once_learn_as_one_alone():
+def test_copies_at_once_learn_as_one_alone(monkeypatch):
     """LISA, over a draw: the first one lasts three steps."""
+    monkeypatch.setattr(zoo, "get", lambda name: TINY)  # not a vocabulary of 49,152
     alone = compute_losses("lisa", SMALL, "float32")
     copies = dataclasses.replace(SMALL, threads=2)
     assert find_fault(compute_losses("lisa", copies, "float32"), alone) == ""

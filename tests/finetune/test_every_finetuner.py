@@ -11,8 +11,10 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import kept
 import numpy as np
 import pytest
+from donation import count_aliased_bytes
 from tiny_decoder import TINY
 
 from jmem.finetune.family import FINETUNERS
@@ -42,18 +44,26 @@ def initial_params():
 
 
 @functools.cache
-def jitted(finetuner, model):
-    """Its `init` and its step, which takes the state: compiled once for all tests."""
+def compiled(finetuner, model):
+    """Its `init`, its step's program and executable: compiled once for all tests."""
 
     @jax.jit
     def init(params):
         params = jax.tree.map(jnp.copy, params)
         return finetuner.init(model, params, {}, jax.random.key(1))
 
-    def step(state, batch):
-        return finetuner.step(model, state, batch)
+    program = step_program(finetuner, model, batch_size=2, seq_len=10)
+    with kept.apart():  # a program that comes from there has no plan
+        return init, program, program.compile()
 
-    return init, jax.jit(step, donate_argnums=0)
+
+def count_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(model, params, batch):
+    return next_token_loss(model, params, batch)
 
 
 @pytest.fixture
@@ -63,8 +73,8 @@ def finetuner(name):
 
 @pytest.fixture
 def start(finetuner, tiny, initial_params):
-    """A new state from copied parameters, and its jitted step, which takes it."""
-    init, step = jitted(finetuner, tiny)
+    """A new state from copied parameters, and its step, an executable that takes it."""
+    init, _, step = compiled(finetuner, tiny)
     return lambda: (init(initial_params), step)
 
 
@@ -89,15 +99,16 @@ class TestEveryThatMerges:
         for seed in range(3):
             state, _ = step(state, random_batch(tiny, seed))
         batch = random_batch(tiny, 9)
-        merged = jax.jit(lambda p: next_token_loss(tiny, p, batch))(
-            finetuner.merged(state)[0]
-        )
+        merged = loss(tiny, jax.jit(finetuner.merged)(state)[0], batch)
         np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
 
 
 @every
 class TestEveryFinetuner:
-    def test_learns_a_batch_by_heart_in_one_program(self, start, tiny, random_batch):
+    def test_learns_a_batch_by_heart_in_one_program(
+        self, finetuner, start, tiny, random_batch
+    ):
+        """Its state keeps shapes and dtypes: an executable refuses any other."""
         state, step = start()
         batch, losses = random_batch(tiny), []
         for _ in range(20):
@@ -105,7 +116,8 @@ class TestEveryFinetuner:
             losses.append(float(metrics["loss"]))
         assert losses[-1] < losses[0] - 0.01
         assert state["step"] == 20
-        assert step._cache_size() == 1
+        program = compiled(finetuner, tiny)[1]
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, program.args[0])
 
     def test_metrics_are_what_the_loop_logs(self, name, start, tiny, random_batch):
         state, step = start()
@@ -119,18 +131,21 @@ class TestEveryFinetuner:
         unlabelled = {path for label, (_, path, _) in labels if label is None}
         assert unlabelled <= {"step", "key", "steps", "active"}  # counters, switches
 
-    @pytest.mark.usefixtures("compiled_anew")
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_state_keeps_its_dtypes_and_is_updated_in_place(
-        self, finetuner, tiny_config, dtype
+    def test_state_is_updated_in_place(self, finetuner, tiny):
+        _, program, step = compiled(finetuner, tiny)
+        held = count_bytes(program.args[0])
+        assert step.memory_analysis().alias_size_in_bytes == held
+
+    def test_state_in_bfloat16_keeps_its_dtypes_and_is_updated_in_place(
+        self, finetuner, tiny_config
     ):
-        model = Decoder(tiny_config, dtype=dtype)
-        program = step_program(finetuner, model, batch_size=2, seq_len=8)
-        state, _ = jax.eval_shape(program.fn, *program.args)
+        """As float32, compiled above, does what it is told as it is lowered."""
+        model = Decoder(tiny_config, dtype=jnp.bfloat16)
+        program = step_program(finetuner, model, batch_size=2, seq_len=10)
+        lowered = program.lower()
+        state, _ = lowered.stage.out_info
         chex.assert_trees_all_equal_shapes_and_dtypes(state, program.args[0])
-        plan = program.compile().memory_analysis()
-        held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        assert plan.alias_size_in_bytes == held
+        assert count_aliased_bytes(lowered) == count_bytes(state)
 
     def test_moments_are_float32_beside_bfloat16_weights(
         self, name, finetuner, tiny_config
@@ -179,7 +194,7 @@ def test_what_does_not_merge_says_so(initial_params, tiny):
     for name in FINETUNERS.keys() - MERGING.keys():
         finetuner = FINETUNERS[name].finetuner
         with pytest.raises(ValueError, match="cannot be merged"):
-            finetuner.merged(jitted(finetuner, tiny)[0](initial_params))
+            finetuner.merged(compiled(finetuner, tiny)[0](initial_params))
 
 
 @every

@@ -1,6 +1,7 @@
 """LOMO is gradient descent, AdaLomo the official update; no gradient is whole."""
 
 import dataclasses
+import functools
 from typing import Any, get_args
 
 import chex
@@ -42,15 +43,18 @@ def official(w, state, g, rate, t, decay):
     return w * (1 - rate * decay) - rate * update, state
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(model, params, batch):
+    return jax.value_and_grad(lambda p: next_token_loss(model, p, batch))(params)
+
+
 def by_hand(lomo, model, params, batches):
     """All gradients first, then every parameter, or every layer of a stacked one."""
     flat = {path: np.asarray(leaf) for path, leaf in by_key(params).items()}
     structure, states, losses = jax.tree.structure(params), {}, []
     for t, batch in enumerate(batches, start=1):
         tree = structure.unflatten([jnp.asarray(leaf) for leaf in flat.values()])
-        loss, grads = jax.jit(
-            jax.value_and_grad(lambda p, b=batch: next_token_loss(model, p, b))
-        )(tree)
+        loss, grads = gradients(model, tree, batch)
         losses.append(float(loss))
         for path, g in by_key(grads).items():
             rows = range(g.shape[0]) if path.startswith("blocks/") else (...,)

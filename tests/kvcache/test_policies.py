@@ -5,13 +5,13 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from donation import count_aliased_bytes
 from tiny_decoder import TINY, random_params
 
 from jmem.generate.decode import decode_step, extend
@@ -333,14 +333,15 @@ def test_bytes_are_the_compiler_s_and_the_cache_is_never_copied(name):
         policy.plan(model, **sizes),
         policy.plan(model, **sizes, target=h200),
     )
-    for builder, plan, most in (
-        (prefill_program, plain, math.inf),
-        (decode_program, plain, plain.bytes() / 4),  # a layer's region, to read it
-        (decode_program, kernel, plain.bytes() / 40),
+    filled = prefill_program(model, plain).lower(h200)
+    assert count_aliased_bytes(filled) == plain.bytes()
+    for plan, most in (
+        (plain, plain.bytes() / 4),  # a layer's region, to read it
+        (kernel, plain.bytes() / 40),
     ):
         # Triton's products need no scratch, in which a copy of the cache could hide.
         triton = {"xla_gpu_enable_triton_gemm": True}
-        analysis = builder(model, plan).compile(h200, triton).memory_analysis()
+        analysis = decode_program(model, plan).compile(h200, triton).memory_analysis()
         assert analysis.alias_size_in_bytes == plan.bytes()
         assert analysis.temp_size_in_bytes < most
     assert kernel.attention == "mosaic_gpu"
