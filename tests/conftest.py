@@ -24,6 +24,10 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Of every eight seconds of tracing one went into looking for cycles among what stays.
+gc.freeze()
+gc.set_threshold(10_000, 20, 50)
+
 
 MOST_MAPPINGS = 20_000
 """Of the 65,530 mappings of memory that Linux allows a process. Every program that JAX

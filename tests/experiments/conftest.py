@@ -7,6 +7,7 @@ import jax
 import pytest
 from tiny_decoder import TINY, random_params
 
+import jmem
 import jmem.checkpoints
 from jmem.memory import protocol
 
@@ -23,6 +24,20 @@ def attached(monkeypatch):
     monkeypatch.setattr(protocol, "probe", lambda: probed)
     monkeypatch.setattr(protocol, "call", call)
     return probed
+
+
+@pytest.fixture
+def one_compilation(monkeypatch):
+    """Reports of programs compiled once: for tests that tell nothing of intervals.
+
+    `test_lisa.test_measuring_loads_no_weights` has one with its bounds.
+    """
+    measure = jmem.measure
+
+    def once(program, *, target, bounds=True):
+        return measure(program, target=target, bounds=False)
+
+    monkeypatch.setattr(jmem, "measure", once)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 # pyright: reportAttributeAccessIssue=false
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
@@ -255,12 +254,11 @@ def test_shares_are_of_what_the_full_cache_finds(config, tmp_path):
     assert panel.reference == 1
 
 
+@pytest.mark.usefixtures("one_compilation")
 def test_measuring_loads_no_weights_and_finds_the_planned_bytes(
     config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(jmem.checkpoints.Checkpoint, "params", None)
-    once = functools.partial(jmem.measure, bounds=False)  # half of the compiling
-    monkeypatch.setattr(jmem, "measure", once)
     config = dataclasses.replace(
         config, only=("gemfilter",), gemfilter=GemFilter(layer=1, tokens=32)
     )

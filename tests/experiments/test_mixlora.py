@@ -46,6 +46,7 @@ def short(monkeypatch):
     monkeypatch.setattr(jmem.data, "python_tasks", lambda: short)
 
 
+@pytest.mark.usefixtures("one_compilation")
 def test_it_trains_both_by_task_and_leaves_losses_only(config, short, tmp_path):
     config = dataclasses.replace(config, seeds=(0, 1))
     target = resolve(config.gpu)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tiny_decoder import TINY
 
-import jmem
 from experiments import windowkv
 from experiments.harness import cli
 from experiments.harness.run import Run
@@ -104,10 +103,9 @@ def test_learns_compares_and_classifies(tmp_path, monkeypatch, capsys):
     assert len(lines) == 4  # which a stopped run would not ask again
 
 
+@pytest.mark.usefixtures("one_compilation")
 def test_measuring_trains_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(windowkv, "learn", None)
-    once = functools.partial(jmem.measure, bounds=False)
-    monkeypatch.setattr(jmem, "measure", once)
     folder, report = run(CONFIG, tmp_path, measure_only=True)
     memory = report["tables"]["Memory on h200"]
     assert memory["windowkv-16"]["cache"] < 0.5 * memory["full"]["cache"]

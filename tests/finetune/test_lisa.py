@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_decoder import random_params
 
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW, scale_by_adam
@@ -141,14 +142,26 @@ class TestDraw:
         assert counts[0] == 0
         assert (np.diff(counts) > 0).all()
 
-    def test_the_run_draws_at_the_first_step_and_each_period(self, tiny, random_batch):
+    def test_the_run_draws_at_the_first_step_and_each_period(
+        self, tiny, tiny_params, random_batch
+    ):
         lisa = Lisa(active_layers=2, period=3)
-        params = tiny.init(jax.random.key(0))
-        _, metrics = run(lisa, tiny, params, [random_batch(tiny)] * 12)
+        _, metrics = run(lisa, tiny, tiny_params, [random_batch(tiny)] * 12)
         active = [tuple(m["active"]) for m in metrics]
         periods = [active[i : i + 3] for i in range(0, 12, 3)]
         assert all(len(set(p)) == 1 for p in periods)
         assert len(set(active)) > 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def slot_gradients(model, params, batch, active):
+    return make_slot_gradients(model, params, batch, active)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(model, params, batch):
+    """Loss and gradients of everything, compiled once for all tests."""
+    return jax.value_and_grad(lambda p: next_token_loss(model, p, batch))(params)
 
 
 class TestSlotGradients:
@@ -160,25 +173,20 @@ class TestSlotGradients:
         self, tiny_config, random_batch, active, tied
     ):
         model = Decoder(dataclasses.replace(tiny_config, tied=tied))
-        params = jax.jit(model.init)(jax.random.key(0))
+        params = jax.tree.map(jnp.asarray, random_params(model.config, scale=0.2))
         batch = random_batch(model)
         active = jnp.asarray(active, jnp.int32)
-        loss, outside, blocks = jax.jit(
-            lambda p, active: make_slot_gradients(model, p, batch, active)
-        )(params, active)
-        value, grads = jax.jit(
-            jax.value_and_grad(lambda p: next_token_loss(model, p, batch))
-        )(params)
+        loss, outside, blocks = slot_gradients(model, params, batch, active)
+        value, grads = gradients(model, params, batch)
         expected = jax.tree.map(lambda g: g[active], grads.pop("blocks"))
         chex.assert_trees_all_close(loss, value, rtol=1e-6)
         chex.assert_trees_all_close(outside, grads, rtol=1e-4, atol=1e-7)
         chex.assert_trees_all_close(blocks, expected, rtol=1e-4, atol=1e-7)
 
-    def test_match_finite_differences(self, tiny, random_batch):
-        params, batch = tiny.init(jax.random.key(0)), random_batch(tiny)
-        _, _, grads = make_slot_gradients(
-            tiny, params, batch, jnp.asarray([1, 3], jnp.int32)
-        )
+    def test_match_finite_differences(self, tiny, tiny_params, random_batch):
+        params, batch = tiny_params, random_batch(tiny)
+        active = jnp.asarray([1, 3], jnp.int32)
+        _, _, grads = slot_gradients(tiny, params, batch, active)
         kernel = params["blocks"]["mlp"]["down"]["kernel"]
         direction = jax.random.normal(jax.random.key(1), kernel[1].shape)
 
@@ -357,31 +365,31 @@ class TestMaster:
 
     ADAMW = AdamW(learning_rate=2e-5, max_grad_norm=0.0)  # far below 2^-9 of a weight
 
-    @pytest.mark.parametrize("moment_dtype", ["float32", "float8"])
     def test_small_updates_add_up_and_weights_are_it_rounded(
-        self, tiny_config, random_batch, moment_dtype
+        self, tiny_config, random_batch
     ):
         model = Decoder(tiny_config, dtype=jnp.bfloat16)
-        before = jax.jit(model.init)(jax.random.key(0))
-        adamw = dataclasses.replace(self.ADAMW, moment_dtype=moment_dtype)
-        batch, moved = random_batch(model), {}
-        for master in (False, True):
+        before = random_params(tiny_config, jnp.bfloat16, scale=0.2)
+        before = jax.tree.map(jnp.asarray, before)
+        batches = [random_batch(model)] * 12
+
+        def kernel(tree):
+            return tree["blocks"]["mlp"]["up"]["kernel"]
+
+        def walk(master, moment_dtype):
+            adamw = dataclasses.replace(self.ADAMW, moment_dtype=moment_dtype)
             lisa = Lisa(active_layers=2, period=20, adamw=adamw, master=master)
-            state = lisa.init(
-                model, jax.tree.map(jnp.copy, before), {}, jax.random.key(1)
-            )
-            step = jax.jit(functools.partial(lisa.step, model), donate_argnums=0)
-            for _ in range(12):
-                state, metrics = step(state, batch)
-            kernels = [
-                tree["blocks"]["mlp"]["up"]["kernel"]
-                for tree in (before, state["params"])
-            ]
-            moved[master] = float(jnp.mean(kernels[0] != kernels[1]))
-        assert moved[True] > 1.5 * moved[False]
-        copy = state["blocks"].moments["mlp"]["up"]["kernel"][-1]
-        stored = kernels[1][metrics["active"]]
-        np.testing.assert_array_equal(copy.astype(jnp.bfloat16), stored)
+            state, metrics = run(lisa, model, before, batches, key=1)
+            moved = kernel(before) != kernel(state["params"])
+            return float(jnp.mean(moved)), state, metrics[-1]
+
+        without, *_ = walk(False, "float32")
+        for moment_dtype in ("float32", "float8"):
+            moved, state, metrics = walk(True, moment_dtype)
+            assert moved > 1.5 * without
+            copy = state["blocks"].moments["mlp"]["up"]["kernel"][-1]
+            stored = kernel(state["params"])[metrics["active"]]
+            np.testing.assert_array_equal(copy.astype(jnp.bfloat16), stored)
 
     def test_needs_a_fused_step(self):
         with pytest.raises(ValueError, match="master=True needs a fused step"):
