@@ -36,7 +36,7 @@ from jmem.nn.linear import dense
 from jmem.nn.mlp import MLP
 from jmem.nn.norm import Norm, normalise
 from jmem.nn.ops import Feed, LinearMap, Ops
-from jmem.nn.packed import Packed
+from jmem.nn.packed import Packed, take_rows
 from jmem.nn.stack import Remat, init_stack
 from jmem.sharding import GATHERED, Layout
 from jmem.targets import Target
@@ -260,7 +260,11 @@ class Decoder:
           ValueError: more positions than the learned table has.
         """
         # Widened so that the gradient of a token seen n times is a float32 sum.
-        rows = params["embed"]["embedding"].astype(jnp.float32)[tokens]
+        table = params["embed"]["embedding"].astype(jnp.float32)
+        if isinstance(positions, Packed) and self.layout is None:
+            rows = take_rows(table, tokens)
+        else:
+            rows = table[tokens]
         if self.config.positions == "learned":
             length, limit = tokens.shape[1], self.config.max_positions
             if length > limit:

@@ -16,7 +16,7 @@ from jmem.finetune.program import step_program
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
 from jmem.nn.attention import grouped_attention
-from jmem.nn.packed import attend_packed, number_positions
+from jmem.nn.packed import attend_packed, number_positions, take_rows
 
 
 def test_positions_begin_with_every_run_of_one_number():
@@ -73,11 +73,28 @@ class TestAttention:
         assert jnp.isfinite(out[:, 4:]).all()
 
 
-def program(target, rows, length, segments, attention=None):
-    """A step of one layer of SmolLM2-135M."""
+def test_rows_of_a_table_and_their_gradient():
+    random = np.random.default_rng(0)
+    table = jnp.asarray(random.standard_normal((5, 3)), jnp.float32)
+    tokens = jnp.array([[1, 4, 1], [0, 1, 4]])
+    drows = jnp.asarray(random.standard_normal((2, 3, 3)), jnp.float32)
+    for first in (drows[0, 0, 0], -1.0, jnp.nan, jnp.inf):
+        given = drows.at[0, 0, 0].set(first)
+        found, expected = (
+            jax.vjp(take, table)
+            for take in (lambda t: take_rows(t, tokens), lambda t: t[tokens])
+        )
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1](given)[0], expected[1](given)[0])
+
+
+def program(target, rows, length, segments, attention=None, **sizes):
+    """A step of one layer of SmolLM2-135M, or of a model of these sizes."""
     card = jmem.targets.resolve(target)
-    config = dataclasses.replace(zoo.get("smollm2-135m"), layers=1)
-    model = Decoder.on(card, config, dtype="bfloat16")
+    sizes = {"name": "smollm2-135m", "layers": 1, "remat": "none"} | sizes
+    config = zoo.get(sizes["name"])
+    config = dataclasses.replace(config, layers=sizes["layers"], max_positions=length)
+    model = Decoder.on(card, config, dtype="bfloat16", remat=sizes["remat"])
     model = dataclasses.replace(model, attention=attention or model.attention)
 
     def make(key):
@@ -103,8 +120,11 @@ def test_no_square_of_a_row_s_tokens_is_made(target, rows, length):
 
 
 def test_a_packed_step_takes_the_bytes_of_another():
+    """Where an embedding's gradient made early is 5 % of the step."""
+    sizes = {"name": "tinyllama-1.1b", "layers": 2, "remat": "block"}
+
     def count(segments):
-        own, card = program("h200", 8, 4096, segments)
+        own, card = program("h200", 8, 4096, segments, **sizes)
         plan: Any = own.compile(card).memory_analysis()
         return plan.total_allocation_bytes
 
