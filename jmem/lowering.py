@@ -194,6 +194,11 @@ _KNOWN = (
         "arguments is in scope.",
     ),
     (
+        "should match the mesh passed to shard_map",
+        "it gives jax.shard_map a mesh that is not that of the GPUs compiled for.\n"
+        "Leave mesh= out: the mesh of the arguments is in scope.",
+    ),
+    (
         "different trace level",
         "it uses a flax NNX module that is not among its arguments: one it closes "
         "over, or that nnx.cached_partial holds.\nGive every module as an argument:\n"

@@ -6,16 +6,18 @@ out, donation is theirs. `read` returns that function and its arrays, so that wh
 measured is what runs. Neither library is imported: who has such a function has it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AbstractMesh, AxisType
 
 from jmem.lowering import ProgramError, explain_errors
 from jmem.memory.calls import (
@@ -114,8 +116,8 @@ def _find_jit_arguments(call: Call) -> tuple[Call, list[str]]:
     And its keywords that are traced, which count as the last arguments.
     """
     jitted: Any = call.fn
-    with explain_errors(name_of(jitted)):
-        traced = jitted.trace(*_unplace(call.args), **call.keywords)
+    with _tracing(jitted, (call.args, call.keywords)):
+        traced = jitted.trace(*_unplace(call.args), **_unplace(call.keywords))
     infos, named = traced.args_info
     found = list(_list_statics(infos, call.args))
     if len(found) > 1:  # two numbers, one of them static
@@ -241,8 +243,8 @@ def _filter(call: Call) -> Call:
 def _keep_usable(call: Call, donate: tuple[int, ...]) -> Call:
     """The call with what a result can reuse donated; Equinox says nothing of others."""
     arrays = [arg for n, arg in enumerate(call.args) if n not in call.static]
-    with explain_errors(name_of(call.fn)):
-        results = _list_kinds(jax.eval_shape(call.fn, *arrays))
+    with _tracing(call.fn, arrays):
+        results = _list_kinds(jax.eval_shape(call.fn, *_unplace(tuple(arrays))))
     usable = (n for n in donate if _list_kinds(call.args[n]) & results)
     return dataclasses.replace(call, donate=tuple(usable))
 
@@ -308,8 +310,8 @@ def _read_nnx(call: Call) -> Call:
             "Leave them out, and place the arrays instead:\n"
             "    jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))"
         )
-    with explain_errors(name_of(fn)):
-        traced = fn.trace(*_unplace(call.args), **call.keywords).traced
+    with _tracing(fn, (call.args, call.keywords)):
+        traced = fn.trace(*_unplace(call.args), **_unplace(call.keywords)).traced
     infos, keyword_infos = traced.args_info
     owners = [*call.args, *(call.keywords[name] for name in keyword_infos)]
     kept, static = _pair_nnx(infos, call, fn)
@@ -389,7 +391,7 @@ def _are_apart(named: list[tuple[str, Any]]) -> bool:
     return len(paths) == len(named) and not paths & above
 
 
-def _unplace(args: tuple) -> tuple:
+def _unplace[Arguments](args: Arguments) -> Arguments:
     """The arguments without the mesh that they are on, which is not in scope here."""
 
     def describe(leaf: Any) -> Any:
@@ -462,13 +464,27 @@ def _find_changed(fn: Any, args: tuple, static: tuple[int, ...]) -> set[int]:
                 changed.add(n)
 
     if own:
-        with explain_errors(name_of(fn)):
-            arrays = [arg for n, arg in enumerate(args) if n not in static]
+        arrays = [arg for n, arg in enumerate(args) if n not in static]
+        with _tracing(fn, arrays):
             jax.eval_shape(look, *_unplace(tuple(arrays)))
     return changed
 
 
 # --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _tracing(fn: Any, args: Any) -> Iterator[None]:
+    """Known errors in words, and the mesh that arguments are on in scope."""
+    placed = filter(None, map(_find_placement, jax.tree.leaves(args)))
+    scope = contextlib.nullcontext()
+    if found := next(placed, None):
+        shape = found.mesh.shape
+        auto = (AxisType.Auto,) * len(shape)
+        mesh = AbstractMesh((*shape.values(),), (*shape,), axis_types=auto)
+        scope = jax.sharding.use_abstract_mesh(mesh)
+    with explain_errors(name_of(fn)), scope:
+        yield
 
 
 def _hold(tree: Any, types: tuple[type, ...]) -> bool:

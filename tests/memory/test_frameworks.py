@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import jmem
 from jmem.lowering import list_positions
@@ -507,6 +507,38 @@ class TestJit:
         report = jmem.measure(train, params, x, donate=(0,), bounds=False)
         assert report.alias_bytes == count_bytes(params)
         assert not report.flags
+
+
+class TestMesh:
+    """Arguments on a mesh, which a function may name without having one."""
+
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    parts = NamedSharding(mesh, PartitionSpec("data"))
+    placed = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parts)
+
+    def test_the_mesh_of_the_arguments_is_in_scope(self):
+        def step(x, y):
+            return jax.lax.with_sharding_constraint(x + y, PartitionSpec("data"))
+
+        for what in (
+            jax.jit(step, donate_argnums=0),
+            functools.partial(jax.jit(step, donate_argnames="x"), y=self.placed),
+            eqx.filter_jit(step, donate="all"),
+        ):
+            args = (self.placed,) * (1 if isinstance(what, functools.partial) else 2)
+            assert 0 in as_program(what, args).donate
+
+    def test_a_mesh_of_ones_own_is_refused(self):
+        step = jax.shard_map(
+            lambda x: 2 * x,
+            mesh=self.mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec("data"),
+        )
+        with pytest.raises(
+            ProgramError, match="Leave mesh= out: the mesh of the argum"
+        ):
+            jmem.measure(jax.jit(step), self.placed, target="rtx4090x2")
 
 
 class TestLinen:
