@@ -42,21 +42,22 @@ def params(model):
     return jax.tree.map(jnp.asarray, random_params(model.config, scale=0.3))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+    positions = token_positions(tokens)
+    x = model.embed(params, tokens)
+    x, _, _ = run_stack(model.block, params["blocks"], x, positions, model.ops)
+    return model.head(params, x, model.ops)
+
+
 def recomputed(model, params, prompt, steps):
     """Greedy continuation without a cache: one full forward pass a token."""
-
-    @jax.jit
-    def logits(tokens):
-        positions = token_positions(tokens)
-        x = model.embed(params, tokens)
-        x, _, _ = run_stack(model.block, params["blocks"], x, positions, model.ops)
-        return model.head(params, x, model.ops)
-
     tokens = list(prompt)
     for _ in range(steps):
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(logits(jnp.asarray(padded))[0, len(tokens) - 1].argmax()))
+        logits = forward(model, params, padded)
+        tokens.append(int(logits[0, len(tokens) - 1].argmax()))
     return tokens[len(prompt) :]
 
 
