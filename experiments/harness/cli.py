@@ -85,9 +85,10 @@ def run[Config](
     Exit status 1 is a verdict that is no, which `main` returns; 2 is a refusal in words
     or a bug, which keeps its traceback; 130 is an interruption.
     """
-    with _end_in_words((config, Flags), sys.argv[1:]):
+    with _end_in_words((config, Flags), sys.argv[1:]) as read:
         slug = find_slug(main)
         flags, chosen = parse(config, slug, sys.argv[1:], _describe(main))
+        read.append(chosen)
         from experiments.harness.run import Run  # with JAX, which a script may not need
         from jmem.targets import resolve
 
@@ -121,7 +122,7 @@ def script[Command](
       TypeError: `command` cannot be one (`experiments.harness.config.check`).
     """
     given = sys.argv[1:] if arguments is None else arguments
-    with _end_in_words((command,), given):
+    with _end_in_words((command,), given) as read:
         configs.check(command)
         chosen = read_flags(
             command,
@@ -129,28 +130,33 @@ def script[Command](
             prog=f"python -m experiments.{find_slug(main)}",
             description=_describe(main),
         )
+        read.append(chosen)
         status = main(chosen)
     sys.exit(status or 0)
 
 
 @contextlib.contextmanager
-def _end_in_words(kinds: Sequence[type], arguments: Sequence[str]) -> Iterator[None]:
+def _end_in_words(
+    kinds: Sequence[type], arguments: Sequence[str]
+) -> Iterator[list[Any]]:
     """Ends the process in words where the user can mend what went wrong.
 
-    The words end with the flags that they speak of, of dataclasses of these `kinds`.
+    The words end with the flags that they speak of, of dataclasses of these `kinds`;
+    these are to be appended to what is yielded, once they are read.
     """
+    read = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(forgive())
         stack.enter_context(_stop_as_by_ctrl_c())
         try:
-            yield
+            yield read
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:
             if os.environ.get("JMEM_DEBUG") or not is_refusal(error):
                 sys.excepthook = _exit_after_traceback
                 raise
-            flags = name_flags(str(error), kinds, arguments)
+            flags = name_flags(str(error), kinds, arguments, read)
             print(format_error(error, flags), file=sys.stderr)
             sys.exit(2)
 

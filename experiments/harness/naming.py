@@ -4,13 +4,16 @@
     'Flags: --lora.rank 0.'
 
 One place for all that the library refuses. An argument is a typed flag's where it has
-the flag's last name and its value, or, if the message names none of these, where it has
-its value alone (`target='h20'` is `--gpu h20`).
+the flag's last name and its value; if the message names none of these, that of a flag
+that was not typed (of a preset, or by default), or one's whose value alone it tells
+(`target='h20'` is `--gpu h20`).
 """
 
+import operator
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from experiments.harness.config import list_leaves
 
@@ -21,33 +24,60 @@ _ARGUMENT = re.compile(
 _VALUE = re.compile(r"'[^']*'|\"[^\"]*\"|[^\s,()\[\]]+")
 
 
-def name_flags(message: str, kinds: Iterable[type], arguments: Sequence[str]) -> str:
+def name_flags(
+    message: str,
+    kinds: Iterable[type],
+    arguments: Sequence[str],
+    read: Iterable[Any] = (),
+) -> str:
     """The end of a message: flags behind the arguments that it names; "" if none are.
 
     Args:
       message: of a refusal.
       kinds: the dataclasses that the command line is read into.
       arguments: the command line.
+      read: the dataclasses as they were read, if it came to that.
     """
     leaves = [leaf for kind in kinds for leaf in list_leaves(kind)]
     typed = _read_typed(arguments, leaves)
     named = [(re.sub(r".*\]\.", "", n), v) for n, v in _ARGUMENT.findall(message)]
-    found = {
-        path: None
-        for name, value in named
-        for path in typed
-        if f".{path}".endswith(f".{name}") and _is_equal(typed[path], value)
-    }
+    found = _find(typed, named)
     for path in [*found]:  # what was not typed and lies in the same table, or above it
         for name, _ in named:
             for near in _list_near(path, name):
                 if near in leaves and near not in typed:
                     found[near] = None
     if not found:
-        found = {p: None for p, words in typed.items() if _holds(message, words)}
+        held = _find({k: v for config in read for k, v in _read_held(config)}, named)
+        told = {p: None for p, words in typed.items() if _holds(message, words)}
+        found = held if 0 < len(held) <= _FEW else told
     shown = [shlex.join([_spell(path), *typed.get(path, ())]) for path in found]
     missing = [flag for flag in shown if flag not in message]
     return f"Flags: {', '.join(missing)}." if missing else ""
+
+
+_FEW = 4
+"""More untyped flags of one name and one value than that say nothing."""
+
+
+def _find(
+    words: Mapping[str, Sequence[str]], named: Iterable[tuple[str, str]]
+) -> dict[str, None]:
+    """The fields that have the name and, in `words`, the value of an argument."""
+    return {
+        path: None
+        for name, value in named
+        for path in words
+        if f".{path}".endswith(f".{name}") and _is_equal(words[path], value)
+    }
+
+
+def _read_held(config: Any) -> Iterator[tuple[str, list[str]]]:
+    """Every field of a dataclass with its value in words, as it would be typed."""
+    for path in list_leaves(type(config)):
+        value = operator.attrgetter(path)(config)
+        entries = value if isinstance(value, tuple) else (value,)
+        yield path, _VALUE.findall(" ".join(map(repr, entries)))
 
 
 def _read_typed(arguments: Sequence[str], leaves: Sequence[str]) -> dict[str, list]:

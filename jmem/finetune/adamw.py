@@ -98,8 +98,8 @@ class AdamW:
     """Steps of linear rise to the peak, which update number `warmup_steps` has (from
     1, or from 0 where `convention` is "transformers")."""
     total_steps: int | None = None
-    """Updates the schedule is laid out for; needed unless it is constant. None: those
-    of the run, where the harness trains (`lay_out`)."""
+    """Updates the schedule is laid out for; needed unless it is constant. None: in an
+    experiment, its `--steps`."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -249,7 +249,8 @@ class TestScript:
 
         assert self.start(["--check"], main) == 130
         assert self.start(["--only", "cosine"], main) == 2
-        assert capsys.readouterr().err == "ConfigError: out=None is needed.\n"
+        told = "ConfigError: out=None is needed.\n            Flags: --out.\n"
+        assert capsys.readouterr().err == told
         with pytest.raises(KeyError):
             cli.script(main, Command, [])
         assert self.start(["--chek"]) == 2

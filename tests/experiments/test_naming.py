@@ -40,6 +40,11 @@ REFUSED = [
     ("mixlora --mixture.top-k 9", "top_k=9 exceeds", "--mixture.top-k 9"),
     ("mixlora --mixture.maps q", "maps=('q',)", "--mixture.maps q"),
     ("kvcache --windowkv.best 9", "best=9 must", "--windowkv.best 9"),
+    (
+        "kvcache --model llama2-7b --only windowkv_grid",  # by default
+        "group=5 does not divide",
+        "--windowkv-grid.group.",
+    ),
     ("kvcache --compiled.chunk 0", "chunk=0", "--compiled.chunk 0"),
     ("kvcache --depths 2", "depths=(2.0,)", "--depths 2"),
     ("kvcache --shares 0.5 2", "shares=(0.5, 2.0)", "--shares 0.5 2"),
