@@ -25,6 +25,7 @@ from experiments.harness import config as configs
 from experiments.harness.config import ConfigError
 from experiments.harness.exports import Dtype, Exports, describe
 from experiments.harness.rates import scale_rate
+from jmem.checkpoints import smollm2
 from jmem.finetune import tuned
 from jmem.train.checkpoint import Checkpoints
 from jmem.train.folder import Hold
@@ -105,13 +106,18 @@ def export(command: Command) -> list[pathlib.Path]:
     """Writes the folders, and returns them.
 
     Raises:
-      ConfigError: no such run, method or state.
+      ConfigError: no such run, method or state, or its model is not there.
       FolderError: the run is going on in another process, or the disk has no room.
       CheckpointError: a state is damaged, or its folder cannot be written.
     """
     module, config = open_run(command.run)
     finetuners = module.make_finetuners(config)
     found = find_states(command.run, finetuners, command.state)
+    if config.model != smollm2.NAME and not pathlib.Path(config.model).exists():
+        raise ConfigError(
+            f"{command.run / 'config.toml'}: model={config.model!r} is not here.\n"
+            "Run this in the folder that the run was started in, or put the model back."
+        )
     if unknown := [name for name in command.only if name not in found]:
         raise ConfigError(
             f"--only {unknown[0]}: {command.run} keeps a {command.state} state of "

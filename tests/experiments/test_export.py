@@ -302,6 +302,14 @@ class TestFromARun:
             export.export(self.command(trained.run, **given))
         assert not (trained.run.folder / "tuned").exists()
 
+    def test_a_model_that_is_not_there(self, trained):
+        trained.keep("full", 2, 0.5)
+        path = trained.run.folder / "config.toml"
+        text = path.read_text().replace(trained.config.model, "base")
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"model='base' is not here.\n.* started"):
+            export.export(self.command(trained.run))
+
     def test_a_run_without_any_state(self, trained):
         (trained.run.folder / "tuned" / "full").mkdir(parents=True)
         words = r"keeps no last state of any method\.\n.*\nIts tuned/ has full\."
