@@ -337,7 +337,7 @@ def test_bytes_are_the_compiler_s_and_the_cache_is_never_copied(name):
     assert count_aliased_bytes(filled) == plain.bytes()
     for plan, most in (
         (plain, plain.bytes() / 4),  # a layer's region, to read it
-        (kernel, plain.bytes() / 40),
+        (kernel, plain.bytes() / 32),  # the splits' results, and no layer's region
     ):
         # Triton's products need no scratch, in which a copy of the cache could hide.
         triton = {"xla_gpu_enable_triton_gemm": True}
