@@ -205,11 +205,17 @@ def parse[Config](
 
     Raises:
       ConfigError: a preset that is missing or does not fit; with --resume, a field
-        that differs from the saved run's.
+        that differs from the saved run's; tyro is not installed.
       ValueError: a value that the config, or a table within it, refuses.
       TypeError: `config` cannot be one (`experiments.harness.config.check`).
     """
-    import tyro
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "tyro, which reads the flags of experiments, is not installed; no wheel "
+            "brings it. Run `uv sync`, or `pip install tyro`."
+        ) from error
 
     configs.check(config)
     if (

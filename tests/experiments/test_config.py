@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -173,6 +174,11 @@ class TestCommandLine:
         with pytest.raises(ConfigError) as caught:
             parse("--preset", name)
         assert words in str(caught.value)
+
+    def test_without_tyro_it_says_how_to_get_it(self, presets, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tyro", None)
+        with pytest.raises(ConfigError, match="Run `uv sync`, or `pip install tyro`"):
+            parse()
 
     def test_unknown_flag_ends_with_the_nearest(self, presets, capsys):
         with pytest.raises(SystemExit) as caught:
