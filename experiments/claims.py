@@ -35,7 +35,8 @@ from experiments.harness.tables import Everything, find_current
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
     only: tuple[str, ...] = ()
-    """Claims to measure, as slug/name with * for anything; empty means all."""
+    """Claims to measure, or to lower again with --stale, as slug/name with * for
+    anything; empty means all."""
     missing: bool = False
     """Measure only claims that have no current record."""
     from_run: pathlib.Path | None = None
@@ -56,7 +57,7 @@ def main(command: Command, root: pathlib.Path = ROOT) -> int:
     if command.check:
         return check(everything, root)
     if command.stale:
-        return compare(everything, root)
+        return compare(everything, root, command.only)
     slugs = {claims.slug for claims, _ in everything}
     if command.from_run is not None:
         slugs = take_up(command.from_run, everything)
@@ -107,6 +108,11 @@ def check(everything: Everything, root: pathlib.Path) -> int:
     return status
 
 
+def is_asked(name: str, only: tuple[str, ...]) -> bool:
+    """Whether a claim is one of those that --only means."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in only or ("*",))
+
+
 def measure(
     everything: Everything, only: tuple[str, ...], *, missing: bool
 ) -> set[str]:
@@ -118,10 +124,7 @@ def measure(
         (claims, records, claim)
         for claims, records, claim in tables.list_claims(everything)
         if claim.kind == "compile"
-        and any(
-            fnmatch.fnmatch(f"{claims.slug}/{claim.name}", pattern)
-            for pattern in only or ("*",)
-        )
+        and is_asked(f"{claims.slug}/{claim.name}", only)
         and not (missing and find_current(claim, records))
     ]
     if only and not wanted:
@@ -173,8 +176,8 @@ def take_up(run: pathlib.Path, everything: Everything) -> set[str]:
     return {claims.slug for claims, _, _, _ in taken}
 
 
-def compare(everything: Everything, root: pathlib.Path) -> int:
-    """Lower every recorded program again and mark those that have changed.
+def compare(everything: Everything, root: pathlib.Path, only: tuple[str, ...]) -> int:
+    """Lower the recorded programs that are asked for, and mark those that have changed.
 
     1 if one has, or if that of a compiled claim cannot be lowered as it was. What was
     measured by a run or on a GPU may be of another JAX, or have no program noted: it is
@@ -183,7 +186,9 @@ def compare(everything: Everything, root: pathlib.Path) -> int:
     status, unknown = 0, Counter[str]()
     today = datetime.date.today().isoformat()
     for claims, records, claim in tables.list_claims(everything):
-        if (mine := find_current(claim, records)) is None:
+        name = f"{claims.slug}/{claim.name}"
+        mine = find_current(claim, records) if is_asked(name, only) else None
+        if mine is None:
             continue
         outcome, words = record.compare(claims.slug, claim, mine)
         if outcome == "unknown" and claim.kind != "compile":
@@ -192,7 +197,7 @@ def compare(everything: Everything, root: pathlib.Path) -> int:
         moved = (mine.moved or today) if outcome == "changed" else ""
         records[claim.name] = dataclasses.replace(mine, moved=moved)
         if words:
-            print(f"{claims.slug}/{claim.name}: {words}")
+            print(f"{name}: {words}")
             status = 1
     for claims, records in everything:
         record.save(claims, records)

@@ -521,6 +521,7 @@ class TestMeasuring:
         claims.main(claims.Command(only=("toy/add",)), toy)
         assert claims.main(claims.Command(stale=True), toy) == 0
         change(monkeypatch)
+        assert claims.main(claims.Command(stale=True, only=("lisa/*",)), toy) == 0
         assert claims.main(claims.Command(stale=True), toy) == 1
         assert "toy/add: its program changed" in capsys.readouterr().out
         assert "of an earlier program |" in claims_page(toy)
