@@ -18,6 +18,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict, freeze
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jmem.finetune.lisa import transform
 
@@ -335,3 +336,18 @@ REFUSED = {
 def test_refuses_before_anything_moves(params, message):
     with pytest.raises(ValueError, match=message):
         transform(optax.sgd(1.0), active_layers=2, period=3).init(params)
+
+
+def test_explicit_axes_of_a_mesh_are_refused_for_stacked_layers_alone():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def put(tree, *axes):
+        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    lisa = transform(optax.sgd(1.0), active_layers=2, period=3)
+    with pytest.raises(ValueError, match=r"'b' is .*explicit.*AxisType\.Auto"):
+        lisa.init({"blocks": put(STACKED, None, "data")})
+    params = {"blocks": put(LIST, "data")}
+    updates, _ = jax.jit(lisa.update)(params, lisa.init(params), params)
+    moved = [float(jnp.abs(one["w"]).max()) > 0 for one in updates["blocks"]]
+    assert sum(moved) == 2

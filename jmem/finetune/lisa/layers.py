@@ -174,6 +174,14 @@ def _check_depth(layers: Layers) -> None:
             f"length of their axis 0: {shapes}. Stack all of them, or give each layer "
             "an entry of its own in a list, or in a dict by number."
         )
+    for path, leaf in by_key(layers.own[0]).items():
+        spec = jax.typeof(leaf).sharding.spec
+        if any(part is not None for part in spec):
+            raise ValueError(
+                f"lisa.transform: stacked leaf {path!r} is {spec} on a mesh whose axes "
+                "are explicit, where rows cannot be chosen by data. Make the mesh with "
+                "axis_types=(AxisType.Auto, ...), or give each layer an entry."
+            )
 
 
 def _check_alike(layers: Layers) -> None:
