@@ -34,11 +34,13 @@ from jax.sharding import (
 
 from jmem.lowering import (
     DETERMINISTIC,
+    IN_PLACE,
     ProgramError,
     ahead_of_time,
     explain_errors,
     find_ignored_donation,
     list_positions,
+    run_in_place,
     use_device,
     use_mesh,
 )
@@ -428,12 +430,18 @@ class Lowered:
             raise ProgramError(DETERMINISTIC)
         if self.devices:
             options = _UNTUNED | options
+
+        def run(known):
+            given = {n: v for n, v in options.items() if n in known or n in others}
+            return self.stage.compile(
+                compiler_options=given, device_assignment=self.devices
+            )
+
+        others = options.keys() - IN_PLACE.keys()
         # With no default device JAX hands those to the CPU client, which crashes.
         cache = ahead_of_time() if self.devices else contextlib.nullcontext()
         with explain_errors(self.program.name), use_device(self.devices), cache:
-            compiled = self.stage.compile(
-                compiler_options=options, device_assignment=self.devices
-            )
+            compiled = run_in_place(run)
         on_gpu = self.devices or jax.default_backend() != "cpu"  # a CPU has one memory
         if on_gpu and self.program.asks_for_host():
             check_host_bytes(self.program, compiled.memory_analysis())
@@ -481,6 +489,11 @@ def by_key(tree: Any) -> dict[str, Any]:
     {'blocks/k': 2, 'blocks/q': 1}
     """
     return {format_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def nest(flat: dict, like: Any) -> Any:
+    """The reverse of `by_key`: the tree `like`, whose None it keeps, of `flat`."""
+    return jax.tree.map_with_path(lambda path, _: flat[format_path(path)], like)
 
 
 def is_described(leaf: Any) -> bool:

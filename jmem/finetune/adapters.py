@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from jmem.finetune.descent import needs_key
-from jmem.finetune.fused import find_states, nest
+from jmem.finetune.fused import find_states
 from jmem.finetune.layerwise import put_row
 from jmem.finetune.walk import make_salt
 from jmem.models.next_token import find_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import depth
 from jmem.offload import fetch
-from jmem.program import by_key
+from jmem.program import by_key, nest
 
 
 def attach(tree: dict, adapters: dict) -> dict:

@@ -18,7 +18,6 @@ See      jmem/finetune/lisa/, tests/finetune/test_fused.py
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,11 +29,19 @@ from jmem.finetune.layerwise import put_row
 from jmem.finetune.patterns import join, split
 from jmem.finetune.rules import Factored
 from jmem.finetune.tables import Tables
-from jmem.finetune.walk import Rule, Walk, einsum_wide, flatten, sum_squares, take_part
+from jmem.finetune.walk import (
+    Rule,
+    Sides,
+    Walk,
+    einsum_wide,
+    find_kernels,
+    flatten,
+    sum_squares,
+    take_part,
+    wait_for,
+)
 from jmem.models.next_token import find_positions
-from jmem.nn.linear import dense
-from jmem.nn.stack import depth
-from jmem.program import by_key, format_path
+from jmem.program import by_key, nest
 
 TILES = 4
 """Parts that a block's weight is updated in."""
@@ -85,10 +92,10 @@ def fused_step(
     positions = find_positions(batch)
     own_rates, below = by_key(rates["blocks"]), bool(jax.tree.leaves(chosen["embed"]))
     walk = _Blocks(
-        *(model, rule, batch, positions, step, decays),
+        *(model, positions, rule, batch, step, decays),
         *(chosen["blocks"], rest["blocks"], block_counts, own_rates, below),
     )
-    tables = Tables(model, outside_rule or rule, batch, positions, step, decays)
+    tables = Tables(model, positions, outside_rule or rule, batch, step, decays)
 
     table = chosen["embed"].get("embedding")
     added = {k: v for k, v in chosen["embed"].items() if k != "embedding"}
@@ -97,14 +104,8 @@ def fused_step(
         whole = params["embed"] | {k: v for k, v in added.items() if v is not None}
         return model.embed(params | {"embed": whole}, batch.tokens, positions)
 
-    def forward(x, xs):
-        layer, p = xs
-        out, aux = walk.block(p, x, layer)
-        return out, (x, aux)
-
     x, embed_transpose = jax.vjp(embed, added)
-    layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
-    x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"]))
+    x, inputs, aux = walk.forward(x, params["blocks"])
 
     head = tables.head(params, chosen, x, outside, outside_count, rates)
     dx, moved_blocks, blocks, square = walk.backward(row_of, inputs, head.dx, blocks)
@@ -148,39 +149,82 @@ class _Blocks(Walk):
     """Whether dx is wanted at the bottom. If not, nothing below the lowest block with
     a row asks for it, and the blocks there compute nothing."""
 
-    @functools.cached_property
-    def kernels(self) -> dict[str, str]:
-        """The path of each trained linear map's kernel, by the map's name."""
-        paths = (path for path in by_key(self.chosen) if path.endswith("/kernel"))
-        return {path.removesuffix("/kernel"): path for path in paths}
-
-    @functools.cached_property
-    def small(self) -> tuple[str, ...]:
-        """Paths of all other trained leaves: norms, biases."""
-        kernels = self.kernels.values()
-        return tuple(path for path in by_key(self.chosen) if path not in kernels)
-
     def backward(self, row_of, inputs, dx, states):
         """(dx, blocks, states, square) after all layers."""
         stacks, states = by_key(self.chosen), find_states(states, self.chosen)
         layers = jnp.arange(len(row_of), dtype=jnp.int32)
-        lowest = 0
+        count = len(row_of)
         if not self.whole:
-            lowest = jnp.min(jnp.where(row_of >= 0, layers, len(row_of)))
-        (dx, stacks, states, square), _ = jax.lax.scan(
-            functools.partial(self.step, lowest),
-            (dx, stacks, states, jnp.float32(0)),
-            (layers, row_of, inputs),
-            reverse=True,
+            count -= jnp.min(jnp.where(row_of >= 0, layers, len(row_of)))
+
+        def step(carry):
+            index, carry = carry
+            layer = len(row_of) - 1 - index
+            return index + 1, self.step(layer, row_of[layer], inputs[layer], *carry)
+
+        # Counted by the loop itself: of no other number does XLA (0.12) know that it is
+        # the number of a row, which products then read in the stack.
+        _, (dx, stacks, states, square) = jax.lax.while_loop(
+            lambda carry: carry[0] < count,
+            step,
+            (jnp.int32(0), (dx, stacks, states, jnp.float32(0))),
         )
         return dx, nest(stacks, self.chosen), nest(states, self.chosen), square
 
-    def move_kernel(self, path, stack, state, h, dy, dx, layer, row, rate, t):
-        """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out].
+    def step(self, layer, place, x, dx, stacks, states, square):
+        """(dx, stacks, states, square) before and after a layer.
 
-        `dx` is known when the block's weights have been read for the last time. Without
-        moments in the loop, XLA (0.12.0.1) would move the weights before that, and copy
-        whole stacks to do so (3 GiB at 7B).
+        The gradient passes the block first, for in a branch its weights would be read
+        from copies. Then it moves, if it has a row.
+        """
+        p = _take_row(stacks, layer)
+        dx, sides = self.pull_back(p, lambda p: self.join(p, layer), x, layer, dx)
+        leaves = {path: p[path] for path in sides.leaves}
+        self.check_read(sides)
+        if not self.counts.shape[0]:
+            return dx, stacks, states, square
+        place = place + wait_for(dx)  # the stacks have been read
+        stacks, states, more = jax.lax.cond(
+            place >= 0,
+            lambda: self.move(layer, place, leaves, sides, stacks, states),
+            lambda: (stacks, states, jnp.float32(0)),
+        )
+        return dx, stacks, states, square + more
+
+    def check_read(self, sides: Sides) -> None:
+        """Refuses a block of which not every kernel is read once, by `ops.linear`."""
+        for name, path in find_kernels(by_key(self.chosen)).items():
+            if (count := len(sides.read.get(path, ()))) != 1:
+                raise ValueError(
+                    f"fused_step: a block reads the linear map {name!r} {count} times "
+                    "by `ops.linear`, and its gradient is made of one reading. Use the "
+                    "step that is not fused."
+                )
+
+    def move(self, layer, place, leaves, sides: Sides, stacks, states):
+        """The block moves: (stacks, states, square). `leaves` are its small weights."""
+        t, square = self.counts[place], jnp.float32(0)
+        stacks, states = dict(stacks), dict(states)
+        for path in sides.read:
+            (h,), (dy,) = sides.read[path], sides.given[path]
+            stacks[path], states[path], more = self.move_kernel(
+                *(path, stacks[path], states[path], flatten(h), flatten(dy)),
+                *(layer, place, _take_rate(self.rates[path], layer), t),
+            )
+            square += more
+        for path, leaf in leaves.items():
+            own = _take_row(states[path], place)
+            rate = _take_rate(self.rates[path], layer)
+            w, own, more = self.move_leaf(
+                path, leaf, own, sides.leaves[path], rate, t, layer
+            )
+            stacks[path] = put_row(stacks[path], layer, w)
+            states[path] = put_row(states[path], place, own)
+            square += more
+        return stacks, states, square
+
+    def move_kernel(self, path, stack, state, h, dy, layer, row, rate, t):
+        """Row `layer` of a stacked kernel, by its input h [N, in] and dy [N, out].
 
         A rule that looks at a whole matrix gets it in one part: of all gradients, that
         one exists.
@@ -210,107 +254,7 @@ class _Blocks(Walk):
             return stack, state, square + sum_squares(dw)
 
         carry = stack, state, jnp.float32(0)
-        trips = self.count_trips(parts, None if state else dx)
-        return jax.lax.fori_loop(0, trips, body, carry)
-
-    def step(self, lowest, carry, xs):
-        """The body of a scan: (dx, stacks, states, square) before and after a layer.
-
-        `lowest` is the lowest layer that has a row.
-        """
-        layer, place, x = xs
-        dx, stacks, states, square = carry
-        # A stack that one branch reads and the other moves is copied by XLA 0.12
-        # where its rows are gathered (4.4 GiB, LLaMA-2-70B on 8 GPUs).
-        row = None if self.layout is None else _take_row(stacks, layer)
-
-        def read():
-            return _take_row(stacks, layer) if row is None else row
-
-        if not self.counts.shape[0]:
-            dx = self.pass_by(layer, x, dx, read()) if self.whole else dx
-            return (dx, stacks, states, square), None
-
-        def still():
-            def onward():
-                return self.pass_by(layer, x, dx, read())
-
-            below = (
-                onward()
-                if self.whole
-                else jax.lax.cond(layer > lowest, onward, lambda: dx)
-            )
-            return below, stacks, states, jnp.float32(0)
-
-        dx, stacks, states, more = jax.lax.cond(
-            place >= 0,
-            lambda: self.train(layer, place, x, dx, read(), stacks, states),
-            still,
-        )
-        return (dx, stacks, states, square + more), None
-
-    def pass_by(self, layer, x, dx, p):
-        """The gradient of a frozen block's input, by that of its output."""
-        p = self.join(p, layer)
-        _, transpose = jax.vjp(lambda x: self.block(p, x, layer), x)
-        return transpose((dx, jnp.float32(1)))[0]
-
-    def train(self, layer, place, x, dx, p, stacks, states):
-        """As `pass_by`, and the block moves: (dx, stacks, states, square)."""
-        taps = {
-            name: jnp.zeros((*x.shape[:-1], p[path].shape[-1]), x.dtype)
-            for name, path in self.kernels.items()
-        }
-        leaves = {path: p[path] for path in self.small}
-
-        def tapped(taps, leaves, x):
-            return self.run_tapped(taps, self.join(p | leaves, layer), x, layer)
-
-        _, transpose, read = jax.vjp(tapped, taps, leaves, x, has_aux=True)
-        if unread := sorted(self.kernels.keys() - read.keys()):
-            raise ValueError(
-                f"fused_step: a block does not read {unread} by `ops.linear`, so "
-                "nothing is known of their gradients. Use the step that is not fused."
-            )
-        d_taps, d_leaves, dx = transpose((dx, jnp.float32(1)))
-        t, square = self.counts[place], jnp.float32(0)
-        stacks, states = dict(stacks), dict(states)
-        for name, path in self.kernels.items():
-            stacks[path], states[path], more = self.move_kernel(
-                *(path, stacks[path], states[path]),
-                *(flatten(read[name]), flatten(d_taps[name]), dx, layer, place),
-                *(_take_rate(self.rates[path], layer), t),
-            )
-            square += more
-        for path in self.small:
-            own = _take_row(states[path], place)
-            rate = _take_rate(self.rates[path], layer)
-            w, own, more = self.move_leaf(
-                path, p[path], own, d_leaves[path], rate, t, layer
-            )
-            stacks[path] = put_row(stacks[path], layer, w)
-            states[path] = put_row(states[path], place, own)
-            square += more
-        return dx, stacks, states, square
-
-    def run_tapped(self, taps, p, x, layer):
-        """A block with a zero added to each trained map, and what the maps read."""
-        read = {}
-
-        def linear(name, leaf, h):
-            if name not in self.kernels:
-                return self.ops.linear(name, leaf, h)
-            if name in read:
-                raise ValueError(
-                    f"fused_step: a block reads the linear map {name!r} twice, "
-                    "and its gradient is made of one reading. Use the step "
-                    "that is not fused."
-                )
-            read[name] = h
-            return dense(name, leaf, h) + taps[name]
-
-        ops = self.ops._replace(linear=linear)
-        return self.block(p, x, layer, ops), read
+        return jax.lax.fori_loop(0, self.count_trips(parts), body, carry)
 
     def join(self, p, layer):
         """One layer's parameters, of what is trained of it and what is not."""
@@ -350,11 +294,6 @@ def _put_part(leaf, value, row, index, axis):
 
 def _find_start(leaf, row, at, axis):
     return (row, *(at if n == axis else 0 for n in range(leaf.ndim - 1)))
-
-
-def nest(flat: dict, like: Any) -> Any:
-    """`flat`, by path, as the tree `like`, whose None it keeps."""
-    return jax.tree.map_with_path(lambda path, _: flat[format_path(path)], like)
 
 
 def find_states(states: Any, like: Any) -> dict:

@@ -3,8 +3,8 @@
 Differentiating "the active blocks" automatically saves what *both* kinds of block need,
 or makes all gradients and drops most. Written by hand it is short: the forward scan
 keeps each block's input; the reverse scan makes a block's output gradient into its
-input gradient and, inside a `lax.cond`, into parameter gradients if the block holds a
-slot. Which blocks do is data, so changing them compiles nothing.
+input gradient (`jmem.finetune.walk`) and, inside a `lax.cond`, parameter gradients if
+the block holds a slot. Which blocks do is data, so changing them compiles nothing.
 
 Memory   L*B*T*M activations, one block's internals, and gradients of `slots` blocks.
 """
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jmem.finetune.patterns import join, split
+from jmem.finetune.walk import Blocks
 from jmem.models.next_token import find_positions, mean_head_loss
 from jmem.nn.stack import depth
+from jmem.program import by_key, nest
 
 
 def put_row(stacked: Any, layer: jax.Array, value: Any) -> Any:
@@ -44,52 +46,39 @@ def make_slot_gradients(
     """
     chosen, rest = split(params, train, "make_slot_gradients: train")
     slots = active.shape[0]
-    layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
-    positions = find_positions(batch)
-
-    def block(p, x, layer):
-        x, _, aux = model.block(p, x, positions, layer, model.ops, None)
-        return x, sum((jnp.sum(v) for v in jax.tree.leaves(aux)), jnp.float32(0))
-
-    def forward(x, xs):
-        layer, p = xs
-        out, aux = block(p, x, layer)
-        return out, (x, aux)
+    blocks = Blocks(model, find_positions(batch))
 
     def embed(table):
         table = join(table, rest["embed"])
-        return model.embed(params | {"embed": table}, batch.tokens, positions)
+        return model.embed(params | {"embed": table}, batch.tokens, blocks.positions)
 
     def head(p, x):
         p = join(p, model.head_params(rest))
         return mean_head_loss(model, model.ops, p, x, batch)
 
     x, embed_transpose = jax.vjp(embed, chosen["embed"])
-    x, (inputs, aux) = jax.lax.scan(forward, x, (layers, params["blocks"]))
+    x, inputs, aux = blocks.forward(x, params["blocks"])
     loss, (d_head, dx) = jax.value_and_grad(head, argnums=(0, 1))(
         model.head_params(chosen), x
     )
 
+    layers = jnp.arange(depth(params["blocks"]), dtype=jnp.int32)
     slot_of = jnp.full(layers.shape, -1, jnp.int32)
     slot_of = slot_of.at[active].set(jnp.arange(slots, dtype=jnp.int32))
-    one = jnp.float32(1)
-
-    def frozen(p, q, x, layer, slot, dx, grads):
-        del slot
-        _, transpose = jax.vjp(lambda x: block(join(p, q), x, layer), x)
-        return transpose((dx, one))[0], grads
-
-    def trained(p, q, x, layer, slot, dx, grads):
-        _, transpose = jax.vjp(lambda p, x: block(join(p, q), x, layer), p, x)
-        dp, dx = transpose((dx, one))
-        return dx, put_row(grads, slot, dp)
 
     def backward(state, xs):
-        layer, slot, p, q, x = xs
-        if slots == 0:
-            return frozen(p, q, x, layer, slot, *state), None
-        operands = (p, q, x, layer, slot, *state)
-        return jax.lax.cond(slot >= 0, trained, frozen, *operands), None
+        (dx, grads), (layer, slot, p, q, x) = state, xs
+        dx, sides = blocks.pull_back(
+            by_key(p), lambda flat: join(nest(flat, p), q), x, layer, dx
+        )
+
+        def put():
+            made = blocks.make_gradients(join(p, q), sides)
+            return put_row(grads, slot, nest(made, p))
+
+        if slots:
+            grads = jax.lax.cond(slot >= 0, put, lambda: grads)
+        return (dx, grads), None
 
     p, q = chosen["blocks"], rest["blocks"]
     zeros = jax.tree.map(lambda p: jnp.zeros((slots, *p.shape[1:]), p.dtype), p)

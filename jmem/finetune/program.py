@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import jmem.data.batch
+from jmem.lowering import IN_PLACE
 from jmem.models.contract import Batch
 from jmem.offload import describe_results
 from jmem.program import Label, Program
@@ -135,4 +136,6 @@ def step_program(
     }
     if "statistics" in labels:
         labels["statistics"] = Label(labels["statistics"], kind="state")
-    return dataclasses.replace(program, labels=labels | {"batch": (1, "")})
+    return dataclasses.replace(
+        program, labels=labels | {"batch": (1, "")}, options=IN_PLACE
+    )

@@ -102,7 +102,6 @@ def rebuild(sizes: Sizes, target: Target) -> Program:
     layers = model.config.layers
     single = dataclasses.replace(model.config, layers=1)
     plan = plan_cache(dataclasses.replace(model, config=single), sizes)
-    ops = Ops(attend=decode_attend(plan, model.config.sliding_window), linear=dense)
     carried = decode(sizes, target)
 
     def make(key):
@@ -111,18 +110,16 @@ def rebuild(sizes: Sizes, target: Target) -> Program:
         return *carried.make(key)[:3], rows
 
     def step(params, tokens, positions, cache):
-        positions = positions[:, None]
-
         def body(x, xs):
             layer_params, row = xs
-            first = jnp.int32(0)
-            done: Any = model.block(layer_params, x, positions, first, ops, row)
-            x, row, _ = done
-            return x, row
+            attend = decode_attend(plan, model.config, row, positions)
+            given = positions[:, None], jnp.int32(0), Ops(attend, dense), row
+            done: Any = model.block(layer_params, x, *given)
+            return done[:2]
 
-        x = model.embed(params, tokens[:, None], positions)
+        x = model.embed(params, tokens[:, None], positions[:, None])
         x, cache = jax.lax.scan(body, x, (params["blocks"], cache))
-        return model.head(params, x[:, 0], ops), cache
+        return model.head(params, x[:, 0], model.ops), cache
 
     args = jax.eval_shape(make, jax.random.key(0))
     return dataclasses.replace(carried, fn=step, args=args, make=make)

@@ -29,7 +29,8 @@ from jmem.kvcache.full import Full
 from jmem.kvcache.method import CacheMethod
 from jmem.kvcache.plan import Plan, Sizes
 from jmem.kvcache.shorten import Shorten, pad_rows
-from jmem.nn.stack import IN_PLACE, run_stack
+from jmem.lowering import JitInPlace
+from jmem.nn.stack import run_stack
 from jmem.offload import check_host
 
 GREEDY = Sampling()
@@ -49,7 +50,8 @@ def decode_step(
     `places` count the tokens that the row's cache has seen, where that is another
     number (`jmem.generate.reading.prefill_step`).
     """
-    ops = model.ops._replace(attend=plan.method.decode(plan, cache, model, places))
+    attend = plan.method.decode(plan, cache, model, positions, places)
+    ops = model.ops._replace(attend=attend)
     positions = positions[:, None]
     x = model.embed(params, tokens[:, None], positions)
     x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
@@ -132,10 +134,9 @@ def _decode(
 
 
 @functools.partial(
-    jax.jit,
+    JitInPlace,
     static_argnames=("model", "plan", "steps", "sampling", "stop_tokens"),
     donate_argnames="cache",
-    compiler_options=dict(IN_PLACE),
 )
 def extend(
     model,
@@ -169,11 +170,8 @@ def extend(
     return tokens, state.cache
 
 
-_further = jax.jit(
-    _decode,
-    static_argnames=("model", "how"),
-    donate_argnames="state",
-    compiler_options=dict(IN_PLACE),
+_further = JitInPlace(
+    _decode, static_argnames=("model", "how"), donate_argnames="state"
 )
 
 

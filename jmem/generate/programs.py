@@ -1,14 +1,12 @@
 """The programs of a generation, to be measured: nothing is materialised for them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from jmem.generate.decode import decode_step
 from jmem.generate.reading import prefill_step, read_on_step
 from jmem.kvcache.plan import Plan
-from jmem.nn.stack import IN_PLACE
+from jmem.lowering import IN_PLACE
 from jmem.offload import describe_results
 from jmem.program import Program
 
@@ -31,8 +29,7 @@ def decode_program(model, plan: Plan, *, params: dict | None = None) -> Program:
     def step(params, tokens, positions, cache):
         return decode_step(model, params, tokens, positions, cache, plan)
 
-    program = _build_program(step, model, params, inputs)
-    return dataclasses.replace(program, options=IN_PLACE)
+    return _build_program(step, model, params, inputs)
 
 
 def prefill_program(model, plan: Plan, *, params: dict | None = None) -> Program:
@@ -92,4 +89,5 @@ def _build_program(step, model, params: dict | None, inputs) -> Program:
         donate=(last,),
         labels={"weights": (0, ""), "batch": batch, "kv cache": (last, "")},
         make=make if params is None else None,
+        options=IN_PLACE,
     )

@@ -22,6 +22,7 @@ from jmem.generate.checks import (
 from jmem.kvcache.plan import Plan
 from jmem.kvcache.prefill import read_prompts
 from jmem.kvcache.shorten import Shorten, pad_rows
+from jmem.lowering import JitInPlace
 from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
 from jmem.nn.stack import run_stack
@@ -95,7 +96,7 @@ def _compute_logits_after(model, params, x, lengths, ops: Ops) -> Float[Array, "
     return model.head(params, jnp.take_along_axis(x, last, axis=1)[:, 0], ops)
 
 
-_prefill = jax.jit(
+_prefill = JitInPlace(
     prefill_step,
     static_argnames=("model", "plans", "filters"),
     donate_argnames="caches",
@@ -195,7 +196,7 @@ def read_on_step(
     return _compute_logits_after(model, params, x, lengths, ops), carry[0]
 
 
-_read_on = jax.jit(
+_read_on = JitInPlace(
     read_on_step, static_argnames=("model", "plan"), donate_argnames="cache"
 )
 

@@ -198,19 +198,54 @@ def find_held(
     return positions, there
 
 
+class Step(NamedTuple):
+    """Where one new token a row goes and what it sees, in every layer."""
+
+    slot: Int[Array, "L B"]
+    """Of the new token, in the tail."""
+    tables: tuple[Int[Array, "L B ..."], ...]
+    """What `windowed_attention` is told of a layer: where windows of selected slots
+    begin, how many slots hold a token, where its tail begins and how many it has."""
+
+
+def plan_step(plan: PolicyPlan, cache: Cache, last: Int[Array, " B"]) -> Step:
+    """Of the token that is the row's number `last`; made once, before the layers."""
+    sizes, selected = np.asarray(plan.sizes), np.asarray(plan.selected)
+    offsets, ends = np.cumsum(sizes) - sizes, np.cumsum(selected)
+    tails = jnp.asarray(offsets + selected, jnp.int32)[:, None]
+    held = jnp.cumsum(cache.positions[:, 0] >= 0, axis=-1, dtype=jnp.int32)
+    held = jnp.pad(held, ((0, 0), (1, 0)))
+    window = find_window(plan)
+    starts = offsets[:, None] + window * np.arange(max(plan.selected) // window)
+    # Behind a smaller layer's own slots nothing is read, but it must exist.
+    starts = np.minimum(starts, sizes.sum() - window)
+    rows = len(sizes), plan.batch_size
+    tables = (
+        jnp.asarray(starts, jnp.int32)[:, None],
+        (held[:, ends] - held[:, ends - selected]).T,
+        tails,
+        jnp.minimum(last - cache.start + 1, plan.tail)[None],
+    )
+    return Step(
+        tails + ((last - cache.start) % plan.tail)[None],
+        tuple(jnp.broadcast_to(x, (*rows, *x.shape[2:])) for x in tables),
+    )
+
+
+def find_window(plan: PolicyPlan) -> int:
+    """Slots that the kernel reads at once, a divisor of every layer's selected ones."""
+    return math.gcd(*plan.selected, 64)
+
+
 def append(
     plan: PolicyPlan,
     cache: Cache,
     k: Float[Array, "B 1 K D"],
     v: Float[Array, "B 1 K D"],
-    last: Int[Array, " B"],
-    layer: jax.Array,
+    slot: Int[Array, " B"],
 ) -> Cache:
-    """Writes a new token, of position `last`, into every row's tail, in place."""
-    begin, slots = find_region(plan.sizes, layer)
-    first = begin - slots[0] + jnp.asarray(plan.selected, jnp.int32)[layer]
-    slot = first + (last - cache.start) % plan.tail
-    rows, heads = jnp.arange(len(last))[:, None], jnp.arange(plan.heads)[None]
+    """Writes a new token into a slot of every row, in place."""
+    rows, heads = jnp.arange(len(slot))[:, None], jnp.arange(plan.heads)[None]
     at = (rows, heads, slot[:, None])  # [B, K]: one slot a row and head
     k, v = (repeat_heads(jnp.swapaxes(x, 1, 2), plan.heads)[:, :, 0] for x in (k, v))
     return cache._replace(
@@ -219,25 +254,39 @@ def append(
 
 
 def decode_attend(
-    plan: PolicyPlan, window: int | None, places: Int[Array, " B"] | None = None
+    plan: PolicyPlan,
+    config,
+    cache: Cache,
+    positions: Int[Array, " B"],
+    places: Int[Array, " B"] | None = None,
 ) -> Attend:
     """An `Attend`: a new token enters its row's tail and attends all that is kept.
 
-    The carry is the cache. With a sliding `window` it sees that many positions, its own
-    among them. `places` count the tokens that came before it, where these are not its
-    position: its slot and the window go by them, its rotation by its position.
+    The carry is the cache. With a sliding window (of `config`, a decoder's) it sees
+    that many positions, its own among them. `places` count the tokens that came before
+    it, where these are not its position: its slot and the window go by them, its
+    rotation by its position. What layers share is made here, before them.
     """
+    window, inside = config.sliding_window, plan.policy.rope == "cache"
+    last = positions if places is None else places
+    made = plan_step(plan, cache, last)
+    turn = config.rope.at(positions[:, None])
 
     def attend(q, k, v, rope, positions, layer, cache):
-        last = positions[:, 0] if places is None else places
+        cache = append(plan, cache, k if inside else turn(k), v, made.slot[layer])
+        if plan.attention == "mosaic_gpu":
+            out = windowed_attention(
+                *(turn(q)[:, 0], cache.keys, cache.values, *made.tables),
+                layer=layer,
+                window=find_window(plan),
+                max_tail=plan.tail,
+                implementation=plan.attention,
+            )
+            assert isinstance(out, jax.Array)  # a pair with return_lse
+            return out[:, None], cache
         held_positions, seen = find_held(plan, cache, last, layer)
         if window is not None:
             seen &= held_positions > (last - window)[:, None, None]
-        inside = plan.policy.rope == "cache"
-        cache = append(plan, cache, k if inside else rope(k, positions), v, last, layer)
-        if plan.attention == "mosaic_gpu":
-            q = rope(q, positions)[:, 0]
-            return attend_in_place(plan, q, cache, seen, last, layer)[:, None], cache
         begin, slots = find_region(plan.sizes, layer)
         keys, values = (
             jax.lax.dynamic_slice_in_dim(whole, begin, len(slots), axis=2)
@@ -247,45 +296,12 @@ def decode_attend(
             given = plan, cache.start, held_positions, seen, last
             order, positions = rank_held(*given)
             keys = jnp.swapaxes(rope(jnp.swapaxes(keys, 1, 2), order), 1, 2)
-        q = rope(q, positions)
+            q = rope(q, positions)
+        else:
+            q = turn(q)
         return grouped_attention(q, keys, values, seen[:, :, None]), cache
 
     return attend
-
-
-def attend_in_place(
-    plan: PolicyPlan,
-    q: Float[Array, "B H D"],
-    cache: Cache,
-    seen: Bool[Array, "B U N"],
-    last: Int[Array, " B"],
-    layer: jax.Array,
-) -> Float[Array, "B H D"]:
-    """Attention by the kernel, which reads a layer's region where it lies.
-
-    Selected tokens fill a layer's slots from the first on, as many for every head.
-    """
-    begin, slots = find_region(plan.sizes, layer)
-    offset = begin - slots[0]
-    count = jnp.asarray(plan.selected, jnp.int32)[layer]
-    window = math.gcd(*plan.selected, 64)
-    number = max(plan.selected) // window
-    starts = offset + window * jnp.arange(number, dtype=jnp.int32)
-    rows = plan.batch_size
-    out = windowed_attention(
-        q,
-        cache.keys,
-        cache.values,
-        jnp.broadcast_to(starts[None], (rows, number)),
-        jnp.sum(seen[:, 0] & (slots < count)[None], axis=-1, dtype=jnp.int32),
-        jnp.broadcast_to(offset + count, (rows,)),
-        jnp.minimum(last - cache.start + 1, plan.tail),
-        window=window,
-        max_tail=plan.tail,
-        implementation=plan.attention,
-    )
-    assert isinstance(out, jax.Array)  # a pair with return_lse
-    return out
 
 
 def rank_held(

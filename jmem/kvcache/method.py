@@ -106,13 +106,18 @@ class CacheMethod(abc.ABC):
 
     @abc.abstractmethod
     def decode(
-        self, plan: Any, cache: Any, model, places: Int[Array, " B"] | None = None
+        self,
+        plan: Any,
+        cache: Any,
+        model,
+        positions: Int[Array, " B"],
+        places: Int[Array, " B"] | None = None,
     ) -> Attend:
         """How one new token a row enters the cache and attends it, in any layer.
 
-        Made once a token: what does not depend on the layer belongs here. The carry is
-        the cache. `places` count the tokens that the row's cache has seen before; None:
-        as many as the token's position, by which it is rotated.
+        Made once a token: what does not depend on the layer belongs here, such as the
+        rotation by its position (`Rope.at`). The carry is the cache. `places` count the
+        tokens that the row's cache has seen before; None: as many as the position.
         """
 
     def turn(

@@ -173,10 +173,10 @@ class Policy(CacheMethod):
         plan: PolicyPlan,
         cache: Cache,
         model,
+        positions: Int[Array, " B"],
         places: Int[Array, " B"] | None = None,
     ) -> Attend:
-        del cache
-        return decode_attend(plan, model.config.sliding_window, places)
+        return decode_attend(plan, model.config, cache, positions, places)
 
     def turn(
         self,

@@ -7,7 +7,9 @@ Source  Su et al., RoFormer, 2021, arXiv:2104.09864; the half-split ("rotate_hal
 
 import dataclasses
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -153,12 +155,12 @@ class Rope:
         self, x: Float[Array, "B T N D"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T N D"]:
         """Rotates in float32 and returns x's dtype."""
+        return self.at(positions)(x)
+
+    def at(self, positions: Int[Array, "B T"]) -> Callable[[jax.Array], jax.Array]:
+        """The rotation by these positions, whose angles are computed once, here."""
         if self.channels == 0:
-            return x
-        if self.channels < self.head_dim:
-            whole = dataclasses.replace(self, head_dim=self.channels)
-            turning, passing = jnp.split(x, [self.channels], axis=-1)
-            return jnp.concatenate([whole(turning, positions), passing], axis=-1)
+            return lambda x: x
         frequencies = jnp.asarray(self.frequencies(), jnp.float32)
         angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies.reshape(
             1, 1, 1, -1
@@ -166,6 +168,14 @@ class Rope:
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if isinstance(self.scaling, YarnScaling):
             cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        rotated = (first * cos - second * sin, second * cos + first * sin)
-        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+        def turn(x):
+            first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+            rotated = (first * cos - second * sin, second * cos + first * sin)
+            return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+        def turn_leading(x):
+            turning, passing = jnp.split(x, [self.channels], axis=-1)
+            return jnp.concatenate([turn(turning), passing], axis=-1)
+
+        return turn if self.channels == self.head_dim else turn_leading

@@ -4,7 +4,7 @@ Freezing, offloading, streaming or evicting one layer is then array code on row
 `layer` of every leaf, and compile time does not grow with depth.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -18,16 +18,6 @@ from jmem.offload import fetch, fetch_row
 from jmem.program import HOST
 
 Remat = Literal["none", "dots", "block", "offload"]
-
-IN_PLACE: Mapping[str, Any] = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_dot_merger_threshold_mb": 0,
-}
-"""XLA's compile options with which products read a layer's weights in the stack.
-
-By default XLA 0.12 copies them out for Triton's products, and joins the maps that read
-one input: a decoding step then moves its weights three times, and holds one layer's
-beside the stack (Llama-3-8B, one token: 436 MB of temporaries, with these 34)."""
 
 
 def depth(stacked: Any) -> int:
@@ -104,13 +94,17 @@ def run_stack(
         )
     whole = (first, last) == (0, layers)
 
-    def step(state, xs):
-        layer, params = xs
-        x = checkpoint_name(state[0], _BLOCK_INPUT) if remat == "offload" else state[0]
+    def step(state, params):
+        layer, x, carry = state  # counted here: a GPU would fetch a number from a list
+        x = checkpoint_name(x, _BLOCK_INPUT) if remat == "offload" else x
         params = fetch(params) if whole else fetch_row(stacked, layer)
-        x, carry, aux = block(params, x, positions, layer, ops, state[1])
-        return (x, carry), aux
+        x, carry, aux = block(params, x, positions, layer, ops, carry)
+        return (layer + 1, x, carry), aux
 
-    xs = jnp.arange(first, last, dtype=jnp.int32), stacked if whole else None
-    (x, carry), aux = jax.lax.scan(rematerialise(step, remat), (x, carry), xs)
+    (_, x, carry), aux = jax.lax.scan(
+        rematerialise(step, remat),
+        (jnp.int32(first), x, carry),
+        stacked if whole else None,
+        length=last - first,
+    )
     return x, carry, aux

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jmem.lowering import run_in_place
 from jmem.memory.measure import hash_stablehlo
 from jmem.models.contract import Batch
 from jmem.program import by_key
@@ -63,7 +64,8 @@ def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, s
         raise TrainingError(
             f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
         )
-    return lowered.compile(), hash_stablehlo(lowered.as_text())
+    step = run_in_place(lambda options: lowered.compile(compiler_options=options))
+    return step, hash_stablehlo(lowered.as_text())
 
 
 def describe_plan(step: jax.stages.Compiled, program: str) -> dict[str, Any]:

@@ -114,17 +114,16 @@ class HostValues(CacheMethod):
         )
         return store_row(cache, read.layer, put), shared
 
-    def decode(self, plan, cache, model, places=None):
-        at = jnp.arange(plan.batch_size)
+    def decode(self, plan, cache, model, positions, places=None):
+        at, last = jnp.arange(plan.batch_size), positions if places is None else places
+        turn = model.config.rope.at(positions[:, None])
 
         def attend(q, k, v, rope, positions, layer, cache):
-            last = positions[:, 0] if places is None else places
             row = fetch_row(cache, layer)
-            new = Parted(rope(k, positions)[:, 0], v[:, 0])
+            new = Parted(turn(k)[:, 0], v[:, 0])
             row = jax.tree.map(lambda own, x: own.at[at, :, last].set(x), row, new)
             seen = jnp.arange(plan.shape[3])[None, None] <= last[:, None, None]
-            q = rope(q, positions)
-            out = grouped_attention(q, row.keys, row.values, seen)
+            out = grouped_attention(turn(q), row.keys, row.values, seen)
             return out, store_row(cache, layer, row)
 
         return attend

@@ -157,7 +157,7 @@ def test_tokens_are_dropped_between_two_ranges_with_two_caches():
     @jax.jit
     def step(token, position, places, caches):
         attends = [
-            plan.method.decode(plan, cache, MODEL, place)
+            plan.method.decode(plan, cache, MODEL, position[:, 0], place)
             for plan, cache, place in zip(plans, caches, places, strict=True)
         ]
         return walk(MODEL.embed(params(), token), position, attends, caches)

@@ -295,7 +295,7 @@ def test_five_turns_keep_their_bytes_and_the_end_and_compile_once(name):
     compiled = 0
     for turn in range(1, len(TURNS)):
         talk.answer().hear(said(turn))
-        compiled = compiled or reading._read_on._cache_size()
+        compiled = compiled or reading._read_on.jit()._cache_size()
         assert sum(leaf.nbytes for leaf in talk.cache) == nbytes
         for layer in range(plan.layers):
             for row, length in enumerate(talk.lengths):
@@ -305,7 +305,7 @@ def test_five_turns_keep_their_bytes_and_the_end_and_compile_once(name):
                 assert set(last) <= set(found) <= set(range(length))
                 assert len(found) <= plan.sizes[layer]
                 assert set(range(min(plan.sinks, length))) <= set(found)
-    assert reading._read_on._cache_size() == compiled
+    assert reading._read_on.jit()._cache_size() == compiled
     assert (name == "full") == ([*talk.held(0, 0)] == [*range(talk.lengths[0])])
     # Blocks that add nothing make each key of its token and position alone.
     once = whole(talk)
@@ -499,7 +499,7 @@ def test_chunks_of_any_prompt_are_one_program():
     plan, compiled = plan_of("snapkv"), set()
     for lengths in ((40, 23, 3), (8, 60, 59), (1, 1, 300)):
         talk = Talk(plan).hear([[5] * length for length in lengths])
-        compiled.add(reading._read_on._cache_size())
+        compiled.add(reading._read_on.jit()._cache_size())
         for row, length in enumerate(lengths):
             found = [*talk.held(3, row)]
             assert len(found) == min(length, 20)

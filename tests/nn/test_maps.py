@@ -245,7 +245,7 @@ def test_a_fused_step_refuses_a_map_that_is_read_twice(batch):
     model = TwiceDecoder(SMALL)
     lisa = Lisa(update="fused", adamw=AdamW(max_grad_norm=0), active_layers=1)
     state = lisa.init(model, model.init(jax.random.key(0)), {}, jax.random.key(1))
-    with pytest.raises(ValueError, match="reads the linear map 'attention/q' twice"):
+    with pytest.raises(ValueError, match=r"reads the linear map 'attention/.' 2 times"):
         jax.eval_shape(functools.partial(lisa.step, model), state, batch)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jmem.nn.stack import IN_PLACE
+from jmem.lowering import IN_PLACE
 from jmem.program import Program
 from jmem.targets import resolve
 
