@@ -108,7 +108,12 @@ class Checkpoint:
             )
         return self.tokenizer
 
-    def params(self, *, packed: bool | Literal["NF4", "NF4_DOUBLE"] = False) -> dict:
+    def params(
+        self,
+        *,
+        packed: bool | Literal["NF4", "NF4_DOUBLE"] = False,
+        joined: bool = False,
+    ) -> dict:
         """The decoder's parameters as JAX arrays, blocks stacked [L, ...].
 
         Fills one leaf at a time, in place: peak memory is the result and one stored
@@ -121,13 +126,21 @@ class Checkpoint:
             with a layer of another is dequantised, as are embedding, norms and head. Or
             a type of `jmem.nn.nf4`: those maps are quantised to it, a layer as it is
             read, so that the device never holds them at full width.
+          joined: q, k and v side by side in one map, and gate and up, for inference
+            (`jmem.nn.joined`): a token launches fewer kernels.
 
         Raises:
           CheckpointError: a file changed since `load`, a value is not finite (names
             the tensor) or overflows `dtype`, or nothing can stay packed.
-          ValueError: another type, or a map whose rows are not whole blocks of it.
+          ValueError: another type, a map whose rows are not whole blocks of it, or
+            packed maps that are to be joined.
         """
-        return layout.assemble(self.config, self.tensors, self.dtype, packed)
+        if packed and joined:
+            raise ValueError(
+                f"params: packed={packed!r} and joined=True: packed maps stay apart, "
+                "as their types may differ. Leave one of the two out."
+            )
+        return layout.assemble(self.config, self.tensors, self.dtype, packed, joined)
 
 
 def load(

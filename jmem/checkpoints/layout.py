@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jmem.checkpoints.files import (
 from jmem.checkpoints.names import Leaf, Naming, find_family, list_leaves
 from jmem.models.config import DecoderConfig
 from jmem.nn import quantised
+from jmem.nn.joined import find_joined
 from jmem.nn.maps import insert
 from jmem.program import by_key
 
@@ -184,8 +185,11 @@ def assemble(
     found: Mapping[str, tuple[LazyTensor, ...]],
     dtype: np.dtype,
     packed: bool | str = False,
+    joined: bool = False,
 ) -> dict:
     """Reads the tensors that `match` found into the decoder's parameter tree.
+
+    With `joined`, maps that read one input are side by side (`jmem.nn.joined`).
 
     With `packed`, a block's linear map whose layers are all of types that can stay so
     is the leaf of `jmem.nn.quantised`; with the name of a type all its linear maps are,
@@ -214,9 +218,19 @@ def assemble(
             f"{', '.join(quantised.GGUF)}. Load it with packed=False, or quantise it, "
             f"packed={next(iter(quantised.PACKERS))!r}."
         )
-    for leaf in list_leaves(config):
-        members = found[leaf.path]
-        rows = (leaf.take_from(_cast(tensor, dtype)) for tensor in members)
+
+    def read(leaf):
+        return (leaf.take_from(_cast(tensor, dtype)) for tensor in found[leaf.path])
+
+    leaves = {leaf.path: leaf for leaf in list_leaves(config)}
+    for path, parts in _find_joined(leaves).items() if joined else ():
+        own = [leaves.pop(part) for part in parts]
+        rows = (np.concatenate(row, axis=-1) for row in zip(*map(read, own)))
+        width = sum(leaf.shape[-1] for leaf in own)
+        shape = config.layers, *own[0].shape[:-1], width
+        insert(params, path, _stack(rows, shape, dtype))
+    for leaf in leaves.values():
+        members, rows = found[leaf.path], read(leaf)
         module, _, name = leaf.path.rpartition("/")
         if leaf.path in stay:
             parts = _read_packed(members)
@@ -229,6 +243,25 @@ def assemble(
         for name, value in parts.items():
             insert(params, f"{module}/{name}", value.block_until_ready())
     return params
+
+
+def _find_joined(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The paths of joined kernels and biases, and those of their parts."""
+    found = {
+        key: find_joined(
+            {
+                path.removeprefix("blocks/").removesuffix(f"/{key}")
+                for path in paths
+                if path.endswith(f"/{key}")
+            }
+        )
+        for key in ("kernel", "bias")
+    }
+    return {
+        f"blocks/{name}/{key}": tuple(f"blocks/{part}/{key}" for part in parts)
+        for key, maps in found.items()
+        for name, parts in maps.items()
+    }
 
 
 def _can_stay(leaf: Leaf, found: Mapping[str, tuple[LazyTensor, ...]]) -> bool:

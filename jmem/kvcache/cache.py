@@ -217,8 +217,6 @@ def plan_step(plan: PolicyPlan, cache: Cache, last: Int[Array, " B"]) -> Step:
     held = jnp.pad(held, ((0, 0), (1, 0)))
     window = find_window(plan)
     starts = offsets[:, None] + window * np.arange(max(plan.selected) // window)
-    # Behind a smaller layer's own slots nothing is read, but it must exist.
-    starts = np.minimum(starts, sizes.sum() - window)
     rows = len(sizes), plan.batch_size
     tables = (
         jnp.asarray(starts, jnp.int32)[:, None],

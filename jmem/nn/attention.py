@@ -158,9 +158,13 @@ class Attention(nn.Module):
             leaf = Linear(features, self.qkv_bias, dtype=self.dtype, name=name)
             return leaf(x, ops.linear).reshape(*x.shape[:2], heads, self.head_dim)
 
-        q = project("q", self.heads)
-        k = project("k", self.kv_heads)
-        v = project("v", self.kv_heads)
+        if self.has_variable("params", "qkv"):  # see jmem.nn.joined
+            ends = self.heads, self.heads + self.kv_heads
+            q, k, v = jnp.split(project("qkv", ends[1] + self.kv_heads), ends, axis=2)
+        else:
+            q = project("q", self.heads)
+            k = project("k", self.kv_heads)
+            v = project("v", self.kv_heads)
         out, carry = ops.attend(q, k, v, self.rope, positions, layer, carry)
         out = out.reshape(*x.shape[:2], self.heads * self.head_dim)
         o = Linear(x.shape[-1], self.o_bias, dtype=self.dtype, name="o")

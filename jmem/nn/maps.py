@@ -34,6 +34,13 @@ _DECODER = (
 _BLOCKS = "blocks/"
 
 
+JOINED: Mapping[str, tuple[str, ...]] = {
+    "attention/qkv": ("attention/q", "attention/k", "attention/v"),
+    "mlp/gate_up": ("mlp/gate", "mlp/up"),
+}
+"""Maps side by side, for inference (`jmem.nn.joined`), and their parts in order."""
+
+
 def is_match(pattern: str, path: str) -> bool:
     """Whether a pattern means the path: itself, or something that it lies below."""
     return any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"{pattern}/*"))
@@ -117,6 +124,15 @@ def choose_maps(
     found = {pattern: find(pattern) for pattern in patterns}
     every = set().union(*found.values())
     missing = [pattern for pattern, own in found.items() if not own]
+    gone = {
+        part for name in names for part in JOINED.get(name, ()) if part not in names
+    }
+    if lost := [p for p in missing if any(part.endswith(f"/{p}") for part in gone)]:
+        raise ValueError(
+            f"{setting} names {lost}, which these blocks don't have apart, but side by "
+            "side for inference. Load them apart (joined=False), or take "
+            "jmem.nn.joined.split_maps."
+        )
     if missing and (patterns != MAPS or not every):
         words = {part for name in names for part in (name, *name.split("/"))}
         raise ValueError(

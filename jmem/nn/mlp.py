@@ -46,7 +46,10 @@ class MLP(nn.Module):
         activate = ACTIVATIONS[self.activation]
         if ops.feed is not None and not self.is_initializing():
             return ops.feed(dict(self.variables["params"]), x, activate)
-        if self.gated:
+        if self.has_variable("params", "gate_up"):  # see jmem.nn.joined
+            gate, up = jnp.split(project("gate_up", 2 * self.hidden, x), 2, axis=-1)
+            inner = activate(gate) * up
+        elif self.gated:
             gate = project("gate", self.hidden, x)
             up = project("up", self.hidden, x)
             inner = activate(gate) * up

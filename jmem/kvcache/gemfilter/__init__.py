@@ -49,6 +49,7 @@ from jmem.kvcache.settings import check_settings
 from jmem.kvcache.shorten import Shorten
 from jmem.models.next_token import token_positions
 from jmem.nn.chunk import apply_by_chunks
+from jmem.nn.joined import split_maps
 from jmem.nn.norm import normalise
 from jmem.nn.stack import depth
 from jmem.offload import fetch, fetch_row
@@ -205,7 +206,8 @@ def collect_votes(
     x = model.embed(params, tokens, positions)
     if gem.layer:
         x = jax.lax.fori_loop(0, gem.layer, below, x)
-    voting = {name: blocks["attention"][name] for name in ("q", "k")}
+    apart = split_maps({"attention": blocks["attention"]}, model.config)
+    voting = {name: apart["attention"][name] for name in ("q", "k")}
     norm, voting = fetch(
         jax.tree.map(lambda leaf: leaf[gem.layer], (blocks["attention_norm"], voting))
     )
