@@ -2,12 +2,20 @@
 
     python -m experiments.step_check                 every method, a minute or two
     python -m experiments.step_check --only lisa lomo --threads 4
+    python -m experiments.step_check --only lisa --precision default --triton
+    python -m experiments.step_check --only lisa --no-graphs
 
 SmolLM2-135M cut to a few blocks, random weights, twelve steps on random tokens that
 repeat, so that the loss falls; LISA draws four times. Each method runs in a process of
 its own on either device, in float32 with exact products, and must have the CPU's losses
-to `TOLERANCE`; and in bfloat16 on the GPU, where the losses need only fall. `--threads`
-runs as many copies at once in one process, as a comparison of several rates might.
+to `TOLERANCE`; and in bfloat16 on the GPU, where the losses need only fall.
+
+What a crash depends on is found by its flags: `--threads` runs as many copies at once
+in one process, as a comparison of several rates might; `--precision default` lets
+products be TF32, where the losses need only fall; `--triton` lets XLA choose Triton's
+products, which training steps do without (`jmem.lowering.IN_PLACE`); `--no-graphs` has
+no CUDA graphs. A core dump names the kernel (cuda-gdb):
+CUDA_ENABLE_COREDUMP_ON_EXCEPTION=1 CUDA_ENABLE_LIGHTWEIGHT_COREDUMP=1.
 
 Needs a GPU; without one it says so and exits 0. Exit status 1: a method failed, or
 learnt something else.
@@ -18,7 +26,7 @@ import functools
 import pathlib
 from collections.abc import Mapping
 from concurrent import futures
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -37,6 +45,7 @@ from jmem.targets import Target
 
 TOLERANCE = 1e-3
 """Between a loss on the GPU and the CPU's, as a share of it."""
+Products = Literal["highest", "default"]
 RATE = AdamW(learning_rate=1e-3, max_grad_norm=0.0)
 """One that learns a repeated batch within the steps."""
 
@@ -47,6 +56,12 @@ class Command(check.Flags):
     """File of the report."""
     threads: int = 1
     """Copies at once in one process."""
+    precision: Products = "highest"
+    """Of float32 products: exact ones, or as XLA does by default (TF32)."""
+    no_graphs: bool = False
+    """Launch every kernel by itself, none in a CUDA graph."""
+    triton: bool = False
+    """Let products be Triton's."""
     lanes: int = 4
     """Methods at once."""
 
@@ -61,6 +76,17 @@ class Sizes:
     steps: int = 12
     threads: int = 1
     """Copies at once in one process on the GPU."""
+    precision: Products = "highest"
+    no_graphs: bool = False
+    triton: bool = False
+    """These three as the flags, of what runs on the GPU."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """XLA's compile options, beside a training step's own."""
+        triton = {"xla_gpu_enable_triton_gemm": True} if self.triton else {}
+        graphs = {"xla_gpu_enable_command_buffer": ""} if self.no_graphs else {}
+        return triton | graphs
 
 
 def settings() -> dict[str, Any]:
@@ -92,7 +118,7 @@ def compute_losses(method: str, sizes: Sizes, dtype: Precision) -> list[float]:
 
     def one(number: int) -> list[float]:
         program = build(method, sizes, dtype, attached())
-        compiled, found = program.compile(), []
+        compiled, found = program.compile(options=sizes.options), []
         state, batch = make_arguments(program, number)
         for _ in range(sizes.steps):
             state, metrics = compiled(state, batch)
@@ -118,11 +144,11 @@ def run(method: str, sizes: Sizes, dtype: Precision, where: str) -> list[float]:
     """
     environment = worker.make_environment() | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_DEFAULT_MATMUL_PRECISION": sizes.precision,
     }
     if where == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu"}
-        sizes = dataclasses.replace(sizes, threads=1)
+        sizes = dataclasses.replace(sizes, threads=1, no_graphs=False, triton=False)
     config = dataclasses.asdict(sizes)
     return protocol.call(run_here, method, config, dtype, environment=environment)
 
@@ -151,9 +177,8 @@ def measure(method: str, sizes: Sizes) -> dict[str, Any]:
             found: list[float] = []
             try:
                 found = run(method, sizes, dtype, "gpu")
-                wrong = find_fault(
-                    found, reference.result() if dtype == "float32" else None
-                )
+                exact = (dtype, sizes.precision) == ("float32", "highest")
+                wrong = find_fault(found, reference.result() if exact else None)
             except StageError as error:
                 wrong = str(error)
             row[dtype] = {"losses": found, "fault": wrong}
@@ -173,7 +198,8 @@ def show(method: str, row: dict[str, Any]) -> str:
 @check.needs_gpu
 def main(command: Command) -> int:
     """Run the methods; exit status 1 when one failed or learnt otherwise."""
-    sizes = Sizes(threads=command.threads)
+    names = ("threads", "precision", "no_graphs", "triton")
+    sizes = Sizes(**{name: getattr(command, name) for name in names})
     config = dataclasses.asdict(sizes)
     measuring = check.Check("step_check", command, config, FINETUNERS)
     print(

@@ -11,6 +11,7 @@ from experiments.harness.timed import FINETUNERS
 from experiments.step_check import RATE, Command, Sizes, compute_losses, find_fault
 from jmem.memory.protocol import StageError
 from jmem.models import zoo
+from jmem.targets import resolve
 
 SMALL = Sizes(layers=2, batch_size=1, seq_len=8, steps=4)
 
@@ -43,6 +44,34 @@ def test_what_is_wrong_with_losses_is_told(own, reference, says):
     assert (
         (says in find_fault(own, reference)) if says else not find_fault(own, reference)
     )
+
+
+def test_options_to_find_a_crash_by_are_xlas_and_reach_the_run(
+    monkeypatch, attached, tmp_path
+):
+    seen = []
+
+    def run(method, sizes, dtype, where):
+        seen.append((sizes.precision, sizes.threads, where))
+        return [3.0, 2.0 if where == "cpu" else 1.0]
+
+    monkeypatch.setattr(step_check, "run", run)
+    flags = Command(
+        only=("full",),
+        out=tmp_path / "check.json",
+        threads=2,
+        precision="default",
+        no_graphs=True,
+        triton=True,
+    )
+    assert step_check.main(flags) == 0  # by other products: no comparison
+    assert set(seen) == {("default", 2, "gpu"), ("default", 2, "cpu")}
+    program = step_check.build("full", SMALL, "float32", resolve("h200"))
+    sizes = dataclasses.replace(SMALL, no_graphs=True, triton=True)
+    assert program.options["xla_gpu_enable_triton_gemm"] is False
+    text = program.compile(resolve("h200"), sizes.options).as_text()
+    assert text
+    assert "command_buffer" not in text
 
 
 def test_without_a_gpu_nothing_is_measured(capsys, tmp_path):
