@@ -1,13 +1,16 @@
-"""Tokens a second of decoding from a full cache and from cut ones, on an attached GPU.
+"""Time to the first token, and tokens a second of decoding from a full cache and from
+cut ones, on an attached GPU.
 
     python -m experiments.decode_rate                    three points, some minutes
     python -m experiments.decode_rate --only 8k-b32 --out rates.json
 
-Llama-3-8B in bfloat16 with random weights and a random cache: what a step costs depends
-on sizes alone (`jmem.generate.rate`). Tokens are decoded all in one program, by the
-attention that the GPU has. A step reads the weights and every row's cache, so the
-roofline of a point is those bytes at the bandwidth of a copy, which is measured in the
-same process: each point has one of its own.
+Llama-3-8B in bfloat16 with random weights, q, k, v and gate, up side by side, and a
+random cache: what a step costs depends on sizes alone (`jmem.generate.rate`). Tokens
+are decoded all in one program, by the attention that the GPU has. A step reads the
+weights and every row's cache, so the roofline of a point is those bytes at the
+bandwidth of a copy, which is measured in the
+same process: each point has one of its own. The time to the first token is that of
+reading one prompt into the cache; a policy pays there for what it chooses.
 
 Expect  2.3, 4 and 6 times the full cache's tokens a second with 1,024 tokens a layer
         (at 4.3 TB/s the roofline allows 2.6, 4.9 and 7.4 times).
@@ -31,7 +34,7 @@ import jax
 
 from experiments.harness import check, cli, timed
 from experiments.harness.timed import POINTS, Point
-from jmem.generate.rate import count_weight_bytes, time_tokens
+from jmem.generate.rate import count_weight_bytes, time_prompt, time_tokens
 from jmem.kernels._bench import copy_bandwidth
 from jmem.memory import protocol
 from jmem.memory.card import find_described, find_gpu
@@ -41,6 +44,8 @@ from jmem.targets import GiB, Target
 
 STEPS = 64
 """Tokens decoded a row, in one program."""
+PROMPTS = 2
+"""Timed prompts, after one that is not; the median counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,8 @@ class Rate:
     """None: it does not fit."""
     ratio: float | None = None
     """To the full cache's tokens a second."""
+    first_token_seconds: float | None = None
+    """Of one prompt."""
 
 
 def settings() -> dict[str, Any]:
@@ -86,9 +93,10 @@ def time_rates(
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     target = find_described(jax.devices()[0].device_kind)
     for policy, plan in timed.plan_caches(model, point, steps, target).items():
-        found = None
+        found, first = None, None
         if held + plan.bytes() + GiB <= limit:
             found = time_tokens(model, params, plan)
+            first = time_prompt(model, params, plan, repeats=PROMPTS)
         full = found if policy == "full" else full
         yield Rate(
             point=name,
@@ -97,6 +105,7 @@ def time_rates(
             read_bytes=weights + plan.bytes(),
             tokens_per_second=found,
             ratio=found / full if found and full else None,
+            first_token_seconds=first,
         )
 
 
@@ -105,7 +114,7 @@ def measure_here(name: str) -> dict[str, Any]:
     device = find_gpu()
     bandwidth, limit = copy_bandwidth(), device.memory_stats()["bytes_limit"]
     model = timed.build_reader(find_described(device.device_kind))
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = jax.jit(timed.draw_reader(model))(jax.random.key(0))
     found = time_rates(model, params, name, POINTS[name], limit=limit, steps=STEPS)
     by_policy = {one.policy: dataclasses.asdict(one) for one in found}
     return by_policy | {"copy_bytes_per_second": bandwidth}
@@ -127,12 +136,16 @@ def read(row: Mapping[str, Any]) -> list[Rate]:
 
 
 def format_row(found: Rate, point: Point, bandwidth: float) -> str:
-    """A row of the table: GiB, tokens a second, milliseconds a step, and the share of
-    the roofline that was reached.
+    """A row of the table: GiB, seconds to the first token, tokens a second,
+    milliseconds a step, and the share of the roofline that was reached.
     """
     sizes = f"{found.point:<10}{found.policy:<11}{found.cache_bytes / GiB:>9.2f}"
     if found.tokens_per_second is None:
         return f"{sizes}  does not fit"
+    if found.first_token_seconds is None:  # a report of before
+        sizes += f"{'':>9}"
+    else:
+        sizes += f"{found.first_token_seconds:>9.2f}"
     steps = found.tokens_per_second / point.batch
     share = found.read_bytes * steps / bandwidth
     row = f"{sizes}{found.tokens_per_second:>11,.0f}{1e3 / steps:>9.2f}{share:>9.0%}"
@@ -157,7 +170,7 @@ def main(command: Command) -> int:
     measuring = check.Check("decode_rate", command, settings(), POINTS)
     print(
         f"{timed.DECODED} in bfloat16, {STEPS} tokens a row\n"
-        f"{'point':<10}{'policy':<11}{'GiB':>9}{'tokens/s':>11}{'ms':>9}"
+        f"{'point':<10}{'policy':<11}{'GiB':>9}{'first s':>9}{'tokens/s':>11}{'ms':>9}"
         f"{'roofline':>9}{'ratio':>7}",
         flush=True,
     )

@@ -12,8 +12,10 @@ Nothing is on any device before somebody runs them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jmem.finetune.adamw import AdamW
@@ -32,6 +34,7 @@ from jmem.kvcache.snapkv import SnapKV
 from jmem.kvcache.windowkv import WindowKV
 from jmem.models import zoo
 from jmem.models.decoder import Decoder
+from jmem.nn.joined import join_maps
 from jmem.program import Program
 from jmem.targets import Target
 
@@ -116,7 +119,18 @@ DECODED = "llama3-8b"
 def build_reader(target: Target | None) -> Decoder:
     """The model that decodes; its positions reach as far as the points do."""
     config = dataclasses.replace(zoo.get(DECODED), max_positions=2**18)
-    return Decoder.on(target, config, dtype=jnp.bfloat16)
+    model = Decoder.on(target, config, dtype=jnp.bfloat16)
+    return dataclasses.replace(model, chunk=4096)  # of prompts, which are long
+
+
+def draw_reader(model: Decoder) -> Callable[[jax.Array], dict]:
+    """What draws random weights to decode by: maps that read one input side by side."""
+
+    def draw(key):
+        params = model.init(key)
+        return params | {"blocks": join_maps(params["blocks"])}
+
+    return draw
 
 
 def plan_caches(
@@ -134,4 +148,7 @@ def build_decoding(point: Point, new_tokens: int, target: Target) -> dict[str, P
     """One decoding step from each policy's cache."""
     model = build_reader(target)
     plans = plan_caches(model, point, new_tokens, target)
-    return {name: decode_program(model, plan) for name, plan in plans.items()}
+    params = jax.eval_shape(draw_reader(model), jax.random.key(0))
+    return {
+        name: decode_program(model, plan, params=params) for name, plan in plans.items()
+    }

@@ -44,6 +44,8 @@ def test_every_policy_is_timed_against_the_full_cache(monkeypatch):
     for one in found.values():
         assert one.tokens_per_second is not None
         assert one.tokens_per_second > 0
+        assert one.first_token_seconds is not None
+        assert one.first_token_seconds > 0
         table = params["embed"]["embedding"].nbytes
         assert one.read_bytes == one.cache_bytes + everything - table
         assert decode_rate.format_row(one, point, 1e12).endswith(f"{one.ratio:.2f}")
