@@ -12,8 +12,9 @@ Exact    The update is the one that follows a whole backward pass, in other orde
          global norm) or adds several (accumulation): `make_slot_gradients` is for
          those.
 Fence    XLA's scheduler may make all dW before it uses the first, whatever barriers
-         say. A loop whose trip count only the data knows is the one thing that it keeps
-         in order, and whose carried weights and moments it updates in place.
+         say. A branch that the data choose, and a loop whose trip count only they know,
+         are what it keeps in order; weights and moments carried there are updated in
+         place. A block moves in a branch that waits for its dx.
 See      jmem/finetune/lisa/, tests/finetune/test_fused.py
 """
 
@@ -254,7 +255,7 @@ class _Blocks(Walk):
             return stack, state, square + sum_squares(dw)
 
         carry = stack, state, jnp.float32(0)
-        return jax.lax.fori_loop(0, self.count_trips(parts), body, carry)
+        return jax.lax.fori_loop(0, parts, body, carry)
 
     def join(self, p, layer):
         """One layer's parameters, of what is trained of it and what is not."""
