@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import jmem.data.batch
-from jmem.lowering import IN_PLACE
 from jmem.models.contract import Batch
+from jmem.nn.stack import choose_options
 from jmem.offload import describe_results
 from jmem.program import Label, Program
 from jmem.sharding import find_layout
@@ -136,6 +136,6 @@ def step_program(
     }
     if "statistics" in labels:
         labels["statistics"] = Label(labels["statistics"], kind="state")
-    return dataclasses.replace(
-        program, labels=labels | {"batch": (1, "")}, options=IN_PLACE
-    )
+    labels |= {"batch": (1, "")}
+    options = choose_options(program.args[0])
+    return dataclasses.replace(program, labels=labels, options=options)

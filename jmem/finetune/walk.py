@@ -166,12 +166,9 @@ class Walk(Blocks):
 
     # Parts of a weight ----------------------------------------------------------------
 
-    def count_trips(self, parts: int, after: jax.Array | None = None) -> jax.Array:
-        """`parts`, as only the data knows, and not before `after` is known."""
-        number = self.number
-        if after is not None:
-            number += wait_for(after)
-        return jnp.where(number >= 0, jnp.int32(parts), 0)
+    def count_trips(self, parts: int) -> jax.Array:
+        """`parts`, as only the data knows."""
+        return jnp.where(self.number >= 0, jnp.int32(parts), 0)
 
     def apply(self, path, layer, index, w, state, dw, rate, t):
         """The rule on a part; a state begins as zeros at its first update."""

@@ -4,7 +4,7 @@ Freezing, offloading, streaming or evicting one layer is then array code on row
 `layer` of every leaf, and compile time does not grow with depth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jmem.lowering import IN_PLACE
 from jmem.nn.ops import Ops
 from jmem.nn.packed import Packed
 from jmem.offload import fetch, fetch_row
-from jmem.program import HOST
+from jmem.program import HOST, by_key
 
 Remat = Literal["none", "dots", "block", "offload"]
 
@@ -23,6 +24,17 @@ Remat = Literal["none", "dots", "block", "offload"]
 def depth(stacked: Any) -> int:
     """Layers in a stacked tree: the length of axis 0 of its leaves."""
     return jax.tree.leaves(stacked)[0].shape[0]
+
+
+def choose_options(state: Any) -> Mapping[str, Any]:
+    """XLA's compile options for a training step that holds `state`.
+
+    Those by which products read a stack in place (`jmem.lowering.IN_PLACE`); none for
+    packed weights (`jmem.nn.quantised`), which are made at full width first: with them
+    a step of QLoRA takes 0.1 to 0.8 % more.
+    """
+    packed = any(path.endswith("/packed") for path in by_key(state))
+    return {} if packed else IN_PLACE
 
 
 def init_stack(block: nn.Module, key: jax.Array, layers: int, *inputs: Any) -> Any:

@@ -8,6 +8,7 @@ import jax
 from jmem.lowering import run_in_place
 from jmem.memory.measure import hash_stablehlo
 from jmem.models.contract import Batch
+from jmem.nn.stack import choose_options
 from jmem.program import by_key
 from jmem.sharding import find_layout
 from jmem.train.checkpoint import find_difference
@@ -64,8 +65,13 @@ def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, s
         raise TrainingError(
             f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
         )
-    step = run_in_place(lambda options: lowered.compile(compiler_options=options))
-    return step, hash_stablehlo(lowered.as_text())
+    wanted = choose_options(state)
+
+    def compile_with(known):
+        given = {name: value for name, value in wanted.items() if name in known}
+        return lowered.compile(compiler_options=given)
+
+    return run_in_place(compile_with), hash_stablehlo(lowered.as_text())
 
 
 def describe_plan(step: jax.stages.Compiled, program: str) -> dict[str, Any]:

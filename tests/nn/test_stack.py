@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 from jmem.lowering import IN_PLACE
+from jmem.nn.stack import choose_options
 from jmem.program import Program
 from jmem.targets import resolve
 
@@ -37,3 +38,11 @@ def test_a_few_tokens_products_copy_no_weights(rows):
     scratch = 32 * 2**20  # cuBLAS's own, for all products together
     assert temporaries({}) > 2 * one  # else nobody needs the options any more
     assert scratch < temporaries(IN_PLACE) < scratch + one / 4
+
+
+def test_steps_of_packed_weights_are_compiled_by_xlas_defaults():
+    """They are made at full width first, and there is no row to read in place."""
+    plain = {"params": {"blocks": {"mlp": {"up": {"kernel": jnp.zeros((2, 4, 4))}}}}}
+    packed = {"params": {"blocks": {"mlp": {"up": {"packed": jnp.zeros((2, 4, 4))}}}}}
+    assert choose_options(plain) == IN_PLACE
+    assert choose_options(packed) == {}
