@@ -38,13 +38,15 @@ _UNKNOWN: set[str] = set()
 """Those of IN_PLACE that this XLA does not know."""
 
 
-def run_in_place[T](run: Callable[[dict[str, Any]], T]) -> T:
-    """`run(IN_PLACE)`, which compiles, less the options that this XLA does not know.
+def run_in_place[T](
+    run: Callable[[dict[str, Any]], T], options: Mapping[str, Any] = IN_PLACE
+) -> T:
+    """`run(options)`, which compiles, less those of IN_PLACE that XLA does not know.
 
     Each of them is told in a line, once.
     """
     try:
-        return run({n: v for n, v in IN_PLACE.items() if n not in _UNKNOWN})
+        return run({n: v for n, v in options.items() if n not in _UNKNOWN})
     except Exception as error:
         found = re.search(r"No such compile option: '(\w+)'", str(error))
         if not found or found[1] not in IN_PLACE.keys() - _UNKNOWN:
@@ -56,7 +58,7 @@ def run_in_place[T](run: Callable[[dict[str, Any]], T]) -> T:
             jaxlib.version.__version__,
             found[1],
         )
-    return run_in_place(run)
+    return run_in_place(run, options)
 
 
 class JitInPlace:

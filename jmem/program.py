@@ -34,7 +34,6 @@ from jax.sharding import (
 
 from jmem.lowering import (
     DETERMINISTIC,
-    IN_PLACE,
     ProgramError,
     ahead_of_time,
     explain_errors,
@@ -431,17 +430,15 @@ class Lowered:
         if self.devices:
             options = _UNTUNED | options
 
-        def run(known):
-            given = {n: v for n, v in options.items() if n in known or n in others}
+        def compile_with(given):
             return self.stage.compile(
                 compiler_options=given, device_assignment=self.devices
             )
 
-        others = options.keys() - IN_PLACE.keys()
         # With no default device JAX hands those to the CPU client, which crashes.
         cache = ahead_of_time() if self.devices else contextlib.nullcontext()
         with explain_errors(self.program.name), use_device(self.devices), cache:
-            compiled = run_in_place(run)
+            compiled = run_in_place(compile_with, options)
         on_gpu = self.devices or jax.default_backend() != "cpu"  # a CPU has one memory
         if on_gpu and self.program.asks_for_host():
             check_host_bytes(self.program, compiled.memory_analysis())

@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jmem.lowering import never_cached
+from jmem import lowering
+from jmem.lowering import never_cached, run_in_place
 from jmem.program import Program, ProgramError
 from jmem.targets import resolve
 
@@ -328,3 +329,22 @@ def test_settings_come_back_whichever_of_two_threads_ends_first():
             inner.enter_context(second)
         assert getattr(jax.config, name) == math.inf
     assert getattr(jax.config, name) == before != math.inf
+
+
+def test_an_option_that_xla_does_not_know_is_left_out_with_a_line(monkeypatch, caplog):
+    """Of those jmem prefers. One that a user gives is refused."""
+    monkeypatch.setattr(lowering, "IN_PLACE", {"xla_of_later": True})
+    seen = []
+
+    def run(options):
+        seen.append(options)
+        return jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)(1.0)
+
+    given = {"xla_of_later": True, "xla_backend_optimization_level": 1}
+    for _ in range(2):
+        assert run_in_place(run, given) == jnp.sin(1.0)
+    known = {"xla_backend_optimization_level": 1}
+    assert seen == [given, known, known]
+    assert caplog.text.count("has no option xla_of_later") == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_of_nobody"):
+        run_in_place(run, {"xla_of_nobody": True})

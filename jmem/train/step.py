@@ -65,13 +65,12 @@ def compile_step(finetuner, model, state, batch) -> tuple[jax.stages.Compiled, s
         raise TrainingError(
             f"{type(finetuner).__name__}.step: metrics={sorted(metrics)} lack 'loss'."
         )
-    wanted = choose_options(state)
 
-    def compile_with(known):
-        given = {name: value for name, value in wanted.items() if name in known}
-        return lowered.compile(compiler_options=given)
+    def compile_with(options):
+        return lowered.compile(compiler_options=options)
 
-    return run_in_place(compile_with), hash_stablehlo(lowered.as_text())
+    step = run_in_place(compile_with, choose_options(state))
+    return step, hash_stablehlo(lowered.as_text())
 
 
 def describe_plan(step: jax.stages.Compiled, program: str) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class TestRun:
         monkeypatch.setattr(
             jax.stages.Lowered,
             "compile",
-            lambda self, *a: compilations.append(self) or lower(self, *a),
+            lambda self, **how: compilations.append(self) or lower(self, **how),
         )
         finetuner, model = tiny.Tiny(), tiny.Bigram()
         state = finetuner.init(
