@@ -10,7 +10,7 @@ from launches import count_copied_bytes, list_launches, list_sliced_operands
 
 from experiments.harness.timed import UNCLIPPED, make_finetuners
 from jmem.finetune.program import step_program
-from jmem.generate.programs import decode_program, prefill_program
+from jmem.generate.programs import decode_program, read_on_program
 from jmem.kvcache.snapkv import SnapKV
 from jmem.lowering import IN_PLACE
 from jmem.models import zoo
@@ -89,7 +89,10 @@ def test_launches_of_a_decoding_layer(joined, most):
     assert 8 < len(launches) <= most, [own.find_op_name() for own in launches]
 
 
-def test_a_prompt_is_read_with_weights_in_their_stack():
+def test_a_prompts_next_tokens_are_read_with_weights_in_their_stack():
+    """As `prompt_chunk` does, and a later turn."""
     model = build_model("llama3-8b")
-    plan = SnapKV(capacity=1024).plan(model, prompt=4096, new_tokens=8, target=CARD)
-    assert list_sliced_operands(get_text(prefill_program(model, plan)), LAYERS) == []
+    size = {"prompt": 4096, "new_tokens": 8}
+    plan = SnapKV(capacity=1024).plan(model, **size, target=CARD)
+    text = get_text(read_on_program(model, plan, tokens=512))
+    assert list_sliced_operands(text, LAYERS) == []

@@ -96,7 +96,7 @@ def _compute_logits_after(model, params, x, lengths, ops: Ops) -> Float[Array, "
     return model.head(params, jnp.take_along_axis(x, last, axis=1)[:, 0], ops)
 
 
-_prefill = JitInPlace(
+_prefill = jax.jit(
     prefill_step,
     static_argnames=("model", "plans", "filters"),
     donate_argnames="caches",

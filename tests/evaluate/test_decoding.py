@@ -99,7 +99,7 @@ def test_losses_of_everything_kept_are_those_of_the_whole_text():
 
 def test_one_prefill_and_one_loop_a_plan_are_compiled():
     def compiled():
-        return reading._prefill.jit()._cache_size(), decode.extend.jit()._cache_size()
+        return reading._prefill._cache_size(), decode.extend.jit()._cache_size()
 
     answer_prompts(MODEL, params(), plans(), prompts(), LENGTHS, steps=STEPS)
     before = compiled()
