@@ -17,6 +17,7 @@ TOGETHER = ("tests/memory",)
 FIRST = (
     "tests/memory",
     "tests/test_sharding.py",
+    "tests/test_launches.py",
     "tests/experiments/test_lisa.py",
     "tests/finetune/",
     "tests/experiments/",

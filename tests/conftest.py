@@ -29,7 +29,7 @@ gc.freeze()
 gc.set_threshold(10_000, 20, 50)
 
 
-MOST_MAPPINGS = 30_000
+MOST_MAPPINGS = 40_000
 """Of the 65,530 mappings of memory that Linux allows a process. Every program that JAX
 keeps takes some, and XLA (0.12) crashes where it gets none for the next one."""
 

@@ -77,7 +77,8 @@ def test_compiled_for_an_h200_no_table_is_copied(monkeypatch):
     program = step_program(lisa, model, batch_size=1, seq_len=32)
     report = jmem.measure(program, target=card, bounds=False)
     table = 8192 * 256
-    large = [row for row in report.top(100) if row.bytes >= 2 * table]
+    held = [row for row in report.top(100) if row.kind != "workspace"]  # cuBLAS's own
+    large = [row for row in held if row.bytes >= 2 * table]
     assert sum(row.count for row in large) == 2  # embedding and head themselves
     assert report.host_bytes == 2 * 2 * 4 * table  # two moments of two tables
 
