@@ -14,6 +14,7 @@ from tiny_decoder import TINY
 from jmem.data.batch import Batch
 from jmem.finetune.adamw import AdamW
 from jmem.finetune.adapters import attach
+from jmem.finetune.layerwise import make_slot_gradients
 from jmem.finetune.lisa import Lisa
 from jmem.finetune.lora import Lora, lora_linear
 from jmem.finetune.mixlora import MixLora, Mixture
@@ -238,6 +239,21 @@ class TwiceDecoder(Decoder):
     @functools.cached_property
     def stacked_block(self):
         return TwiceBlock(parent=None)
+
+
+def test_gradients_of_a_map_that_is_read_twice_are_those_of_both_readings(batch):
+    model = TwiceDecoder(SMALL)
+    params = model.init(jax.random.key(0))
+    active = jnp.array([1])
+
+    @jax.jit
+    def compute(params, batch):
+        whole = jax.grad(lambda p: model.loss(p, {}, batch)[0])(params)
+        return make_slot_gradients(model, params, batch, active)[2], whole["blocks"]
+
+    found, whole = compute(params, batch)
+    wanted = jax.tree.map(lambda leaf: leaf[active], whole)
+    chex.assert_trees_all_close(found, wanted, atol=1e-6, rtol=2e-5)
 
 
 def test_a_fused_step_refuses_a_map_that_is_read_twice(batch):
