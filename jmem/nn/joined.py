@@ -47,9 +47,9 @@ def split_maps(blocks: Mapping[str, Any], config: Any) -> dict[str, Any]:
     apart, gone = {}, set()
     for name, leaf in find_maps(blocks).items():
         if name in JOINED:
-            ends = np.cumsum(widths[name]) / sum(widths[name])
+            ends = np.cumsum(widths[name])
             for key, value in leaf.items():
-                at = (ends[:-1] * value.shape[-1]).astype(int).tolist()
+                at = (ends[:-1] * value.shape[-1] // ends[-1]).tolist()
                 for part, own in zip(JOINED[name], jnp.split(value, at, axis=-1)):
                     apart.setdefault(part, {})[key] = own
             gone.add(name)

@@ -50,6 +50,15 @@ def test_logits_are_the_same_and_the_maps_come_back(fields):
     np.testing.assert_allclose(logits(joined), logits(params), atol=1e-5)
 
 
+def test_columns_of_any_number_of_heads_come_back():
+    """As a share of all columns, 21 heads of 23 ended a column too early."""
+    config = dataclasses.replace(TINY, heads=21, kv_heads=1, head_dim=96)
+    shapes = {"q": (1, 1, 21 * 96), "k": (1, 1, 96), "v": (1, 1, 96)}
+    maps = {n: {"kernel": np.ones(shape)} for n, shape in shapes.items()}
+    apart = split_maps(join_maps({"attention": maps}), config)["attention"]
+    assert {n: leaf["kernel"].shape for n, leaf in apart.items()} == shapes
+
+
 def test_answers_and_a_filters_choice_are_the_same():
     model, params, joined = make()
     gem = GemFilter(layer=1, tokens=4, queries=2)
