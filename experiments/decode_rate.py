@@ -8,9 +8,9 @@ Llama-3-8B in bfloat16 with random weights, q, k, v and gate, up side by side, a
 random cache: what a step costs depends on sizes alone (`jmem.generate.rate`). Tokens
 are decoded all in one program, by the attention that the GPU has. A step reads the
 weights and every row's cache, so the roofline of a point is those bytes at the
-bandwidth of a copy, which is measured in the
-same process: each point has one of its own. The time to the first token is that of
-reading one prompt into the cache; a policy pays there for what it chooses.
+bandwidth of a copy, which is measured in the same process: each point has one of its
+own. The time to the first token is that of reading one prompt into the cache; a policy
+pays there for what it chooses.
 
 Expect  2.3, 4 and 6 times the full cache's tokens a second with 1,024 tokens a layer
         (at 4.3 TB/s the roofline allows 2.6, 4.9 and 7.4 times).

@@ -51,9 +51,9 @@ RATE = AdamW(learning_rate=1e-3, max_grad_norm=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command(check.Flags):
-    out: pathlib.Path = pathlib.Path("runs/step_check.json")
-    """File of the report."""
+class Running:
+    """How steps are run on the GPU: what a crash may depend on."""
+
     threads: int = 1
     """Copies at once in one process."""
     precision: Products = "highest"
@@ -62,24 +62,24 @@ class Command(check.Flags):
     """Launch every kernel by itself, none in a CUDA graph."""
     triton: bool = False
     """Let products be Triton's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Running, check.Flags):
+    out: pathlib.Path = pathlib.Path("runs/step_check.json")
+    """File of the report."""
     lanes: int = 4
     """Methods at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
+class Sizes(Running):
     """Of the model, its batch, and the run."""
 
     layers: int = 6
     batch_size: int = 2
     seq_len: int = 128
     steps: int = 12
-    threads: int = 1
-    """Copies at once in one process on the GPU."""
-    precision: Products = "highest"
-    no_graphs: bool = False
-    triton: bool = False
-    """These three as the flags, of what runs on the GPU."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def show(method: str, row: dict[str, Any]) -> str:
 @check.needs_gpu
 def main(command: Command) -> int:
     """Run the methods; exit status 1 when one failed or learnt otherwise."""
-    names = ("threads", "precision", "no_graphs", "triton")
+    names = [field.name for field in dataclasses.fields(Running)]
     sizes = Sizes(**{name: getattr(command, name) for name in names})
     config = dataclasses.asdict(sizes)
     measuring = check.Check("step_check", command, config, FINETUNERS)

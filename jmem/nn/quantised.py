@@ -366,12 +366,16 @@ def refuse_packed(who: str, params: dict) -> None:
     Raises:
       ValueError: a leaf is packed: integers, which have no gradient.
     """
-    for path in by_key(params):
-        if "packed" in path.split("/"):
-            raise ValueError(
-                f"{who}: {path} holds quantised bytes, which have no gradient. Train "
-                "adapters over them (Lora), or load the checkpoint with packed=False."
-            )
+    for path in list_packed(params):
+        raise ValueError(
+            f"{who}: {path} holds quantised bytes, which have no gradient. Train "
+            "adapters over them (Lora), or load the checkpoint with packed=False."
+        )
+
+
+def list_packed(tree: dict) -> list[str]:
+    """The paths of packed leaves in parameters, or in a state that holds them."""
+    return [path for path in by_key(tree) if "packed" in path.split("/")]
 
 
 def _use_values(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):

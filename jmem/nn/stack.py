@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jmem.lowering import IN_PLACE
 from jmem.nn.ops import Ops
 from jmem.nn.packed import Packed
+from jmem.nn.quantised import list_packed
 from jmem.offload import fetch, fetch_row
-from jmem.program import HOST, by_key
+from jmem.program import HOST
 
 Remat = Literal["none", "dots", "block", "offload"]
 
@@ -33,8 +34,7 @@ def choose_options(state: Any) -> Mapping[str, Any]:
     packed weights (`jmem.nn.quantised`), which are made at full width first: with them
     a step of QLoRA takes 0.1 to 0.8 % more.
     """
-    packed = any(path.endswith("/packed") for path in by_key(state))
-    return {} if packed else IN_PLACE
+    return {} if list_packed(state) else IN_PLACE
 
 
 def init_stack(block: nn.Module, key: jax.Array, layers: int, *inputs: Any) -> Any:
