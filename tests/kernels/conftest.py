@@ -1,5 +1,6 @@
 """What the kernels' tests share: Pallas's interpreter, clean and watched for races."""
 
+import jaxtyping
 import pytest
 
 from jmem.kernels import _mgpu
@@ -14,3 +15,11 @@ def interpreter():
         assert not _mgpu.races_found()
     finally:
         _mgpu.reset_interpreter()
+
+
+@pytest.fixture
+def unchecked():
+    """Calls as users make them: without the type checker of the test suite."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

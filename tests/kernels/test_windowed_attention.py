@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -340,14 +339,6 @@ REFUSED = [
     ({"q": (2, 65, 64), "cache": (2, 1, 64, 64), **MOSAIC}, "65 query heads to a key"),
     ({"tile": Tile(stages=16), **MOSAIC}, "stages=16 need .* bytes of shared memory"),
 ]
-
-
-@pytest.fixture
-def unchecked():
-    """Calls as users make them: without the type checker of the test suite."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")
