@@ -30,7 +30,7 @@ _CALLS = {
 _MODULES = {
     *("cards", "checkpoints", "confined", "data", "disk", "evaluate", "finetune"),
     *("generate", "kernels", "kvcache", "lowering", "memory", "methods", "models"),
-    *("nn", "offload", "program", "sharding", "targets", "terminal", "train"),
+    *("nn", "offload", "program", "sharding", "sparse", "targets", "terminal", "train"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Sparse weights: how they come about, how they are packed, and how they multiply."""
