@@ -21,8 +21,6 @@ from typing import Any, Literal
 from jmem.checkpoints import Checkpoint, CheckpointError, adapter_files
 from jmem.disk import DamagedError, open_sealed, seal, sync_folder, write_atomically
 from jmem.finetune import tuned
-from jmem.finetune.lora import Lora
-from jmem.finetune.mixlora import MixLora
 from jmem.memory.report import format_size
 from jmem.models.decoder import Decoder
 from jmem.train.folder import require_free
@@ -109,7 +107,7 @@ class Exports:
             "updates": steps,
             "kept": kept,
         }
-        if not isinstance(finetuner, Lora | MixLora):
+        if not tuned.is_adapter(finetuner):
             about["dtype"] = self.written_dtype
             about["trained_in"] = self.model.stored_dtype.name
         place = self.folder / name

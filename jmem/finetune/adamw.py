@@ -21,6 +21,7 @@ from optax import ScaleByAdamState
 from jmem.finetune.checks import check_choice, check_rate
 from jmem.finetune.patterns import find_matching
 from jmem.finetune.rounding import BLOCK, draw_noise, pack, round_randomly, unpack
+from jmem.finetune.zeros import hold_maps
 from jmem.program import by_key, format_path
 
 Place = Literal["device", "host"]
@@ -435,15 +436,20 @@ def gradient_step(
     step: jax.Array,
     layers: int,
     above: str = "",
+    keep_zeros: bool = False,
 ):
     """One AdamW update of the tree `trained` by its gradients.
 
     Returns (trained, optimizer, metrics). Shared by every method whose gradients exist
     all at once. `layers` is the model's, `above` leads the paths of `trained`.
+    `keep_zeros` is of a tree that is a model's (`jmem.finetune.zeros`).
     """
+    if keep_zeros:
+        grads = hold_maps(grads, trained)
     grads, norm = adamw.clip(grads)
     updates, optimizer = adamw.direction().update(grads, optimizer, trained)
     rate = adamw.rate(step)
     rates = adamw.find_leaf_rates(trained, rate, layers, above)
     metrics = {"loss": loss, "lr": rate, "grad_norm": norm}
-    return descend(trained, updates, rates), optimizer, metrics
+    moved = descend(trained, updates, rates)
+    return hold_maps(moved, trained) if keep_zeros else moved, optimizer, metrics

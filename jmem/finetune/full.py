@@ -36,6 +36,9 @@ class Full:
     moments: Place = "device"
     """Where the moments live: "host" is pinned memory that the GPU reads and writes a
     piece at a time."""
+    keep_zeros: bool = False
+    """Weights of the blocks' maps that are exactly 0 stay so, as in a pruned model
+    (`jmem.finetune.zeros`)."""
 
     def __post_init__(self):
         check_parts("Full", self.accumulate)
@@ -90,7 +93,9 @@ class Full:
             batch,
             trained,
             lambda trained, _: join(trained, frozen),
-            functools.partial(update, self.adamw, layers=layers),
+            functools.partial(
+                update, self.adamw, layers=layers, keep_zeros=self.keep_zeros
+            ),
             parts=self.accumulate,
         )
         return state | new | {"params": join(trained, frozen)}, metrics

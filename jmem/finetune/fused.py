@@ -41,6 +41,7 @@ from jmem.finetune.walk import (
     take_part,
     wait_for,
 )
+from jmem.finetune.zeros import hold
 from jmem.models.next_token import find_positions
 from jmem.program import by_key, nest
 
@@ -77,6 +78,7 @@ def fused_step(
     step: Int[Array, ""],
     decays: Callable[[str], bool],
     train: tuple[str, ...] = (),
+    keep_zeros: bool = False,
 ) -> Moved:
     """One update of everything outside the blocks, and of the blocks that have a row.
 
@@ -86,15 +88,15 @@ def fused_step(
     arrays; those of the blocks are [S, ...]. Counts are the numbers of this update.
     `rates` is a tree as the trained parameters (`AdamW.find_leaf_rates`). `step`
     counts from 0 and must be traced (see Fence). `decays(path)` says whether the rule
-    decays a weight (`AdamW.decays`). The loss is a decoder's
-    (`Decoder.loss`).
+    decays a weight (`AdamW.decays`). `keep_zeros`: see `jmem.finetune.zeros`. The loss
+    is a decoder's (`Decoder.loss`).
     """
     chosen, rest = split(params, train, "fused_step: train")
     positions = find_positions(batch)
     own_rates, below = by_key(rates["blocks"]), bool(jax.tree.leaves(chosen["embed"]))
     walk = _Blocks(
         *(model, positions, rule, batch, step, decays),
-        *(chosen["blocks"], rest["blocks"], block_counts, own_rates, below),
+        *(chosen["blocks"], rest["blocks"], block_counts, own_rates, below, keep_zeros),
     )
     tables = Tables(model, positions, outside_rule or rule, batch, step, decays)
 
@@ -149,6 +151,8 @@ class _Blocks(Walk):
     whole: bool
     """Whether dx is wanted at the bottom. If not, nothing below the lowest block with
     a row asks for it, and the blocks there compute nothing."""
+    keep_zeros: bool
+    """Whether weights that are 0 stay so."""
 
     def backward(self, row_of, inputs, dx, states):
         """(dx, blocks, states, square) after all layers."""
@@ -246,7 +250,9 @@ class _Blocks(Walk):
                 _take_part(a, place, index, parts, axis)
                 for a, place in ((stack, layer), *((s, row) for s in state))
             )
-            w, own = self.apply(path, layer, index, w, tuple(own), dw, rate, t)
+            dw = hold(dw, w) if self.keep_zeros else dw
+            moved, own = self.apply(path, layer, index, w, tuple(own), dw, rate, t)
+            w = hold(moved, w) if self.keep_zeros else moved
             stack = _put_part(stack, w, layer, index, axis)
             state = tuple(
                 _put_part(s, o, row, index, axis)

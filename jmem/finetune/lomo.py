@@ -52,6 +52,9 @@ class Lomo:
     """Size that each value of a gradient is cut to; 0 leaves them alone."""
     train: tuple[str, ...] = ()
     """Patterns of what is trained (`jmem.finetune.patterns`). Empty: everything."""
+    keep_zeros: bool = False
+    """As `jmem.finetune.full.Full.keep_zeros`. AdaLomo's means are over all of a
+    matrix, its zeros among them."""
 
     def __post_init__(self):
         check_choice("Lomo", "variant", self.variant, Variant)
@@ -132,6 +135,7 @@ class Lomo:
             step=step,
             decays=self.adamw.decays,
             train=self.train,
+            keep_zeros=self.keep_zeros,
         )
         moments = moved.outside | {"blocks": moved.blocks}
         state = {"params": moved.params, "moments": moments, "step": step + 1}

@@ -39,6 +39,7 @@ from jmem.finetune.adapters import adapter_step, attach, check_fit, fuses, move_
 from jmem.finetune.checks import check_choice, check_update
 from jmem.finetune.descent import draw_part, loss_step, needs_key, refuse_stats
 from jmem.finetune.walk import Update, sum_squares
+from jmem.finetune.zeros import hold, multiply_held
 from jmem.models.next_token import mean_head_loss
 from jmem.nn import quantised
 from jmem.nn.linear import expand_to
@@ -120,8 +121,10 @@ def drop_out(x: Float[Array, "*N in"], rate: float, key: jax.Array):
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-def lora_linear(scale: float, dropout: float = 0.0):
+def lora_linear(scale: float, dropout: float = 0.0, keep_zeros: bool = False):
     """A `linear` that adds `scale * (x A) B` where a leaf holds A and B.
+
+    With `keep_zeros` the product A B is 0 where the leaf's kernel is.
 
     The leaf may be packed (`jmem.nn.quantised`). One that also holds `lora_key` has x
     dropped out for that product. One that holds `magnitude` has the sum, but not the
@@ -139,30 +142,49 @@ def lora_linear(scale: float, dropout: float = 0.0):
         if "lora_key" in leaf:
             x = drop_out(x, dropout, leaf["lora_key"])
         a, b = (leaf[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
-        delta = multiply_low_rank(x, a, b)
+        if keep_zeros:
+            delta = multiply_held(x, a, b, take_kernel(leaf))
+        else:
+            delta = multiply_low_rank(x, a, b)
         y = y + delta * jnp.asarray(scale, y.dtype)
         if not decomposed:
             return y
         if (norm := leaf.get("lora_norm")) is None:
             one = jax.tree.map(lambda value: value[None], base)
             square = quantised.sum_squares(one)[0]
-            norm = jax.lax.stop_gradient(compute_column_norm(name, base, square, scale))
+            norm = compute_column_norm(name, base, square, scale, keep_zeros)
+            norm = jax.lax.stop_gradient(norm)
         y = scale_columns(y, leaf["magnitude"] / norm)
         return y if bias is None else y + expand_to(bias.astype(y.dtype), y)
 
     return linear
 
 
+def take_kernel(leaf: dict) -> dict:
+    """What of a leaf is the kernel, packed or not."""
+    return {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
+
+
 def compute_column_norm(
-    name: str, leaf: dict, square: Float[Array, " out"], scale: float
+    name: str,
+    leaf: dict,
+    square: Float[Array, " out"],
+    scale: float,
+    keep_zeros: bool = False,
 ) -> Float[Array, " out"]:
     """Norms of the columns of W + scale A B, float32, of one layer's leaf.
 
     `square` is that of W's columns. The rows A'W are computed in the kernel's dtype
-    (packed: A's), all else in float32. A column that is zero has norm 1.
+    (packed: A's), all else in float32. A column that is zero has norm 1. With
+    `keep_zeros` A B is 0 where W is, and made for it, in float32.
     """
     a, b = leaf["lora_a"], leaf["lora_b"].astype(jnp.float32)
-    bare = {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
+    bare = take_kernel(leaf)
+    if keep_zeros:
+        kernel = quantised.read_kernel(bare, jnp.float32).astype(jnp.float32)
+        delta = scale * hold(a.astype(jnp.float32) @ b, kernel)
+        total = square + jnp.sum(delta * (2 * kernel + delta), axis=0)
+        return jnp.where(total > 0, jnp.sqrt(total), 1)
     dtype = leaf["kernel"].dtype if "kernel" in leaf else a.dtype
     crossed = quantised.linear(name, bare, a.T.astype(dtype)).astype(jnp.float32)
     wide = a.astype(jnp.float32)
@@ -171,7 +193,13 @@ def compute_column_norm(
     return jnp.where(total > 0, jnp.sqrt(total), 1)
 
 
-def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
+def norms(
+    blocks: dict,
+    adapters: dict,
+    squares: dict,
+    scale: float,
+    keep_zeros: bool = False,
+) -> dict:
     """A tree like `adapters` with a `lora_norm` [L, out] in each, a layer at a time.
 
     `squares` has {"square": [L, out]} in their places. For `attach`: what a loss is
@@ -179,11 +207,11 @@ def norms(blocks: dict, adapters: dict, squares: dict, scale: float) -> dict:
     """
 
     def make_norm(name, adapter, leaf, squares):
-        held = {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
+        held = take_kernel(leaf)
 
         def row(each):
             leaf, square = each
-            return compute_column_norm(name, fetch(leaf), square, scale)
+            return compute_column_norm(name, fetch(leaf), square, scale, keep_zeros)
 
         return {"lora_norm": jax.lax.map(row, (held | adapter, squares["square"]))}
 
@@ -252,6 +280,10 @@ class Lora:
     """Of A and B as they are stored and updated, their kernel's or float32; products
     are in the activations' dtype. Above a bfloat16 kernel, float32 keeps updates that
     bfloat16 would round away, and its gradients, for 4 bytes an adapter value more."""
+    keep_zeros: bool = False
+    """The product is 0 wherever the kernel is, in training as in what is merged: a
+    pruned model stays pruned (`jmem.finetune.zeros`). The product of one map exists for
+    it. What was trained so is no adapter of PEFT's, and is saved merged."""
     adamw: AdamW = AdamW(learning_rate=2e-4)
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
@@ -367,7 +399,8 @@ class Lora:
         params = state["params"]
         # DoRA's norms are those of the adapters that the step begins with.
         base = attach(params["blocks"], self._compute_norms(state))
-        ops = model.ops._replace(linear=lora_linear(self.scale, self.dropout))
+        linear = lora_linear(self.scale, self.dropout, self.keep_zeros)
+        ops = model.ops._replace(linear=linear)
 
         def drawn(number):
             """The frozen blocks, with keys for the dropout of one part."""
@@ -439,7 +472,9 @@ class Lora:
         if not self.dora:
             return {}
         blocks = state["params"]["blocks"]
-        return norms(blocks, state["lora"], state["squares"], self.scale)
+        return norms(
+            blocks, state["lora"], state["squares"], self.scale, self.keep_zeros
+        )
 
     def merged(self, state):
         """The base with every product added to its kernel (float32, then cast).
@@ -453,6 +488,7 @@ class Lora:
                 wide = [lora[n].astype(jnp.float32) for n in ("lora_a", "lora_b")]
                 delta = self.scale * jnp.einsum("lir,lro->lio", *wide)
                 kernel = tree["kernel"]
+                delta = hold(delta, kernel) if self.keep_zeros else delta
                 added = kernel.astype(jnp.float32) + delta
                 if self.dora:
                     added *= (lora["magnitude"] / lora["lora_norm"])[:, None]

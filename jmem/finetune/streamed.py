@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jmem.finetune.adamw import AdamW, descend, scale
+from jmem.finetune.zeros import hold, hold_maps, is_map
 from jmem.offload import store, update_rows
 from jmem.program import format_path
 
@@ -46,23 +47,27 @@ def stream_step(
     optimizer: Any,
     step: jax.Array,
     layers: int,
+    keep_zeros: bool = False,
 ):
     """`adamw.gradient_step` with the moments of `init_on_host`: the same update.
 
     Returns (trained, optimizer, metrics).
     """
-    factor, norm = adamw.clip_factor(grads)
+    factor, norm = adamw.clip_factor(hold_maps(grads, trained) if keep_zeros else grads)
     rate = adamw.rate(step)
     rates = adamw.find_leaf_rates(trained, rate, layers)
 
     def leaf(path, value, grad, rates, moments):
         rows, inner = _cut(path, value), adamw.direction(format_path(path))
+        holds = keep_zeros and is_map(format_path(path))
 
         def update(held, grads, rates):
             rows, moments = held
+            grads = hold(grads, rows) if holds else grads
             grads = scale(grads, factor)  # here, or clipped stacks would exist besides
             updates, moments = inner.update(grads, moments, rows)
-            return descend(rows, updates, rates), moments
+            moved = descend(rows, updates, rates)
+            return hold(moved, rows) if holds else moved, moments
 
         # A rate is of a whole leaf, [], or of its layers, [L, 1, ...].
         rates = jnp.broadcast_to(rates, (rows.shape[0], *rates.shape[1:]))

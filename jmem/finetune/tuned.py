@@ -5,7 +5,8 @@
     tuned.save(finetuner, state, checkpoint, "tuned")
     model, params, checkpoint = tuned.load("tuned")      # for generate, complete, ...
 
-Lora     a PEFT adapter, which names its base (`jmem.checkpoints.peft`)
+Lora     a PEFT adapter, which names its base (`jmem.checkpoints.peft`); with
+         `keep_zeros`, which PEFT does not know, the weights that it moved
 MixLora  an adapter of MoE-PEFT, one a mixture (`jmem.checkpoints.mixlora`)
 others   the weights that moved: a Hugging Face folder with tokenizer, chat template and
          defaults of generation, in the dtype that the checkpoint has on disk
@@ -94,9 +95,16 @@ def describe_state(finetuner: Any, model: Any) -> Any:
     return describe_results(init, jax.random.key(0))
 
 
+def is_adapter(finetuner: Any) -> bool:
+    """Whether what it trained is saved beside its base, not as weights."""
+    if isinstance(finetuner, Lora):
+        return not finetuner.keep_zeros
+    return isinstance(finetuner, MixLora)
+
+
 def _take(finetuner: Any, state: Any, number: int | None) -> Any:
     """The tree that goes into the file."""
-    if isinstance(finetuner, Lora):
+    if isinstance(finetuner, Lora) and is_adapter(finetuner):
         return state["lora"]
     if isinstance(finetuner, MixLora):
         return finetuner.mixture(state, _choose(finetuner, number))
@@ -115,7 +123,7 @@ def _choose(finetuner: MixLora, number: int | None) -> int:
 def _write(finetuner, trained, checkpoint, folder, dtype, number) -> int:
     config, base = checkpoint.config, str(checkpoint.path.resolve())
     given: dict[str, Any]
-    if isinstance(finetuner, Lora):
+    if isinstance(finetuner, Lora) and is_adapter(finetuner):
         names = "alpha", "rslora", "dropout"
         given = {name: getattr(finetuner, name) for name in names} | {"base": base}
         return jmem.checkpoints.save_adapter(trained, config, folder, **given)

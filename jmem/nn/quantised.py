@@ -242,6 +242,14 @@ def describe_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf["kernel"].shape, leaf["kernel"].dtype)
 
 
+def read_kernel(leaf: dict, dtype: DTypeLike) -> Float[Array, "in out"]:
+    """The kernel of one layer's leaf as it is, or of packed rows, in `dtype`."""
+    if "packed" not in leaf:
+        return leaf["kernel"]
+    rows = leaf["packed"], leaf["kind"]
+    return _use_values(lambda values: values.T.astype(dtype), *rows)
+
+
 def find_unpacked_dtype(blocks: dict) -> jnp.dtype:
     """The dtype that packed maps of these blocks are dequantised to: their norms'."""
     scales = (v.dtype for path, v in by_key(blocks).items() if path.endswith("/scale"))

@@ -15,7 +15,8 @@ Counts   A token whose weight in the batch is 0 does not count, as padding; the 
 Follows  The official codes prune all maps of a layer by one run of it, as it was.
 See      criteria.py (which weights go), tests/sparse/test_prune.py
 
-The maps hold exact zeros afterwards, and nothing else says where.
+The maps hold exact zeros afterwards, and nothing else says where: fine-tuners leave
+them alone with `keep_zeros=True` (`jmem.finetune.zeros`).
 """
 
 import dataclasses

@@ -24,9 +24,12 @@ from jmem.finetune.program import step_program
 from jmem.models.decoder import Decoder
 from jmem.models.next_token import next_token_loss
 from jmem.nn import quantised
+from jmem.program import by_key
 from jmem.targets import resolve
 
 MERGING = {name: member for name, member in FINETUNERS.items() if member.merges}
+KEEPING = ("lora-fused", "qlora-double", "lisa-outside-host", "badam", "adalomo")
+"""Those that are told to keep zeros here: one for each way that weights move."""
 every = pytest.mark.parametrize("name", FINETUNERS)
 every_merging = pytest.mark.parametrize("name", MERGING)
 
@@ -39,8 +42,21 @@ def tiny_config(tiny_config):
 
 @pytest.fixture(scope="module")
 def initial_params():
+    """A third of the blocks' maps is pruned."""
     config = dataclasses.replace(TINY, hidden=64, head_dim=16)
-    return jax.jit(Decoder(config).init)(jax.random.key(0))
+    params = jax.jit(Decoder(config).init)(jax.random.key(0))
+    return params | {"blocks": prune_blocks(params["blocks"])}
+
+
+def prune_blocks(blocks):
+    random = np.random.default_rng(0)
+
+    def leaf(own):
+        return (
+            own if own.ndim < 3 else jnp.where(random.random(own.shape) < 0.3, 0, own)
+        )
+
+    return jax.tree.map(leaf, blocks)
 
 
 @functools.cache
@@ -79,7 +95,8 @@ def loss(model, params, batch):
 
 @pytest.fixture
 def finetuner(name):
-    return FINETUNERS[name].finetuner
+    own = FINETUNERS[name].finetuner
+    return dataclasses.replace(own, keep_zeros=True) if name in KEEPING else own
 
 
 @pytest.fixture
@@ -111,6 +128,84 @@ class TestEveryThatMerges:
         batch = random_batch(tiny, 9)
         merged = loss(tiny, merge(finetuner)(state)[0], batch)
         np.testing.assert_allclose(step(state, batch)[1]["loss"], merged, rtol=1e-5)
+
+
+class TestZeros:
+    """Of the blocks' maps, where a fine-tuner keeps them."""
+
+    @every_merging
+    def test_stay_where_they_are_kept_and_nowhere_else(
+        self, name, finetuner, start, tiny, random_batch
+    ):
+        state, step = start()
+        before = find_kernels(merge(finetuner)(state)[0])
+        for seed in range(3):
+            state, _ = step(state, random_batch(tiny, seed))
+        after = find_kernels(merge(finetuner)(state)[0])
+        moved = {path: leaf != before[path] for path, leaf in after.items()}
+        filled = {path: own & (before[path] == 0) for path, own in moved.items()}
+        if name != "embedding":
+            assert any(map(np.any, moved.values()))
+            assert any(map(np.any, filled.values())) is (name not in KEEPING)
+
+    @pytest.mark.parametrize("name", ["lisa-outside-host", "badam", "adalomo"])
+    def test_are_not_counted_by_the_norm(
+        self, finetuner, start, tiny, random_batch, gradients
+    ):
+        state, step = start()
+        _, metrics = step(state, random_batch(tiny))
+        norm = count_norm(gradients, metrics.get("active"), finetuner.train)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+    @pytest.mark.parametrize("moments", ["device", "host"])
+    def test_full_keeps_them_wherever_its_moments_are(
+        self, moments, tiny, random_batch, initial_params, gradients
+    ):
+        adamw = FINETUNERS["full"].adamw
+        full = Full(moments=moments, keep_zeros=True, adamw=adamw)
+        init, _, step = compiled(full, tiny)
+        state, metrics = step(init(initial_params), random_batch(tiny))
+        norm = count_norm(gradients, None, ())
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        state, metrics = step(state, random_batch(tiny, 1))
+        before, after = map(find_kernels, (initial_params, state["params"]))
+        for path, leaf in after.items():
+            np.testing.assert_array_equal(leaf == before[path], before[path] == 0)
+
+
+def find_kernels(params):
+    """The blocks' kernels by path, as NumPy arrays."""
+    flat = by_key(params["blocks"])
+    return {path: np.asarray(a) for path, a in flat.items() if a.ndim == 3}
+
+
+@pytest.fixture
+def gradients(tiny, initial_params, random_batch):
+    """Of all parameters, by path, 0 where a map is: the first moments of `Full`."""
+    full = FINETUNERS["full"].finetuner
+    init, _, step = compiled(full, tiny)
+    state, metrics = step(init(initial_params), random_batch(tiny))
+    scale = max(float(metrics["grad_norm"]), 1) / (1 - full.adamw.b1)
+    found = by_key(state["optimizer"].mu)
+    pruned = {f"blocks/{path}": w for path, w in find_kernels(initial_params).items()}
+    return {
+        path: scale * np.where(pruned[path] == 0, 0, own)
+        if path in pruned
+        else own * scale
+        for path, own in found.items()
+    }
+
+
+def count_norm(gradients, active, train):
+    """Of the blocks those that are active, and what else is trained."""
+
+    def rows(path, own):
+        return (
+            own[np.asarray(active)] if active is not None and "blocks" in path else own
+        )
+
+    own = {p: g for p, g in gradients.items() if not train or p.startswith(train)}
+    return np.sqrt(sum(np.sum(np.square(rows(path, g))) for path, g in own.items()))
 
 
 @every

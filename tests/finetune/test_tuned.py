@@ -157,6 +157,21 @@ class TestAdapters:
             with pytest.raises(CheckpointError, match=rf"{words}.*load\(folder, base="):
                 tuned.load(tmp_path / "a")
 
+    def test_one_that_keeps_zeros_is_written_as_weights(self, own, tmp_path):
+        """PEFT would add its product to the zeros."""
+        lora = Lora(rank=2, maps=("q",), keep_zeros=True)
+        params = own.params()
+        leaf = params["blocks"]["attention"]["q"]
+        leaf["kernel"] = leaf["kernel"].at[:, ::2].set(0)
+        shapes = tuned.describe_state(lora, Decoder(own.config))["lora"]
+        trained = jax.tree.map(lambda s: np.full(s.shape, 0.5, s.dtype), shapes)
+        state = {"params": params, "lora": trained, "stats": {}}
+        told = tuned.count_bytes(lora, Decoder(own.config), own)
+        assert tuned.save(lora, state, own, tmp_path / "a", dtype="float32") > told
+        found = tuned.load(tmp_path / "a").params["blocks"]["attention"]["q"]["kernel"]
+        expected = leaf["kernel"].at[:, 1::2].add(lora.scale * 2 * 0.5 * 0.5)
+        np.testing.assert_array_equal(found, expected)
+
     def test_one_that_is_not_finite_is_not_written(self, own, tmp_path):
         lora = Lora(rank=2, maps=("q",))
         shapes = tuned.describe_state(lora, Decoder(own.config))["lora"]

@@ -37,6 +37,7 @@ from jmem.finetune.lisa.moments import AtDraw, Moments, Outside, drop_blocks
 from jmem.finetune.orders import Order, choose_active
 from jmem.finetune.patterns import join, split
 from jmem.finetune.walk import Update
+from jmem.finetune.zeros import hold_maps
 from jmem.nn.quantised import refuse_packed
 
 # Around any optimizer -----------------------------------------------------------------
@@ -174,6 +175,8 @@ class Lisa:
     store it rounded: 4 bytes for each of their parameters, and updates below what 16
     bits resolve add up. Where a draw forgets the moments, the copy begins anew. Needs a
     fused step."""
+    keep_zeros: bool = False
+    """As `jmem.finetune.full.Full.keep_zeros`."""
     accumulate: int = 1
     """Parts that a batch is computed in, one after another."""
     update: Update = "auto"
@@ -262,6 +265,8 @@ class Lisa:
 
         found, _ = accumulate(gradients, batch, self.accumulate, {})
         loss, outside_grads, grads = found
+        if self.keep_zeros:
+            grads = self._hold(grads, state, active)
         (outside_grads, grads), norm = self.adamw.clip((outside_grads, grads))
         trained, frozen = split(params, self.train, "Lisa: train")
         rate = self.adamw.rate(state["step"])
@@ -282,6 +287,8 @@ class Lisa:
         )
         rates = jax.tree.map(lambda r: r[active] if r.ndim else r, rates["blocks"])
         moved = descend(own, updates, rates)
+        if self.keep_zeros:
+            moved = self._hold(moved, state, active)
         trained = outside | {"blocks": rows.put_rows(blocks, active, moved)}
         new = {
             "params": join(trained, frozen),
@@ -290,6 +297,12 @@ class Lisa:
             "step": state["step"] + 1,
         }
         return new, {"loss": loss, "lr": rate, "grad_norm": norm}
+
+    def _hold(self, values, state, active):
+        """Rows of the active blocks, 0 where the weights of their maps are."""
+        chosen, _ = split(state["params"], self.train, "Lisa: train")
+        own = rows.take_rows(chosen["blocks"], active)
+        return hold_maps({"blocks": values}, {"blocks": own})["blocks"]
 
     def _fused(self, model, state, batch, active):
         """As `_separate`, but weights move inside the backward pass."""
@@ -322,6 +335,7 @@ class Lisa:
             step=state["step"],
             decays=self.adamw.decays,
             train=self.train,
+            keep_zeros=self.keep_zeros,
         )
         new = {
             "params": moved.params,
