@@ -122,7 +122,9 @@ def blocks_on_host(program: Program) -> Program:
 
     first, *others = program.args
     first = jax.tree.map_with_path(place, first)
-    return dataclasses.replace(program, args=(first, *others), make=None)
+    # No row is read in place any more: jmem.nn.stack.choose_options.
+    given: Any = {"args": (first, *others), "options": {}, "make": None}
+    return dataclasses.replace(program, **given)
 
 
 def main(config: Config, run: Run) -> int:

@@ -79,7 +79,7 @@ def count_host_bytes(tree: Any) -> int:
     return sum(
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
-        if leaf.sharding is not None and leaf.sharding.memory_kind == HOST
+        if getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
     )
 
 

@@ -22,6 +22,24 @@ ACTIVATIONS: Mapping[Activation, Callable[[jax.Array], jax.Array]] = {
 """By Hugging Face's names: "gelu" is exact (erf), "gelu_new" its tanh form (GPT-2)."""
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def multiply_gate(activate: Callable, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """activate(gate) * up, whose gradient XLA computes apart from its value.
+
+    Else a backward pass that computes the value again makes all three in one kernel
+    (XLA 0.12), and they are alive at once with gate, up and what comes back: 344 MiB
+    each at LLaMA-2-7B and 16,384 tokens.
+    """
+    return activate(gate) * up
+
+
+@multiply_gate.defjvp
+def _multiply_gate_jvp(activate, primals, tangents):
+    fenced = jax.lax.optimization_barrier(primals)
+    _, tangent = jax.jvp(lambda gate, up: activate(gate) * up, fenced, tangents)
+    return multiply_gate(activate, *primals), tangent
+
+
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)) if gated, else down(act(up(x))), or `ops.feed`.
 
@@ -48,11 +66,11 @@ class MLP(nn.Module):
             return ops.feed(dict(self.variables["params"]), x, activate)
         if self.has_variable("params", "gate_up"):  # see jmem.nn.joined
             gate, up = jnp.split(project("gate_up", 2 * self.hidden, x), 2, axis=-1)
-            inner = activate(gate) * up
+            inner = multiply_gate(activate, gate, up)
         elif self.gated:
             gate = project("gate", self.hidden, x)
             up = project("up", self.hidden, x)
-            inner = activate(gate) * up
+            inner = multiply_gate(activate, gate, up)
         else:
             inner = activate(project("up", self.hidden, x))
         return project("down", x.shape[-1], inner), {}

@@ -16,8 +16,8 @@ from jmem.lowering import IN_PLACE
 from jmem.nn.ops import Ops
 from jmem.nn.packed import Packed
 from jmem.nn.quantised import list_packed
-from jmem.offload import fetch, fetch_row
-from jmem.program import HOST
+from jmem.offload import count_host_bytes, fetch, fetch_row
+from jmem.program import HOST, by_key
 
 Remat = Literal["none", "dots", "block", "offload"]
 
@@ -30,11 +30,15 @@ def depth(stacked: Any) -> int:
 def choose_options(state: Any) -> Mapping[str, Any]:
     """XLA's compile options for a training step that holds `state`.
 
-    Those by which products read a stack in place (`jmem.lowering.IN_PLACE`); none for
-    packed weights (`jmem.nn.quantised`), which are made at full width first: with them
-    a step of QLoRA takes 0.1 to 0.8 % more.
+    Those by which products read a stack in place (`jmem.lowering.IN_PLACE`); none where
+    no row is read in place: packed weights (`jmem.nn.quantised`) are made at full width
+    first, and weights on the host are fetched. With them a step of QLoRA takes 0.1 to
+    0.8 % more, and one of LoRA over fetched weights up to 4.
     """
-    return {} if list_packed(state) else IN_PLACE
+    leaves = by_key(state)
+    weights = [leaf for path, leaf in leaves.items() if path.startswith("params/")]
+    copied = list_packed(state) or count_host_bytes(weights)
+    return {} if copied else IN_PLACE
 
 
 def init_stack(block: nn.Module, key: jax.Array, layers: int, *inputs: Any) -> Any:

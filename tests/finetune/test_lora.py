@@ -28,14 +28,15 @@ from jmem.models.next_token import next_token_loss
 from jmem.targets import resolve
 
 
-def test_low_rank_has_the_gradients_of_its_formula():
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_low_rank_has_the_gradients_of_its_formula(scale):
     keys = jax.random.split(jax.random.key(0), 4)
     x, dy = (jax.random.normal(k, (2, 7, n)) for k, n in zip(keys, (6, 5)))
     a = jax.random.normal(keys[2], (6, 3))
     b = jax.random.normal(keys[3], (3, 5))
-    expected, transpose = jax.vjp(lambda x, a, b: x @ a @ b, x, a, b)
-    found, ours = jax.vjp(multiply_low_rank, x, a, b)
-    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    expected, transpose = jax.vjp(lambda x, a, b: scale * (x @ a @ b), x, a, b)
+    found, ours = jax.vjp(lambda x, a, b: multiply_low_rank(x, a, b, scale), x, a, b)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(ours(dy), transpose(dy), rtol=1e-5, atol=1e-6)
 
 
