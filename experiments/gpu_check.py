@@ -8,7 +8,7 @@
 Needs a GPU; without one it says so and exits 0. Exit status 1: something does not hold.
 
 training  `experiments.step_check`: losses of every method's steps beside the CPU's
-kernels   `jmem.kernels.windowed_attention.bench`: numbers, then share of the bandwidth
+kernels   `jmem.kernels.*.bench`: numbers, then share of the bandwidth, or of cuBLAS
 rates     `experiments.decode_rate`: tokens a second, cut caches against the full one
 steps     `experiments.step_rate`: time of a training step, LISA against LoRA and full
 memory    twelve programs: what XLA plans is what the allocator gives
@@ -53,11 +53,17 @@ PLAN_TOLERANCE = 0.01
 NEEDED = 0.75
 """Share of the programs that must hold without any further term."""
 Part = Literal["training", "kernels", "rates", "steps", "memory"]
-SHAPES = (
-    *("llama3-8b-32k-b1", "llama3-8b-32k-b1-w8", "llama3-8b-32k-b1-w32"),
-    *("llama3-8b-8k-b32", "llama3-8b-128k-b6", "llama3-8b-128k-b6-w64"),
-    *("qwen2.5-1.5b-32k-b1-w32", "phi3-mini-32k-b1-w64"),
-)
+SHAPES = {
+    "windowed_attention": (
+        *("llama3-8b-32k-b1", "llama3-8b-32k-b1-w8", "llama3-8b-32k-b1-w32"),
+        *("llama3-8b-8k-b32", "llama3-8b-128k-b6", "llama3-8b-128k-b6-w64"),
+        *("qwen2.5-1.5b-32k-b1-w32", "phi3-mini-32k-b1-w64"),
+    ),
+    "spmm": (
+        *("opt-30b-o-n8-s80", "opt-30b-o-n32-s80", "opt-30b-o-n8-s60"),
+        *("opt-66b-up-n8-s80", "llama2-7b-up-n1-s50", "opt-30b-up-n16-s80"),
+    ),
+}
 """Those of the kernel's bench that are timed."""
 
 
@@ -152,13 +158,14 @@ def check_memory(command: Command) -> int:
 # The other parts ----------------------------------------------------------------------
 
 
-def time_kernels(out: pathlib.Path, minutes: float | None) -> int:
-    """The kernel's bench; not again where its records are there and time is short."""
+def time_kernel(kernel: str, out: pathlib.Path, minutes: float | None) -> int:
+    """A kernel's bench; not again where its records are there and time is short."""
     if minutes and out.exists():
-        print(f"kernels: timed, see {out}")
+        print(f"{kernel}: timed, see {out}")
         return 0
-    module = "jmem.kernels.windowed_attention.bench"
-    command = [sys.executable, "-m", module, "--only", *SHAPES, "--out", str(out)]
+    module = f"jmem.kernels.{kernel}.bench"
+    shapes = SHAPES[kernel]
+    command = [sys.executable, "-m", module, "--only", *shapes, "--out", str(out)]
     status = subprocess.run(command, check=False).returncode
     return status if status in (0, 1) else 2  # killed by a signal it is negative
 
@@ -169,7 +176,8 @@ def run_part(part: Part, command: Command, minutes: float | None) -> int:
         return check_memory(dataclasses.replace(command, minutes=minutes))
     out = command.out.with_name(f"{command.out.stem}-{part}.json")
     if part == "kernels":
-        return time_kernels(out, minutes)
+        outs = {name: out.with_name(f"{out.stem}-{name}.json") for name in SHAPES}
+        return max(time_kernel(name, to, minutes) for name, to in outs.items())
     modules = {"training": step_check, "rates": decode_rate, "steps": step_rate}
     module = modules[part]
     return module.main(module.Command(out=out, minutes=minutes))

@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of a kernel, from the compiler, with no GPU.
+"""Registers, spills, shared memory and instructions of a kernel, with no GPU.
 
     python -m jmem.kernels._resources windowed_attention            a table
     python -m jmem.kernels._resources windowed_attention --gpu h100
@@ -6,7 +6,8 @@
 It compiles the calls that the kernel's `shapes.kernel_calls()` lists, and reads what
 the assembler and Mosaic print. They print to the process's own output, and only if told
 to before the compiler is loaded: hence a process of its own. A kernel's `budget.toml`
-says how much of each it may use; its tests compare.
+says how much of each it may use; its tests compare. Instructions are read by NVIDIA's
+disassembler, which the package `nvidia-cuda-nvdisasm` puts where JAX looks for it.
 """
 
 import argparse
@@ -17,13 +18,16 @@ import re
 import subprocess
 import sys
 
-_PRINT = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"}
+_PRINT = {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTXAS", "RESOURCES", "SASS")}
 _SHARED = re.compile(r"^Resources\(smem_scratch_bytes=(\d+)", re.M)
 _REPORT = re.compile(
     r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.S,
 )
+_CODE = re.compile(r"^\t\.section\t\.text\.(\w+?)_mosaic_gpu_kernel,.*\n", re.M)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*);|^(\.L\w+):", re.M)
+_JUMP = re.compile(r"BRA.*\((\.L\w+)\)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,9 @@ class Resources:
     """Stored and loaded by one thread, since it has too few registers."""
     shared_bytes: int
     """Of one block."""
+    loop: tuple[int, int] = (0, 0)
+    """Instructions of a warp, and the tensor-core products among them, in the smallest
+    loop that has such; zeros without a disassembler."""
 
     def blocks_per_core(self, threads: int, shared_per_core: int = 233472) -> int:
         """Blocks that fit on a streaming multiprocessor at once."""
@@ -65,14 +72,37 @@ def resources(kernel: str, gpu: str = "h200", timeout: float = 300) -> dict:
     if done.returncode or len(shared) != len(names) or set(reports) != set(names):
         words = done.stderr.decode(errors="replace")[-3000:] or printed[-3000:]
         raise RuntimeError(f"{kernel}: not compiled, or not reported on.\n{words}")
+    loops = {name: _find_loop(code) for name, code in _split_code(printed).items()}
     found = {}
     for name, size in zip(names, shared, strict=True):  # printed in the order of calls
         stored, loaded, registers = map(int, reports[name])
         spilled = stored + loaded
         found[name] = Resources(
-            registers=registers, spill_bytes=spilled, shared_bytes=size
+            registers=registers,
+            spill_bytes=spilled,
+            shared_bytes=size,
+            loop=loops.get(name, (0, 0)),
         )
     return found
+
+
+def _split_code(printed: str) -> dict[str, str]:
+    """What was disassembled, by kernel."""
+    _, *parts = _CODE.split(printed)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _find_loop(code: str) -> tuple[int, int]:
+    lines = [label or text for text, label in _INSTRUCTION.findall(code)]
+    places = {line: at for at, line in enumerate(lines) if line.startswith(".L")}
+    loops = []
+    for at, line in enumerate(lines):
+        if (jump := _JUMP.search(line)) and places.get(jump[1], at) < at:
+            inside = lines[places[jump[1]] : at + 1]
+            products = sum("GMMA" in text for text in inside)
+            if products:
+                loops.append((len([t for t in inside if t[0] != "."]), products))
+    return min(loops, default=(0, 0))
 
 
 def _compile(kernel: str, gpu: str) -> None:
@@ -101,10 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     found = resources(given.kernel, given.gpu)
     width = max(map(len, found))
-    print(f"{'':<{width}}{'registers':>11}{'spill':>7}{'shared':>9}  bytes")
+    heads = f"{'registers':>11}{'spill':>7}{'shared':>9}{'loop':>7}{'products':>10}"
+    print(f"{'':<{width}}{heads}")
     for name, one in found.items():
         numbers = f"{one.registers:>11}{one.spill_bytes:>7}{one.shared_bytes:>9,}"
-        print(f"{name:<{width}}{numbers}")
+        print(f"{name:<{width}}{numbers}{one.loop[0]:>7}{one.loop[1]:>10}")
     return 0
 
 

@@ -8,8 +8,8 @@
 
 The matrix is a `FragBitmap`, any share of whose numbers may be zero, in no pattern.
 
-See      fragbitmap.py (the format), reference.py (the definition),
-         tests/kernels/test_spmm.py
+See      fragbitmap.py (the format), reference.py (the definition), mosaic_gpu.py and
+         fragments.py (the kernel, for Hopper), tests/kernels/test_spmm.py
 """
 
 import functools
@@ -73,7 +73,12 @@ def spmm(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(how, x, matrix, layer):
-    return reference.multiply(x, matrix, layer)
+    implementation, tile, interpret = how
+    if implementation == "xla":
+        return reference.multiply(x, matrix, layer)
+    from . import mosaic_gpu
+
+    return mosaic_gpu.multiply(x, matrix, layer, tile=tile, interpret=interpret)
 
 
 def _forward(how, x, matrix, layer):
@@ -102,8 +107,18 @@ def choose(
 
 
 def unserved(dtype: DTypeLike, values: DTypeLike) -> str | None:
-    """What of two dtypes, x's and the values', the kernel cannot serve, or None."""
-    return "there is no kernel yet"
+    """What of two dtypes, x's and the values', the kernel cannot serve, or None.
+
+    >>> unserved("bfloat16", "int8")
+    >>> unserved("bfloat16", "float16")
+    'values of float16 are neither integers nor of the dtype of x, bfloat16'
+    """
+    dtype, values = str(jnp.dtype(dtype)), str(jnp.dtype(values))
+    if dtype not in ("bfloat16", "float16"):
+        return f"x of {dtype} is not bfloat16 or float16"
+    if values not in (dtype, "int8", "uint8"):
+        return f"values of {values} are neither integers nor of the dtype of x, {dtype}"
+    return None
 
 
 def _check(x, matrix, layer, implementation, interpret) -> None:

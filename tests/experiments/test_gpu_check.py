@@ -24,7 +24,6 @@ from experiments.gpu_check import (
 from experiments.harness.claim import read
 from experiments.harness.record import Record
 from jmem.finetune.samples import SAMPLES
-from jmem.kernels.windowed_attention.shapes import SHAPES
 from jmem.memory import protocol
 from jmem.memory.live import LOADED, TERMS, UNEXPLAINED, LiveReport
 from jmem.program import Program
@@ -148,6 +147,7 @@ def test_other_parts_are_run_and_the_worst_status_counts(
     monkeypatch, attached, tmp_path
 ):
     confirming(monkeypatch, {"forward": GOOD})
+    benches = []
     seen, statuses = {}, {"step_check": 0, "decode_rate": 3, "step_rate": 1}
     for name, status in statuses.items():
 
@@ -158,18 +158,19 @@ def test_other_parts_are_run_and_the_worst_status_counts(
         monkeypatch.setattr(getattr(gpu_check, name), "main", main)
 
     def bench(command, check):
-        seen["bench"] = command
+        benches.append(command)
         return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(subprocess, "run", bench)
     out = tmp_path / "check.json"
     assert gpu_check.main(Command(only=("forward",), out=out)) == 3
     assert out.exists()
-    _, _, module, _, *shapes, _, records = seen["bench"]
-    assert importlib.util.find_spec(module)
-    assert set(shapes) <= set(SHAPES)
-    files = [seen[name].out.name for name in statuses] + [Path(records).name]
-    parts = ("training", "rates", "steps", "kernels")
+    files = [seen[name].out.name for name in statuses]
+    for _, _, module, _, *shapes, _, records in benches:
+        assert set(shapes) <= set(importlib.import_module(module).SHAPES)
+        files.append(Path(records).name)
+    kernels = ("kernels-windowed_attention", "kernels-spmm")
+    parts = ("training", "rates", "steps", *kernels)
     assert files == [f"check-{part}.json" for part in parts]
     assert all(seen[name].only == () for name in statuses)
 

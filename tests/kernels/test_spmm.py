@@ -2,14 +2,28 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
+import emulate_ptx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from jmem.kernels.spmm import FragBitmap, check, choose, decode, spmm
+from jmem.kernels import _mgpu
+from jmem.kernels.spmm import (
+    FragBitmap,
+    check,
+    choose,
+    decode,
+    fragments,
+    mosaic_gpu,
+    spmm,
+)
 from jmem.targets import resolve
 
 
@@ -290,3 +304,171 @@ def test_a_layer_beyond_the_stack_is_refused():
 
 def test_the_cpu_runs_xla():
     assert choose(None, "bfloat16") == choose(resolve("rtx4090"), "bfloat16") == "xla"
+
+
+# The kernel ---------------------------------------------------------------------------
+
+
+def thread_numbers():
+    """What `fragments.lane_constants` gives, as its words have it."""
+    thread = np.arange(128)
+    row, quad = thread // 32 * 16 + thread % 32 // 4, thread % 4
+    high = quad // 2
+    own = 4 * (row + 64 * high)
+    half = np.where(quad % 2, 0xFFFF, 0)
+    taken = np.where(quad % 2, 0x7632, 0x5410)
+    return own, own + np.where(high, -256, 256), 2 * row, half, -high, taken
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "values, dtype",
+    [
+        (values or dtype, dtype)
+        for values in (None, "int8", "int4")
+        for dtype in ("bfloat16", "float16")
+    ],
+)
+def test_the_ptx_decodes_what_the_format_says(values, dtype, share):
+    """The instructions that the GPU runs, on 128 emulated threads."""
+    dense = draw(64, 128, share=share, dtype=values)
+    matrix = pack(dense, values)
+    slot = mosaic_gpu.slot_rows(matrix.cap, matrix.bits) * 8 * matrix.bits
+    memory = np.zeros((3, 2**15), np.uint8)  # values, masks, prefixes
+    random = np.random.default_rng(3)
+    memory[0] = random.integers(0, 256, memory.shape[1])  # of other tiles
+    packed = np.asarray(matrix.values).view(np.uint8)
+    for tile, start in enumerate(np.asarray(matrix.starts[:2])):
+        copied = packed[start : start + matrix.cap].reshape(-1)
+        memory[0, tile * slot :][: copied.size] = copied
+    for at, array in ((1, matrix.masks), (2, matrix.prefixes)):
+        flat = np.asarray(array).view(np.uint8).reshape(-1)
+        memory[at, : flat.size] = flat
+    text = fragments.write_ptx(values, dtype, 2, slot)
+    addresses = np.arange(3) * memory.shape[1]
+    inputs = [*addresses, *thread_numbers()]
+    found = emulate_ptx.run(text, inputs, 32, memory.reshape(-1))
+    # Register 2 j + h of thread t: columns 8 j + 2 (t mod 4) and the next, of a row.
+    pairs = found.T.astype(np.uint32)[..., None].view(jnp.dtype(dtype))
+    pairs = pairs.reshape(4, 8, 4, 16, 2, 2)  # warp, row, quad, j, h, column
+    tile = pairs.transpose(0, 4, 1, 3, 2, 5).reshape(64, 128)
+    np.testing.assert_array_equal(tile.astype(np.float32), dense)
+
+
+def test_threads_know_their_places():
+    def body(y_ref, shared):
+        for i, numbers in enumerate(fragments.lane_constants()):
+            shared[i] = numbers
+        _mgpu.commit_smem()
+        _mgpu.copy_smem_to_gmem(shared, y_ref)
+        _mgpu.wait_smem_to_gmem(0)
+
+    found = _mgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((6, 128), jnp.int32),
+        scratch_types=(_mgpu.SMEM((6, 128), jnp.int32),),
+        interpret=True,
+    )()
+    np.testing.assert_array_equal(found, np.stack(thread_numbers()))
+
+
+SHARED = "rows share x"
+KERNEL = {
+    # tokens, outputs, inputs, numbers, x, tile: more steps than stages
+    "one token, edges": (1, 70, 450, "bfloat16", "bfloat16", {"tiles": 1}),
+    "integers": (3, 64, 512, "int8", "bfloat16", {"tiles": 2}),
+    "4 bits": (8, 64, 640, "int4", "float16", {"tiles": 2}),
+    SHARED: (24, 200, 384, "float16", "float16", {"rows": 2, "tiles": 2}),
+    "split": (64, 64, 640, "bfloat16", "bfloat16", {"tiles": 2, "splits": 2}),
+    "column blocks": (100, 64, 192, "bfloat16", "bfloat16", {"tiles": 1}),
+}
+
+
+def interpret(case):
+    """The kernel's numbers on one of `KERNEL`, of the second layer of two."""
+    tokens, outputs, inputs, values, dtype, how = KERNEL[case]
+    dense = draw(2, outputs, inputs, dtype=values)
+    x = draw_x(tokens, inputs, dtype=dtype)
+    dense[1, :, 64:128] = 0  # empty tiles
+    dense[1, :64, :64] = 1  # and a full one
+    scales = np.linspace(0.5, 2, 2 * outputs).reshape(2, outputs)
+    scales = scales if values in ("int8", "int4") else None
+    matrix = pack(dense, values, scales)
+    tile = mosaic_gpu.Tile(**{"stages": 2, **how})
+    run = functools.partial(spmm, layer=jnp.int32(1), implementation="mosaic_gpu")
+    y = jax.jit(functools.partial(run, tile=tile, interpret=True))(x, matrix)
+    compare(y, x, dense[1], None if scales is None else scales[1])
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("case", [case for case in KERNEL if case != SHARED])
+def test_the_kernel_interpreted(case):
+    interpret(case)
+
+
+def test_three_warpgroups_interpreted():
+    """In a process whose XLA has a thread for each that waits; by cores it has two."""
+    here = pathlib.Path(__file__)
+    run = f"""
+import sys
+sys.path[:0] = {[str(here.parents[1]), str(here.parent)]}
+import test_spmm
+test_spmm.interpret({SHARED!r})
+assert not test_spmm._mgpu.races_found()
+"""
+    environment = {**os.environ, "NPROC": "8"}
+    subprocess.run(
+        [sys.executable, "-c", run], env=environment, check=True, timeout=120
+    )
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_splits_agree_in_float32():
+    """Of the sums; what they are rounded to is a unit apart at most."""
+    matrix, x = pack(draw(64, 512)), draw_x(8, 512)
+    run = functools.partial(mosaic_gpu.sum_splits, interpret=True)
+    tiles = [mosaic_gpu.Tile(tiles=2, splits=n) for n in (1, 4)]
+    parts = [jax.jit(functools.partial(run, tile=one))(x, matrix) for one in tiles]
+    largest = np.abs(parts[0]).max()
+    np.testing.assert_allclose(parts[1], parts[0], rtol=0, atol=1e-5 * largest)
+
+
+def test_many_tokens_are_multiplied_dense():
+    """Decoded once: no kernel is made, so none has to be interpreted."""
+    dense, x = draw(64, 128), draw_x(257, 128)
+    y = spmm(x, pack(dense), implementation="mosaic_gpu")
+    compare(y, x, dense)
+
+
+@pytest.mark.parametrize(
+    "x, values, words",
+    [
+        ("float32", "bfloat16", "x of float32 is not bfloat16 or float16"),
+        ("bfloat16", "float16", "values of float16 are neither integers nor"),
+    ],
+)
+def test_the_kernel_refuses_by_name(x, values, words):
+    matrix = pack(draw(64, 64, dtype=values), values)
+    with pytest.raises(ValueError, match=f"cannot serve: {words}"):
+        spmm(draw_x(2, 64, dtype=x), matrix, implementation="mosaic_gpu")
+    assert choose(resolve("h200"), x, values) == "xla"
+
+
+def test_hopper_runs_the_kernel():
+    assert choose(resolve("h200"), "bfloat16") == "mosaic_gpu"
+    assert choose(resolve("h200"), "float16", "int8") == "mosaic_gpu"
+    assert choose(resolve("b200"), "bfloat16") == "xla"
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [({"rows": 3}, "rows=3"), ({"stages": 1}, "stages=1"), ({"splits": 0}, "splits=0")],
+)
+def test_a_tile_that_is_none_is_refused(how, words):
+    with pytest.raises(ValueError, match=f"Tile: .*{words}"):
+        mosaic_gpu.Tile(**how)
+
+
+def test_a_tile_beyond_shared_memory_is_refused():
+    with pytest.raises(ValueError, match=r"need \d+,.* bytes of shared memory"):
+        mosaic_gpu.Tile(rows=4, stages=9).check(columns=64, cap=64)
