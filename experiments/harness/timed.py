@@ -116,9 +116,9 @@ POINTS = {
 DECODED = "llama3-8b"
 
 
-def build_reader(target: Target | None) -> Decoder:
+def build_reader(target: Target | None, name: str = DECODED) -> Decoder:
     """The model that decodes; its positions reach as far as the points do."""
-    config = dataclasses.replace(zoo.get(DECODED), max_positions=2**18)
+    config = dataclasses.replace(zoo.get(name), max_positions=2**18)
     model = Decoder.on(target, config, dtype=jnp.bfloat16)
     return dataclasses.replace(model, chunk=4096)  # of prompts, which are long
 
