@@ -37,6 +37,7 @@ load = plgpu.load
 multiple_of = pl.multiple_of
 run_scoped = pl.run_scoped
 wait_smem_to_gmem = plgpu.wait_smem_to_gmem
+warp_map = plgpu.warp_map
 wgmma = plgpu.wgmma
 wgmma_wait = plgpu.wgmma_wait
 when = pl.when

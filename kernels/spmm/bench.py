@@ -10,9 +10,9 @@ layer of one stack, together larger than the level-2 cache. cuBLAS multiplies th
 matrix dense; XLA's way decodes it first. Numbers of the kernel are compared with XLA's
 before anything is timed.
 
-Two bounds: the packed bytes at the copy bandwidth, and the instructions of a warp and
-tile (`INSTRUCTIONS`) on four schedulers a multiprocessor. `bound` is the share of the
-time that the longer one takes.
+Two bounds: the packed bytes at the copy bandwidth, and the instructions of a scheduler
+(`INSTRUCTIONS`), of which a multiprocessor has four. `bound` is the share of the time
+that the longer one takes.
 
 Expect  2.5 times cuBLAS at 80 % zeros and 8 to 32 tokens, 1.5 at 60 %, 1.2 at 50 % and
         one token (MACKO-SpMV, arXiv:2511.13061, is there).
@@ -42,8 +42,9 @@ from jmem.kernels.spmm.shapes import SHAPES, Shape
 from jmem.targets import resolve
 
 MODULE = "jmem.kernels.spmm.bench"
-INSTRUCTIONS = 147
-"""Of a warp for a tile: `budget.toml`'s, and a step's own shared by its four tiles."""
+INSTRUCTIONS = 153
+"""A scheduler's for a tile: of a consumer warp `budget.toml`'s 139 and 7 of a step, and
+a fourth of the 28 of the warp that copies."""
 TOLERANCE = 2.0**-7
 """Of the sum of a product's absolute terms: a unit of bfloat16."""
 

@@ -4,7 +4,7 @@ A block works on `tile.rows` tiles below each other, one column block of x, and 
 share (split) of the tiles across, `tile.tiles` of them a step. Its warpgroups share a
 ring of `tile.stages` slots in shared memory:
 
-    last warpgroup, producer          shared memory          warpgroup w, consumer
+    a warp of the last warpgroup      shared memory          warpgroup w, consumer
     reads where tiles start        x  [N, 64 tiles]        decodes its tiles, two at a
     copies, by TMA, x and      ->  masks, prefixes,    ->  time, in registers
     the packed tiles               values [cap, 64]        yᵀ += a xᵀ      tensor cores
@@ -303,10 +303,20 @@ def _multiply(x, matrix, layer, tile, interpret, lanes):
             _mgpu.barrier_wait(free.at[lax.rem(i, stages)])
             return ()
 
+        # One warp copies, as four would issue the same instructions four times. Which
+        # one differs between the blocks of a multiprocessor, as a scheduler has the
+        # same warp of each.
+        number = (row * tile.splits + split) * blocks + block
+        copying = lax.rem(lax.div(number, PROCESSORS), 4)
+
         @_mgpu.when(thread == tile.rows)
         def _():
-            lax.fori_loop(0, count, produce, starts_of(0))
-            lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
+            @_mgpu.warp_map
+            def _(warp):
+                @_mgpu.when(warp == copying)
+                def _():
+                    lax.fori_loop(0, count, produce, starts_of(0))
+                    lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, ())
 
         def consume(y, lanes):
             def step(i, _):

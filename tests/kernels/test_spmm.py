@@ -375,10 +375,10 @@ def test_threads_know_their_places():
 SHARED = "rows share x"
 KERNEL = {
     # tokens, outputs, inputs, numbers, x, tile: more steps than stages
-    "one token, edges": (1, 70, 450, "bfloat16", "bfloat16", {"tiles": 1}),
+    "one token, edges": (1, 70, 250, "bfloat16", "bfloat16", {"tiles": 1}),
     "integers": (3, 64, 512, "int8", "bfloat16", {"tiles": 2}),
     "4 bits": (8, 64, 640, "int4", "float16", {"tiles": 2}),
-    SHARED: (24, 200, 384, "float16", "float16", {"rows": 2, "tiles": 2}),
+    SHARED: (24, 140, 384, "float16", "float16", {"rows": 2, "tiles": 2}),
     "split": (64, 64, 640, "bfloat16", "bfloat16", {"tiles": 2, "splits": 2}),
     "column blocks": (100, 64, 192, "bfloat16", "bfloat16", {"tiles": 1}),
 }
@@ -425,9 +425,9 @@ assert not test_spmm._mgpu.races_found()
 @pytest.mark.usefixtures("interpreter")
 def test_splits_agree_in_float32():
     """Of the sums; what they are rounded to is a unit apart at most."""
-    matrix, x = pack(draw(64, 512)), draw_x(8, 512)
+    matrix, x = pack(draw(64, 256)), draw_x(8, 256)
     run = functools.partial(mosaic_gpu.sum_splits, interpret=True)
-    tiles = [mosaic_gpu.Tile(tiles=2, splits=n) for n in (1, 4)]
+    tiles = [mosaic_gpu.Tile(tiles=2, splits=n) for n in (1, 2)]
     parts = [jax.jit(functools.partial(run, tile=one))(x, matrix) for one in tiles]
     largest = np.abs(parts[0]).max()
     np.testing.assert_allclose(parts[1], parts[0], rtol=0, atol=1e-5 * largest)
