@@ -64,7 +64,7 @@ def _load(operation, operand, registers, memory, active) -> Any:
     return _add(memory[at + i].astype(np.int64) << 8 * i for i in range(size))
 
 
-def _compute(operation: str, a: Any, b: Any = 0, c: Any = 0) -> Any:
+def _compute(operation: str, a: Any, b: Any = 0, c: Any = 0, table: Any = 0) -> Any:
     match operation.split("."):
         case ["mov", _]:
             return a
@@ -84,6 +84,9 @@ def _compute(operation: str, a: Any, b: Any = 0, c: Any = 0) -> Any:
             result = a >> b
         case ["mad", "lo", _]:
             result = a * b + c
+        case ["lop3", _]:
+            assert (table == 0xEA).all(), "only (a & b) | c"
+            result = a & b | c
         case ["popc", _]:
             result = np.bitwise_count(a).astype(np.int64)
         case ["setp", "ne", _]:

@@ -27,6 +27,17 @@ PAIRS = SIDE // 8
 """Pairs of columns that a lane holds of a row."""
 
 
+COUNTS = (
+    "shr.u32 odd, m, 1; and.b32 t, odd, 0x55555555; sub.u32 n0, m, t;",
+    "shr.u32 n1, n0, 2; shr.u32 n2, n0, 4; shr.u32 n3, n0, 6;",
+    *(f"and.b32 n{i}, n{i}, 0x03030303;" for i in range(4)),
+)
+"""Of the bits m: how many a pair has, that of pair j in a byte of register j mod 4."""
+ONES = {"bfloat16": 0x43004300, "float16": 0x64006400}
+"""Twice the float, 128 or 1024, whose last bits count by one."""
+PACKED = {"bfloat16": "bf16x2", "float16": "f16x2"}
+
+
 def lane_constants():
     """What differs between the threads of a warpgroup, six int32 arrays [128].
 
@@ -139,9 +150,7 @@ def _take_numbers(
     """
     size, kind = (1, "u8") if values == "int8" else (2, "u16")
     lines = [
-        "shr.u32 odd, m, 1; and.b32 t, odd, 0x55555555; sub.u32 n0, m, t;",
-        "shr.u32 n1, n0, 2; shr.u32 n2, n0, 4; shr.u32 n3, n0, 6;",
-        *(f"and.b32 n{i}, n{i}, 0x03030303;" for i in range(4)),
+        *COUNTS,
         *(f"mad.lo.u32 p{row}, p{row}, {size}, {at};" for row in (0, 1)),
     ]
     for first, row in ((0, 0), (0, 1), (4, 0), (4, 1)):
@@ -162,15 +171,19 @@ def _take_numbers(
             f"@q{i} prmt.b32 {out}, {out}, y{i}, 0x5410;" for i, out in enumerate(four)
         ]
         if values == "int8":
-            lines += [line for out in four for line in _as_floats(out, values, dtype)]
+            lines += [line for out in four for line in _as_floats(out, dtype)]
     return lines
 
 
 def _take_nibbles(
     values: str, dtype: str, outs: list[str], at: str, offset: int
 ) -> list[str]:
-    """Numbers of half a byte: of each row three words, whence 16 are shifted out."""
-    lines = []
+    """Numbers of half a byte: of each row three words, whence 16 are shifted out.
+
+    A number's sign bit is turned over, so that 8 stands for 0 and for none.
+    """
+    one = ONES[dtype]
+    lines = [*COUNTS]
     for row in (0, 1):
         lines += [
             f"shl.b32 t, p{row}, 2; shr.u32 u, p{row}, 3; mad.lo.u32 u, u, 4, {at};",
@@ -179,33 +192,42 @@ def _take_nibbles(
             f"and.b32 t, m, {0xFF << 16 * row:#x}; popc.b32 t, t; shl.b32 t, t, 2;",
             "shf.r.clamp.b32 w1, w0, w1, t;",
         ]
-        for pair in range(PAIRS):
-            out, word = outs[2 * pair + row], f"w{pair // 4}"
-            bit = 16 * row + 2 * pair
+        for half in (0, 1):
+            first, weight = 4 * half, 4 << 8 * (half + 2 * row)
             lines += [
-                _test("m", bit, 0),
-                _test("m", bit + 1, 1),
-                f"mov.b32 {out}, 0; mov.b32 u, 0;",
-                f"@q0 and.b32 {out}, {word}, 15; @q0 shr.u32 {word}, {word}, 4;",
-                f"@q1 and.b32 u, {word}, 15; @q1 shr.u32 {word}, {word}, 4;",
-                f"prmt.b32 {out}, {out}, u, 0x5410;",
-                *_as_floats(out, values, dtype),
+                f"xor.b32 w{half}, w{half}, 0x88888888;",
+                f"shf.r.wrap.b32 u, w{half}, w{half}, 12; mov.b32 w2, 0;",
+                *(_test("m", 16 * row + 2 * first + i, i) for i in range(8)),
             ]
+            for i in range(4):
+                out = outs[2 * (first + i) + row]
+                lines += [
+                    f"mov.b32 {out}, 8; mov.b32 y{i}, 0x80000;",
+                    f"@q{2 * i} shr.u32 {out}, w{half}, w2;",
+                    f"dp4a.u32.u32 w2, n{i}, {weight:#x}, w2;",
+                    f"@q{2 * i + 1} shf.r.wrap.b32 y{i}, u, u, w2;",
+                ]
+            for i in range(4):
+                out = outs[2 * (first + i) + row]
+                lines += [
+                    f"prmt.b32 {out}, {out}, y{i}, 0x7610;",
+                    f"lop3.b32 {out}, {out}, 0x000f000f, {one:#x}, 0xea;",
+                    f"mov.b32 w3, {one + 0x00080008:#x};",
+                    f"sub.rn.{PACKED[dtype]} {out}, {out}, w3;",
+                ]
     return lines
 
 
-def _as_floats(out: str, values: str, dtype: str) -> list[str]:
-    """Two integers, one in each half of a register, as two floats."""
-    kind = "bf16x2" if dtype == "bfloat16" else "f16x2"
-    sign = 0x00080008 if values == "int4" else 0x00800080
-    one = 0x43004300 if dtype == "bfloat16" else 0x64006400  # 128, or 1024
-    if (values, dtype) == ("int8", "bfloat16"):  # 7 bits fit, and a sign worth 128
+def _as_floats(out: str, dtype: str) -> list[str]:
+    """Two integers of 8 bits, one in each half of a register, as two floats."""
+    kind, one = PACKED[dtype], ONES[dtype]
+    if dtype == "bfloat16":  # 7 bits fit, and a sign worth 128
         return [
             f"and.b32 t, {out}, 0x007f007f; or.b32 t, t, {one:#x};",
-            f"and.b32 u, {out}, {sign:#x}; or.b32 u, u, 0xc300c300;",
+            f"and.b32 u, {out}, 0x00800080; or.b32 u, u, 0xc300c300;",
             f"add.rn.{kind} {out}, t, u;",
         ]
     return [
-        f"xor.b32 t, {out}, {sign:#x}; or.b32 t, t, {one:#x};",
-        f"mov.b32 u, {one + sign:#x}; sub.rn.{kind} {out}, t, u;",
+        f"xor.b32 t, {out}, 0x00800080; or.b32 t, t, {one:#x};",
+        f"mov.b32 u, {one + 0x00800080:#x}; sub.rn.{kind} {out}, t, u;",
     ]

@@ -52,7 +52,7 @@ MOST_SPLITS = 16
 """That XLA sums in one launch."""
 TOGETHER = 2
 """Tiles decoded for one product: more take registers, fewer more instructions."""
-REGISTERS = {16: 64, 8: 72, 4: 64}
+REGISTERS = {16: 64, 8: 64, 4: 72}
 """A thread's for eight columns, by the bits of a number; `budget.toml` holds the
 compiled kernels to it."""
 TUNED = pathlib.Path(__file__).with_name("tuned.toml")
