@@ -5,6 +5,7 @@
     params = checkpoint.params()                        # the decoder's stacked tree
     small = checkpoint.params(packed=True)              # GGUF's types kept as they are
     small = checkpoint.params(packed="NF4")             # quantised on the way in
+    sparse = jmem.checkpoints.load("pruned").params(packed=True)     # kept sparse
     jmem.checkpoints.save(params, checkpoint.config, "exported", like=checkpoint)
     jmem.checkpoints.load_adapter("my-lora", checkpoint.config)  # and save_adapter
     jmem.checkpoints.load_mixlora("mixture", checkpoint.config)  # and save_mixlora
@@ -13,6 +14,7 @@
     safetensors  the format: single, sharded       gguf      the format
     huggingface  config.json                       llamacpp  GGUF's metadata
     layout       names, transposes, stacking       smollm2   the packaged model
+    sparse       folders of pruned and packed models
     tokenizer    tokenizer.json, or GGUF's metadata
     ends         tokens that end a text
     peft         LoRA adapters, as PEFT's folders
@@ -42,6 +44,7 @@ from jmem.checkpoints import (
     llamacpp,
     safetensors,
     smollm2,
+    sparse,
 )
 from jmem.checkpoints import tokenizer as tokenizer_files
 from jmem.checkpoints.files import CheckpointError, CheckpointWarning, LazyTensor
@@ -111,7 +114,7 @@ class Checkpoint:
     def params(
         self,
         *,
-        packed: bool | Literal["NF4", "NF4_DOUBLE"] = False,
+        packed: bool | Literal["NF4", "NF4_DOUBLE"] | layout.Packer = False,
         joined: bool = False,
     ) -> dict:
         """The decoder's parameters as JAX arrays, blocks stacked [L, ...].
@@ -120,7 +123,8 @@ class Checkpoint:
         tensor in float32 (on an accelerator the result is not in host memory).
 
         Args:
-          packed: keep the blocks' linear maps as a GGUF file's bytes, to be dequantised
+          packed: keep the blocks' linear maps as a sparse folder's matrices
+            (`jmem.nn.pruned`), or as a GGUF file's bytes, to be dequantised
             where they are used (`jmem.nn.quantised`, which generation and LoRA know).
             Types that can are Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K; a map
             with a layer of another is dequantised, as are embedding, norms and head. Or
@@ -215,6 +219,9 @@ def save(
 ) -> int:
     """Writes a Hugging Face folder: model.safetensors, config.json, tokenizer.json.
 
+    If maps are sparse, a folder that keeps them so, which `load` opens and other
+    programs don't (`jmem.checkpoints.sparse`).
+
     Weights go out one tensor at a time. The folder appears whole or not at all. Returns
     the bytes that it takes, headers of safetensors aside.
 
@@ -239,9 +246,14 @@ def save(
       CheckpointError: `params` is not the tree of `config`, a value overflows `dtype`,
         the folder exists and is not empty, or it cannot be written.
       ValueError: `max_shard_bytes` is not a positive integer, `eos_ids` are not ids of
-        the vocabulary, or a dtype that weights cannot have.
+        the vocabulary, or a dtype that weights cannot have, or any for sparse ones.
     """
     _check_dtype("save", dtype)
+    if (packed := sparse.is_sparse(params)) and dtype is not None:
+        raise ValueError(
+            f"save: dtype={np.dtype(dtype)}, but maps are sparse and keep theirs. "
+            "Leave it out, or choose `values` as you pack them."
+        )
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(
             f"save: max_shard_bytes={max_shard_bytes} holds nothing; need at least 1, "
@@ -255,10 +267,15 @@ def save(
         raise ValueError(
             f"save: eos_ids={eos_ids} must be ids below vocab_size={config.vocab_size}."
         )
-    tensors = layout.disassemble(config, params)
+    maps, digests = {}, {}
+    if packed:
+        tensors, maps, digests = sparse.collect(config, params)
+    else:
+        tensors = layout.disassemble(config, params)
     if dtype is not None:
         tensors = [layout.convert(tensor, np.dtype(dtype)) for tensor in tensors]
-    raw = huggingface.render_config(config, layout.find_widest(tensors), eos_ids)
+    plain = [tensor for tensor in tensors if "/sparse/" not in tensor.name]
+    raw = huggingface.render_config(config, layout.find_widest(plain), eos_ids)
     texts = {"config.json": json.dumps(raw, indent=2) + "\n"}
     beside = {} if like is None else like.tokenizer_files
     if eos_ids or huggingface.GENERATION in beside:
@@ -278,7 +295,10 @@ def save(
         stage.mkdir()
         for name, text in texts.items():
             files.write_text(stage / name, text)
-        safetensors.write_folder(stage, tensors, max_shard_bytes)
+        stem = sparse.STEM if packed else safetensors.STEM
+        safetensors.write_folder(stage, tensors, max_shard_bytes, stem)
+        if packed:
+            sparse.write_manifest(stage, maps, digests)
     return nbytes
 
 
@@ -295,7 +315,11 @@ def _open_huggingface(path: Path, expect: DecoderConfig | None) -> Checkpoint:
     where, text = folder / "config.json", folder / "tokenizer.json"
     raw = files.read_json(where, _CONFIG_LIMIT)
     config = huggingface.parse_config(raw, str(where))
-    config, found = _match(path, config, expect, read(path), "huggingface")
+    if (folder / sparse.MANIFEST).exists():
+        found = sparse.read_folder(folder, config)
+        _refuse_other(path, config, expect)
+    else:
+        config, found = _match(path, config, expect, read(path), "huggingface")
     size = config.vocab_size
     tokenizer = tokenizer_files.from_json(text, size) if text.exists() else None
     beside = tokenizer_files.read_files(folder)
@@ -345,14 +369,19 @@ def _match(
     config, tensors = layout.settle_head(config, tensors, naming)
     if expect is not None:
         layout.match(expect, tensors, naming, "the expected model")
-        for field in dataclasses.fields(expect):
-            given, wanted = getattr(config, field.name), getattr(expect, field.name)
-            if field.name != "max_positions" and given != wanted:
-                raise CheckpointError(
-                    f"{path}: has {field.name}={given}, but the expected model has "
-                    f"{wanted}. It is the checkpoint of another model."
-                )
+        _refuse_other(path, config, expect)
     return config, layout.match(config, tensors, naming, "its configuration")
+
+
+def _refuse_other(path: Path, config: DecoderConfig, expect: DecoderConfig | None):
+    """Refuses another model than the expected one, by its configuration."""
+    for field in () if expect is None else dataclasses.fields(expect):
+        given, wanted = getattr(config, field.name), getattr(expect, field.name)
+        if field.name != "max_positions" and given != wanted:
+            raise CheckpointError(
+                f"{path}: has {field.name}={given}, but the expected model has "
+                f"{wanted}. It is the checkpoint of another model."
+            )
 
 
 def _find_dtype(found: Mapping[str, tuple[LazyTensor, ...]]) -> np.dtype:

@@ -48,6 +48,10 @@ class LazyTensor:
     """The stored bytes, uint8 [..., bytes of a row]; None in other formats."""
     read_rows: Callable[[int, int], np.ndarray] | None = None
     """Rows [start, stop) of axis 0; None where a part cannot be read alone."""
+    read_sparse: Callable[[], Any] | None = None
+    """The matrix of a sparse map's layer (`jmem.nn.pruned`), as NumPy arrays."""
+    native: bool = False
+    """It lies as the decoder's leaf does: a kernel is [in, out]."""
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from jmem.checkpoints.files import (
 )
 from jmem.checkpoints.names import Leaf, Naming, find_family, list_leaves
 from jmem.models.config import DecoderConfig
-from jmem.nn import quantised
+from jmem.nn import pruned, quantised
 from jmem.nn.joined import find_joined
 from jmem.nn.maps import insert
 from jmem.program import by_key
@@ -40,6 +40,10 @@ _NOT_PARAMETERS = re.compile(
     r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 )
 """Tables that some exporters store beside the weights; they follow from the config."""
+
+Packer = Callable[[str, Callable[[int], np.ndarray], int], dict[str, Any]]
+"""From a map's name, its kernels [in, out] by layer, and how many there are, what
+stands in the place of "kernel": {"sparse": ...}, as JAX arrays."""
 
 COMPARED_BYTES = 1 << 25
 """Bytes of two tables that are compared at a time."""
@@ -184,7 +188,7 @@ def assemble(
     config: DecoderConfig,
     found: Mapping[str, tuple[LazyTensor, ...]],
     dtype: np.dtype,
-    packed: bool | str = False,
+    packed: "bool | str | Packer" = False,
     joined: bool = False,
 ) -> dict:
     """Reads the tensors that `match` found into the decoder's parameter tree.
@@ -193,7 +197,7 @@ def assemble(
 
     With `packed`, a block's linear map whose layers are all of types that can stay so
     is the leaf of `jmem.nn.quantised`; with the name of a type all its linear maps are,
-    each layer quantised as it is read.
+    each layer quantised as it is read. A `Packer` makes the leaves itself.
 
     Raises:
       CheckpointError: a file changed since it was checked, a value is not finite or
@@ -215,12 +219,13 @@ def assemble(
         raise CheckpointError(
             f"{tensors[0].origin}: no linear map can stay packed, as its tensors are "
             f"of the types {', '.join(kinds)}. Supported are "
-            f"{', '.join(quantised.GGUF)}. Load it with packed=False, or quantise it, "
+            f"{', '.join(quantised.GGUF)} and sparse folders. Load it with "
+            f"packed=False, or quantise it, "
             f"packed={next(iter(quantised.PACKERS))!r}."
         )
 
     def read(leaf):
-        return (leaf.take_from(_cast(tensor, dtype)) for tensor in found[leaf.path])
+        return (_read_leaf(leaf, tensor, dtype) for tensor in found[leaf.path])
 
     leaves = {leaf.path: leaf for leaf in list_leaves(config)}
     for path, parts in _find_joined(leaves).items() if joined else ():
@@ -232,8 +237,15 @@ def assemble(
     for leaf in leaves.values():
         members, rows = found[leaf.path], read(leaf)
         module, _, name = leaf.path.rpartition("/")
-        if leaf.path in stay:
+        if leaf.path in stay and members[0].read_sparse is not None:
+            parts = {"sparse": _read_sparse(members)}
+        elif leaf.path in stay:
             parts = _read_packed(members)
+        elif callable(packed) and _is_map(leaf):
+            give = functools.partial(_read_row, leaf, members, dtype)
+            module = module.removeprefix("blocks/")
+            parts = packed(module, give, config.layers)
+            module = f"blocks/{module}"
         elif kind is not None and _is_map(leaf):
             parts = _quantise_all(rows, (len(members), *leaf.shape), kind)
         elif leaf.stacked:
@@ -241,8 +253,18 @@ def assemble(
         else:
             parts = {name: jnp.array(next(rows))}
         for name, value in parts.items():
-            insert(params, f"{module}/{name}", value.block_until_ready())
+            insert(params, f"{module}/{name}", jax.block_until_ready(value))
     return params
+
+
+def _read_leaf(leaf: Leaf, tensor: LazyTensor, dtype: np.dtype) -> np.ndarray:
+    """One layer's part of a leaf, in the decoder's layout."""
+    values = _cast(tensor, dtype)
+    return values if tensor.native else leaf.take_from(values)
+
+
+def _read_row(leaf, members: tuple[LazyTensor, ...], dtype: np.dtype, layer: int):
+    return _read_leaf(leaf, members[layer], dtype)
 
 
 def _find_joined(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -265,7 +287,9 @@ def _find_joined(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _can_stay(leaf: Leaf, found: Mapping[str, tuple[LazyTensor, ...]]) -> bool:
-    return _is_map(leaf) and all(t.kind in quantised.GGUF for t in found[leaf.path])
+    return _is_map(leaf) and all(
+        t.kind in quantised.GGUF or t.read_sparse is not None for t in found[leaf.path]
+    )
 
 
 def _is_map(leaf: Leaf) -> bool:
@@ -312,6 +336,12 @@ def _read_packed(members: tuple[LazyTensor, ...]) -> dict[str, jax.Array]:
     shape = len(members), outputs, width
     flags = {f"kind/{k}": jnp.array([k == other for other in kinds]) for k in kinds}
     return {"packed": _stack(map(row, members), shape, np.dtype(np.uint8))} | flags
+
+
+def _read_sparse(members: tuple[LazyTensor, ...]) -> Any:
+    """The sparse matrix of all layers, as JAX arrays."""
+    layers = [tensor.read_sparse() for tensor in members if tensor.read_sparse]
+    return jax.tree.map(jnp.asarray, pruned.stack(layers))
 
 
 def _stack(

@@ -25,8 +25,8 @@ import numpy as np
 from jmem.checkpoints import files
 from jmem.checkpoints.files import CheckpointError, LazyTensor, read_span
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEM = "model"
+"""What the names of a checkpoint's files begin with."""
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -171,20 +171,21 @@ def _read_rows(
     return _read(path, offset + start * row_bytes, dtype, part)
 
 
-def read_folder(folder: Path) -> dict[str, LazyTensor]:
-    """Tensors of `model.safetensors`, or of the shards its index names.
+def read_folder(folder: Path, stem: str = STEM) -> dict[str, LazyTensor]:
+    """Tensors of `<stem>.safetensors`, or of the shards its index names.
 
     Raises:
       CheckpointError: neither is there, a shard is missing, or index and shards
         disagree about where a tensor lies.
     """
-    if (folder / SINGLE).exists():
-        return read_file(folder / SINGLE)
-    index = folder / INDEX
+    single = folder / f"{stem}.safetensors"
+    if single.exists():
+        return read_file(single)
+    index = folder / f"{single.name}.index.json"
     if not index.exists():
         raise CheckpointError(
-            f"{folder}: holds neither {SINGLE} nor {INDEX}. Other formats (.bin, .pt) "
-            "are pickles and are never opened; convert them to safetensors."
+            f"{folder}: holds neither {single.name} nor {index.name}. Other formats "
+            "(.bin, .pt) are pickles and are never opened; convert them to safetensors."
         )
     weight_map = files.read_json(index, _HEADER_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -200,7 +201,7 @@ def read_folder(folder: Path) -> dict[str, LazyTensor]:
     for shard in sorted(set(weight_map.values())):
         if not os.path.exists(folder / shard):
             raise CheckpointError(
-                f"{folder / shard}: shard is missing, though {INDEX} places "
+                f"{folder / shard}: shard is missing, though {index.name} places "
                 f"{sum(value == shard for value in weight_map.values())} tensors in "
                 "it. Copy the whole checkpoint."
             )
@@ -208,22 +209,26 @@ def read_folder(folder: Path) -> dict[str, LazyTensor]:
         for name in held:
             if weight_map.get(name) != shard:
                 raise CheckpointError(
-                    f"{folder / shard}: holds tensor {name!r}, which {INDEX} places in "
-                    f"{weight_map.get(name)!r}."
+                    f"{folder / shard}: holds tensor {name!r}, which {index.name} "
+                    f"places in {weight_map.get(name)!r}."
                 )
         tensors |= held
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{folder / shard}: lacks tensor {name!r}, which {INDEX} places there."
+                f"{folder / shard}: lacks tensor {name!r}, which {index.name} places "
+                "there."
             )
     return tensors
 
 
 def write_folder(
-    folder: Path, tensors: Iterable[LazyTensor], max_shard_bytes: int | None = None
+    folder: Path,
+    tensors: Iterable[LazyTensor],
+    max_shard_bytes: int | None = None,
+    stem: str = STEM,
 ) -> None:
-    """Fills a new folder: `model.safetensors`, or shards and their index.
+    """Fills a new folder: `<stem>.safetensors`, or shards and their index.
 
     Shards are named as Hugging Face names them, filled in the order of `tensors`, and
     hold at most `max_shard_bytes` of values (a larger tensor is a shard of its own).
@@ -242,10 +247,10 @@ def write_folder(
         shards[-1].append(tensor)
         held += tensor.nbytes
     if len(shards) == 1:
-        return write(folder / SINGLE, shards[0])
+        return write(folder / f"{stem}.safetensors", shards[0])
     weight_map: dict[str, str] = {}
     names = [
-        f"model-{number:05}-of-{len(shards):05}.safetensors"
+        f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards):
@@ -260,7 +265,8 @@ def write_folder(
         write(folder / name, shard)
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    files.write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    files.write_text(folder / f"{stem}.safetensors.index.json", text)
 
 
 def write(path: Path, tensors: Iterable[LazyTensor]) -> None:

@@ -171,7 +171,7 @@ def lora_linear(scale: float, dropout: float = 0.0, keep_zeros: bool = False):
 
 def take_kernel(leaf: dict) -> dict:
     """What of a leaf is the kernel, packed or not."""
-    return {key: leaf[key] for key in ("kernel", "packed", "kind") if key in leaf}
+    return {key: leaf[key] for key in quantised.WEIGHTS if key in leaf}
 
 
 def compute_column_norm(

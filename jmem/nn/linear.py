@@ -13,6 +13,17 @@ def expand_to(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
+def tie(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """`weights`, integers, tied to `x` so that XLA cannot use them before it.
+
+    Left free, XLA expands every packed map of a block at its start (seen in 0.12), and
+    it takes an optimization barrier out before it orders anything.
+    """
+    first = x.reshape(-1)[0]
+    never = (first > 1) & (first < -1)  # no pass of XLA knows
+    return weights | never.astype(weights.dtype)
+
+
 def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """`x @ kernel (+ bias)` in x's dtype; the matrix unit accumulates in float32.
 

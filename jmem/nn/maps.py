@@ -49,7 +49,8 @@ def is_match(pattern: str, path: str) -> bool:
 def find_maps(blocks: Mapping[str, Any]) -> dict[str, dict]:
     """The linear maps of stacked blocks: their parameter dicts by name.
 
-    They are the dicts that hold a kernel [L, in, out], or packed rows in its place.
+    They are the dicts that hold a kernel [L, in, out], or in its place packed rows or a
+    sparse matrix.
 
     >>> import jax.numpy as jnp
     >>> leaf = {"kernel": jnp.ones((2, 8, 8))}
@@ -58,7 +59,8 @@ def find_maps(blocks: Mapping[str, Any]) -> dict[str, dict]:
     """
 
     def is_map(tree: Mapping[str, Any]) -> bool:
-        return "packed" in tree or ("kernel" in tree and tree["kernel"].ndim == 3)
+        packed = "packed" in tree or "sparse" in tree
+        return packed or ("kernel" in tree and tree["kernel"].ndim == 3)
 
     return find_dicts(blocks, is_map)
 

@@ -30,14 +30,15 @@ Q6_K ones 66/256 bytes a value: of llama3-8b in Q4_K_M 0.24 GiB, 6 % of its bloc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from jmem.nn import nf4
-from jmem.nn.linear import dense, expand_to
+from jmem.nn import nf4, pruned
+from jmem.nn.linear import dense, expand_to, tie
 from jmem.nn.maps import choose_maps, find_dicts, find_maps, replace_maps
 from jmem.offload import fetch
 from jmem.program import by_key
@@ -189,6 +190,9 @@ PACKERS: Mapping[str, Kind] = {
 }
 """The types that `pack` makes."""
 
+WEIGHTS = ("kernel", "packed", "kind", "sparse")
+"""Keys of a leaf that stand for its kernel."""
+
 KINDS: Mapping[str, Kind] = {**GGUF, **PACKERS}
 """All types of packed rows."""
 
@@ -206,7 +210,7 @@ def dequantise(kind: str, rows: UInt8[Array, "*N bytes"]) -> Float[Array, "*N in
 
 
 def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
-    """An `ops.linear` for packed leaves; any other leaf is `dense`.
+    """An `ops.linear` for packed and sparse leaves; any other leaf is `dense`.
 
     Multiplies in x's dtype, as `dense` does with a kernel of that dtype, or in float32
     if x is a single row. Its backward pass gives the gradient of x, dequantising again:
@@ -215,6 +219,9 @@ def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
     Raises:
       ValueError: x is not as wide as the map's rows.
     """
+    if "sparse" in leaf:
+        y = pruned.multiply(name, x, leaf["sparse"])
+        return _add_bias(leaf, y)
     if "packed" not in leaf:
         return dense(name, leaf, x)
     inputs, _ = find_kernel_shape(leaf)[-2:]
@@ -224,12 +231,17 @@ def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
             f"{leaf['packed'].shape[-1]} bytes hold {inputs} values of "
             f"{' and '.join(sorted(leaf['kind']))}. They are another model's."
         )
-    y = _multiply(x, leaf["packed"], leaf["kind"])
+    return _add_bias(leaf, _multiply(x, leaf["packed"], leaf["kind"]))
+
+
+def _add_bias(leaf: dict, y: jax.Array) -> jax.Array:
     return y + expand_to(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
 
 
 def find_kernel_shape(leaf: dict) -> tuple[int, ...]:
-    """[..., in, out] of the kernel that a packed leaf stands for."""
+    """[..., in, out] of the kernel that a packed or sparse leaf stands for."""
+    if "sparse" in leaf:
+        return pruned.find_shape(leaf["sparse"])
     *stacked, outputs, row_bytes = leaf["packed"].shape
     widest = max((KINDS[k] for k in leaf["kind"]), key=lambda k: k.row_bytes(256))
     return (*stacked, widest.row_values(row_bytes), outputs)
@@ -237,7 +249,7 @@ def find_kernel_shape(leaf: dict) -> tuple[int, ...]:
 
 def describe_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a leaf's kernel; if packed, of what `unpack` would make."""
-    if "packed" in leaf:
+    if "kernel" not in leaf:
         return jax.ShapeDtypeStruct(find_kernel_shape(leaf), dtype)
     return jax.ShapeDtypeStruct(leaf["kernel"].shape, leaf["kernel"].dtype)
 
@@ -257,17 +269,17 @@ def find_unpacked_dtype(blocks: dict) -> jnp.dtype:
 
 
 def unpack(tree: dict, dtype: DTypeLike) -> dict:
-    """`tree` with every stacked packed leaf dequantised: kernels [L, in, out]."""
+    """`tree` with every packed or sparse leaf expanded: kernels [L, in, out]."""
 
     def unpack_map(leaf: dict) -> dict:
         kernel = jax.lax.map(  # one layer's float32 values at a time
             lambda row: _use_values(lambda values: values.T.astype(dtype), *row),
-            (leaf["packed"], leaf["kind"]),
+            _take_weights(leaf),
         )
-        kept = {name: leaf[name] for name in leaf.keys() - {"packed", "kind"}}
+        kept = {name: leaf[name] for name in leaf.keys() - {*WEIGHTS}}
         return kept | {"kernel": kernel}
 
-    packed = find_dicts(tree, lambda leaf: "packed" in leaf)
+    packed = find_dicts(tree, lambda leaf: bool(leaf.keys() & {"packed", "sparse"}))
     return replace_maps(tree, {name: unpack_map(leaf) for name, leaf in packed.items()})
 
 
@@ -357,14 +369,11 @@ def sum_squares(leaf: dict) -> Float[Array, "L out"]:
     def dense_row(kernel):
         return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0)
 
-    def packed_row(packed, flags):
-        return _use_values(
-            lambda values: jnp.sum(jnp.square(values), -1), packed, flags
-        )
+    def packed_row(*weights):
+        return _use_values(lambda values: jnp.sum(jnp.square(values), -1), *weights)
 
-    if "packed" in leaf:
-        rows = leaf["packed"], leaf["kind"]
-        return jax.lax.map(lambda row: packed_row(*fetch(row)), rows)
+    if "kernel" not in leaf:
+        return jax.lax.map(lambda row: packed_row(*fetch(row)), _take_weights(leaf))
     return jax.lax.map(lambda row: dense_row(fetch(row)), leaf["kernel"])
 
 
@@ -372,22 +381,40 @@ def refuse_packed(who: str, params: dict) -> None:
     """Refuses packed parameters, for a method that trains the parameters themselves.
 
     Raises:
-      ValueError: a leaf is packed: integers, which have no gradient.
+      ValueError: a leaf is packed: integers, which have no gradient, or a sparse
+        matrix, which has none here.
     """
     for path in list_packed(params):
+        what = (
+            "quantised bytes"
+            if "packed" in path.split("/")
+            else "a sparse matrix's arrays"
+        )
         raise ValueError(
-            f"{who}: {path} holds quantised bytes, which have no gradient. Train "
-            "adapters over them (Lora), or load the checkpoint with packed=False."
+            f"{who}: {path} holds {what}, which have no gradient. Train adapters over "
+            "them (Lora), or load the checkpoint with packed=False."
         )
 
 
 def list_packed(tree: dict) -> list[str]:
     """The paths of packed leaves in parameters, or in a state that holds them."""
-    return [path for path in by_key(tree) if "packed" in path.split("/")]
+    return [p for p in by_key(tree) if {"packed", "sparse"} & {*p.split("/")}]
 
 
-def _use_values(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]):
-    """Calls `use` with a layer's float32 values [out, in], of the type flagged."""
+def _take_weights(leaf: dict) -> tuple:
+    """What `_use_values` reads, of a leaf without a kernel."""
+    return (leaf["sparse"],) if "sparse" in leaf else (leaf["packed"], leaf["kind"])
+
+
+def _use_values(
+    use: Callable, packed: Any, flags: Mapping[str, jax.Array] | None = None
+):
+    """Calls `use` with a layer's float32 values [out, in], of the type flagged.
+
+    Without flags `packed` is a sparse matrix (`jmem.nn.pruned`).
+    """
+    if flags is None:
+        return use(pruned.decode(packed, jnp.float32))
     inputs, _ = find_kernel_shape({"packed": packed, "kind": flags})
 
     def branch(kind: str):
@@ -402,17 +429,6 @@ def _use_values(use: Callable, packed: jax.Array, flags: Mapping[str, jax.Array]
     return jax.lax.switch(which, branches)
 
 
-def _tie(x: jax.Array, packed: jax.Array) -> jax.Array:
-    """`packed`, tied to `x` so that XLA cannot use it before `x` is computed.
-
-    Left free, XLA dequantises every map of a block at its start (seen in 0.12), and it
-    takes an optimization barrier out before it orders anything.
-    """
-    first = x.reshape(-1)[0]
-    never = (first > 1) & (first < -1)  # no pass of XLA knows
-    return packed | never.astype(jnp.uint8)
-
-
 @jax.custom_vjp
 def _multiply(x, packed, flags):
     """The product of x [..., in] and a layer's packed values [out, in]: [..., out]."""
@@ -425,7 +441,7 @@ def _multiply(x, packed, flags):
             return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
         return jnp.einsum("...i,oi->...o", x, values.astype(x.dtype))
 
-    return _use_values(multiply, _tie(x, packed), flags)
+    return _use_values(multiply, tie(x, packed), flags)
 
 
 def _multiply_forward(x, packed, flags):
@@ -434,7 +450,7 @@ def _multiply_forward(x, packed, flags):
 
 def _multiply_backward(stored, dy):
     packed, flags = stored
-    dx = _use_values(lambda w: dy @ w.astype(dy.dtype), _tie(dy, packed), flags)
+    dx = _use_values(lambda w: dy @ w.astype(dy.dtype), tie(dy, packed), flags)
     return dx, None, None
 
 
