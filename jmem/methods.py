@@ -68,8 +68,9 @@ class Method:
     """What the paper says of memory, and what we find."""
     kernels: tuple[str, ...] = ()
     """Folders of `kernels/` that it calls, or will call once built."""
-    status: Literal["planned", "built"] = "planned"
-    """"built": module, experiment, presets, claims and tests are all there."""
+    status: Literal["planned", "begun", "built"] = "planned"
+    """"begun": module and tests are there. "built": experiment, presets and claims
+    too."""
 
     @property
     def module(self) -> str:
@@ -147,7 +148,7 @@ def render_table(configs: pathlib.Path = CONFIGS) -> str:
         doubt = "" if memory.confirmed else " (?)"
         paper = f"[{memory.paper}](https://arxiv.org/abs/{method.arxiv}){doubt}"
         ours = read_number(method, configs)
-        if method.status == "built":
+        if method.status != "planned":
             name = f"[{name}]({_find_page(method)})"
             ours = ours and f"[{ours}](docs/claims.md#{method.slug})"
         cells = [name, method.idea, f"{paper}: {memory.what}", ours or "-"]

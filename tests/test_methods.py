@@ -14,13 +14,14 @@ from jmem.methods import METHODS, UNITS, read_number, render_table
 ROOT = pathlib.Path(__file__).parents[1]
 BUILT = [method for method in METHODS if method.status == "built"]
 PLANNED = [method for method in METHODS if method.status == "planned"]
+BEGUN = [method for method in METHODS if method.status == "begun"]
 
 
 def test_there_are_21_cards_and_no_name_is_used_twice():
     assert len(METHODS) == 21
     assert len({method.slug for method in METHODS}) == 21
     assert len({method.arxiv for method in METHODS}) == 21
-    assert all(method.status in ("built", "planned") for method in METHODS)
+    assert {*BUILT, *PLANNED, *BEGUN} == {*METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.slug)
@@ -93,8 +94,14 @@ def test_our_number_follows_the_records(tmp_path):
         read_number(dataclasses.replace(method, memory=memory), tmp_path)
 
 
-@pytest.mark.parametrize("method", PLANNED, ids=lambda method: method.slug)
-def test_a_planned_method_claims_nothing_of_ours(method):
+@pytest.mark.parametrize("method", BEGUN, ids=lambda method: method.slug)
+def test_a_begun_method_has_a_page_and_its_tests(method):
+    assert importlib.util.find_spec(method.module), f"no module {method.module}"
+    assert (ROOT / "tests" / method.family / f"test_{method.slug}.py").is_file()
+
+
+@pytest.mark.parametrize("method", [*PLANNED, *BEGUN], ids=lambda method: method.slug)
+def test_a_planned_or_begun_method_claims_nothing_of_ours(method):
     assert not method.memory.claim
     assert read_number(method) == ""
 

@@ -27,6 +27,8 @@ from jmem.checkpoints.files import CheckpointError, LazyTensor, read_span
 
 STEM = "model"
 """What the names of a checkpoint's files begin with."""
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{SINGLE}.index.json"
 
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),

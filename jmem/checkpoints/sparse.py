@@ -187,6 +187,12 @@ def _read_manifest(path: Path) -> tuple[dict[str, dict], dict[str, list[str]]]:
         sizes, known = own["sizes"], pruned.FORMATS[own["format"]].sizes
         if not isinstance(sizes, dict) or sizes.keys() != {*known}:
             raise CheckpointError(f"{where}: map {name!r} has no sizes {known}.")
+        for size, value in sizes.items():
+            halves = size == "dtype" and value in ("bfloat16", "float16")
+            if not halves and (type(value) is not int or not 0 <= value < 2**31):
+                raise CheckpointError(
+                    f"{where}: map {name!r} has {size}={value!r:.40}, which none has."
+                )
     return maps, digests
 
 

@@ -19,9 +19,18 @@ def tie(x: jax.Array, weights: jax.Array) -> jax.Array:
     Left free, XLA expands every packed map of a block at its start (seen in 0.12), and
     it takes an optimization barrier out before it orders anything.
     """
+    return weights | _say_no(x).astype(weights.dtype)
+
+
+def follow(x: jax.Array, before: jax.Array) -> jax.Array:
+    """`x`, tied to `before`: sparse maps that read one x are expanded one by one."""
+    return jnp.where(_say_no(before), jnp.zeros((), x.dtype), x)
+
+
+def _say_no(x: jax.Array) -> jax.Array:
+    """False, once `x` is computed."""
     first = x.reshape(-1)[0]
-    never = (first > 1) & (first < -1)  # no pass of XLA knows
-    return weights | never.astype(weights.dtype)
+    return (first > 1) & (first < -1)  # no pass of XLA knows
 
 
 def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jmem.nn.linear import Linear
+from jmem.nn.linear import Linear, follow
 from jmem.nn.ops import Ops
 
 Activation = Literal["silu", "gelu", "gelu_new", "relu"]
@@ -69,6 +69,8 @@ class MLP(nn.Module):
             inner = multiply_gate(activate, gate, up)
         elif self.gated:
             gate = project("gate", self.hidden, x)
+            if "sparse" in self.variables.get("params", {}).get("up", {}):
+                x = follow(x, gate)  # or both would be expanded at once
             up = project("up", self.hidden, x)
             inner = multiply_gate(activate, gate, up)
         else:

@@ -255,11 +255,11 @@ def describe_kernel(leaf: dict, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
 
 
 def read_kernel(leaf: dict, dtype: DTypeLike) -> Float[Array, "in out"]:
-    """The kernel of one layer's leaf as it is, or of packed rows, in `dtype`."""
-    if "packed" not in leaf:
+    """The kernel of one layer's leaf as it is, or of a packed one, in `dtype`."""
+    if "kernel" in leaf:
         return leaf["kernel"]
-    rows = leaf["packed"], leaf["kind"]
-    return _use_values(lambda values: values.T.astype(dtype), *rows)
+    weights = _take_weights(leaf)
+    return _use_values(lambda values: values.T.astype(dtype), *weights)
 
 
 def find_unpacked_dtype(blocks: dict) -> jnp.dtype:

@@ -137,6 +137,9 @@ def _expand_after(x: jax.Array, matrix: Any) -> Any:
 
 
 def _product(x: jax.Array, matrix: Any) -> jax.Array:
+    if x.size == x.shape[-1]:  # a single row: no dot, for which XLA writes W twice
+        wide = decode(matrix, jnp.float32) * x.reshape(1, -1).astype(jnp.float32)
+        return wide.sum(-1).astype(x.dtype).reshape(*x.shape[:-1], -1)
     if isinstance(matrix, FragBitmap):
         return spmm(x, matrix)
     return jnp.einsum("...i,oi->...o", x, decode(matrix, x.dtype))
