@@ -23,10 +23,6 @@ from jax import lax
 from jmem.kernels import _mgpu
 from jmem.kernels.spmm.fragbitmap import SIDE
 
-PAIRS = SIDE // 8
-"""Pairs of columns that a lane holds of a row."""
-
-
 COUNTS = (
     "shr.u32 odd, m, 1; and.b32 t, odd, 0x55555555; sub.u32 n0, m, t;",
     "shr.u32 n1, n0, 2; shr.u32 n2, n0, 4; shr.u32 n3, n0, 6;",

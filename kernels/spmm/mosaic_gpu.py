@@ -52,9 +52,8 @@ MOST_SPLITS = 16
 """That XLA sums in one launch."""
 TOGETHER = 2
 """Tiles decoded for one product: more take registers, fewer more instructions."""
-REGISTERS = {16: 64, 8: 64, 4: 72}
-"""A thread's for eight columns, by the bits of a number; `budget.toml` holds the
-compiled kernels to it."""
+REGISTERS = 72
+"""A thread's for eight columns; `budget.toml` holds the compiled kernels to it."""
 TUNED = pathlib.Path(__file__).with_name("tuned.toml")
 
 
@@ -112,7 +111,7 @@ class Tile:
     def resident(self, columns: int, cap: int, bits: int = 16) -> int:
         """Blocks that a multiprocessor holds at once, by registers as seen compiled."""
         return Resources(
-            registers=REGISTERS[bits] + (columns - 8) * 5 // 8,
+            registers=REGISTERS + (columns - 8) // 3,
             spill_bytes=0,
             shared_bytes=self.shared_bytes(columns, cap, bits),
         ).blocks_per_core(self.threads)
@@ -324,14 +323,6 @@ def _multiply(x, matrix, layer, tile, interpret, lanes):
                 slot = stage * tile.rows + thread
                 rings = [ring.at[slot] for ring in (values_s, masks_s, prefixes_s)]
 
-                def multiply_some(n, _):
-                    here = _mgpu.ds(n * together, together)
-                    a = by_ptx([ring.at[here] for ring in rings], lanes)
-                    part = _mgpu.ds(n * (together * SIDE), together * SIDE)
-                    _mgpu.wgmma(y, a, x_s.at[stage, :, part].transpose((1, 0)))
-                    _mgpu.wgmma_wait(0)  # before its registers are written again
-                    return ()
-
                 _mgpu.barrier_wait(full.at[stage])
                 if interpret:  # which multiplies from shared memory only
                     for t in range(tiles):
@@ -341,7 +332,12 @@ def _multiply(x, matrix, layer, tile, interpret, lanes):
                     _mgpu.wgmma(y, spare[0].at[thread], x_s.at[stage].transpose((1, 0)))
                     _mgpu.wgmma_wait(0)
                 else:
-                    lax.fori_loop(0, tiles // together, multiply_some, ())
+                    for t in range(0, tiles, together):
+                        some = _mgpu.ds(t, together)
+                        a = by_ptx([ring.at[some] for ring in rings], lanes)
+                        part = x_s.at[stage, :, _mgpu.ds(t * SIDE, together * SIDE)]
+                        _mgpu.wgmma(y, a, part.transpose((1, 0)))
+                        _mgpu.wgmma_wait(0)  # before its registers are written again
                 _mgpu.barrier_arrive(free.at[stage])
                 return ()
 
