@@ -62,7 +62,9 @@ def model():
 @pytest.fixture(scope="module")
 def params(model):
     """Larger than they begin, so that what q says is heard."""
-    return jax.tree.map(lambda leaf: 8 * leaf, model.init(jax.random.key(0)))
+    return jax.jit(lambda key: jax.tree.map(lambda leaf: 8 * leaf, model.init(key)))(
+        jax.random.key(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,11 @@ def batch():
 
 def outputs(model, blocks, ops):
     """Of the stack, for inputs that are always the same."""
-    x = jax.random.normal(jax.random.key(7), (2, 5, SMALL.hidden))
-    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    return run_stack(model.block, blocks, x, positions, ops)[0]
+    shape = (2, 5, SMALL.hidden)
+    x = np.random.default_rng(7).standard_normal(shape).astype(np.float32)
+    positions = np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5))
+    run = jax.jit(lambda b, x, at: run_stack(model.block, b, x, at, ops)[0])
+    return np.asarray(run(blocks, x, positions))
 
 
 @pytest.mark.parametrize("chunk", [None, 2], ids=["whole", "in chunks"])
@@ -131,10 +135,13 @@ class TestLora:
         }
 
         merged = lora.merged(state)[0]["blocks"]
+        before, after = (
+            find_maps(jax.device_get(blocks)) for blocks in (params["blocks"], merged)
+        )
         moved = {
             name
-            for name, leaf in find_maps(merged).items()
-            if (leaf["kernel"] != find_maps(params["blocks"])[name]["kernel"]).any()
+            for name, leaf in after.items()
+            if (leaf["kernel"] != before[name]["kernel"]).any()
         }
         assert moved == {"cross/q"}
         ops = model.ops._replace(linear=lora_linear(lora.scale))
@@ -243,7 +250,7 @@ class TwiceDecoder(Decoder):
 
 def test_gradients_of_a_map_that_is_read_twice_are_those_of_both_readings(batch):
     model = TwiceDecoder(SMALL)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     active = jnp.array([1])
 
     @jax.jit
@@ -252,7 +259,7 @@ def test_gradients_of_a_map_that_is_read_twice_are_those_of_both_readings(batch)
         return make_slot_gradients(model, params, batch, active)[2], whole["blocks"]
 
     found, whole = compute(params, batch)
-    wanted = jax.tree.map(lambda leaf: leaf[active], whole)
+    wanted = jax.tree.map(lambda leaf: leaf[[1]], jax.device_get(whole))
     chex.assert_trees_all_close(found, wanted, atol=1e-6, rtol=2e-5)
 
 
@@ -260,7 +267,9 @@ def test_a_fused_step_refuses_a_map_that_is_read_twice(batch):
     """It would keep the second reading's gradient only."""
     model = TwiceDecoder(SMALL)
     lisa = Lisa(update="fused", adamw=AdamW(max_grad_norm=0), active_layers=1)
-    state = lisa.init(model, model.init(jax.random.key(0)), {}, jax.random.key(1))
+    state = jax.eval_shape(
+        lambda key: lisa.init(model, model.init(key), {}, key), jax.random.key(0)
+    )
     with pytest.raises(ValueError, match=r"reads the linear map 'attention/.' 2 times"):
         jax.eval_shape(functools.partial(lisa.step, model), state, batch)
 
