@@ -249,6 +249,26 @@ def draw_against_bytes(
 
 
 @_show_as_text
+def draw_by_bytes(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    bytes_label: str,
+    label: str,
+    title: str = "",
+) -> "Figure":
+    """A value against bytes, a curve a kind: `curves[name]` is its (bytes, value)s."""
+    figure, axes = _make_figure(8.0, 4.8)
+    for index, (name, points) in enumerate(curves.items()):
+        sizes, values = zip(*points)
+        sizes = [size / 2**20 for size in sizes]
+        axes.plot(sizes, values, label=name, **style_curve(index))
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    _label(axes, f"{bytes_label}, MiB", label, title)
+    return figure
+
+
+@_show_as_text
 def draw_by_index(
     curves: Mapping[str, Sequence[float]],
     marked: int,

@@ -30,6 +30,7 @@ from jmem.kvcache.method import CacheMethod
 from jmem.kvcache.plan import Plan, Sizes
 from jmem.kvcache.shorten import Shorten, pad_rows
 from jmem.lowering import JitInPlace
+from jmem.nn.pruned.in_place import read_in_place
 from jmem.nn.stack import run_stack
 from jmem.offload import check_host
 
@@ -54,7 +55,8 @@ def decode_step(
     ops = model.ops._replace(attend=attend)
     positions = positions[:, None]
     x = model.embed(params, tokens[:, None], positions)
-    x, cache, _ = run_stack(model.block, params["blocks"], x, positions, ops, cache)
+    block, blocks = read_in_place(model, params["blocks"])
+    x, cache, _ = run_stack(block, blocks, x, positions, ops, cache)
     return model.head(params, x[:, 0], ops), cache
 
 

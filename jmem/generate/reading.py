@@ -25,6 +25,7 @@ from jmem.kvcache.shorten import Shorten, pad_rows
 from jmem.lowering import JitInPlace
 from jmem.models.next_token import token_positions
 from jmem.nn.ops import Ops
+from jmem.nn.pruned.in_place import read_in_place
 from jmem.nn.stack import run_stack
 
 
@@ -84,7 +85,8 @@ def prefill_step(
         *(shorten.begin(tokens) for shorten in filters),
     )
     x = tokens if tokens.ndim == 3 else model.embed(params, tokens, positions)
-    x, carry, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
+    block, blocks = read_in_place(model, params["blocks"])
+    x, carry, _ = run_stack(block, blocks, x, positions, ops, carry)
     logits = _compute_logits_after(model, params, x, lengths, ops)
     kept, chosen = carry[: len(plans)], carry[len(plans) :]
     return Prefilled(logits, tuple(cache for cache, _ in kept), chosen)
@@ -192,7 +194,8 @@ def read_on_step(
     ops = model.ops._replace(attend=method.turn(plan, cache, before, lengths, model))
     carry = cache, method.share(plan)
     x = model.embed(params, tokens, positions)
-    x, carry, _ = run_stack(model.block, params["blocks"], x, positions, ops, carry)
+    block, blocks = read_in_place(model, params["blocks"])
+    x, carry, _ = run_stack(block, blocks, x, positions, ops, carry)
     return _compute_logits_after(model, params, x, lengths, ops), carry[0]
 
 

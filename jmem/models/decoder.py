@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jmem.kernels import spmm
 from jmem.models.config import DecoderConfig
 from jmem.models.contract import Aux
 from jmem.models.next_token import next_token_loss
@@ -147,6 +148,9 @@ class Decoder:
     """How MLPs are computed, where not as usual (`jmem.nn.ops`)."""
     layout: Layout | None = None
     """How a mesh divides parameters, products and batches; None: one device."""
+    sparse: spmm.Implementation | None = None
+    """How inference multiplies by sparse maps where they lie (`jmem.kernels.spmm`);
+    None expands one map at a time."""
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -173,15 +177,16 @@ class Decoder:
         remat: Remat = "block",
         layout: Layout | None = None,
     ) -> "Decoder":
-        """The decoder with the fastest exact attention of `target` (None: the CPU)."""
-        attention = choose(target, dtype, config.head_dim)
+        """The decoder with the fastest exact kernels of `target` (None: the CPU)."""
+        kernel = spmm.choose(target, dtype) == "mosaic_gpu" and layout is None
         return cls(
             config,
-            attention=attention,
+            attention=choose(target, dtype, config.head_dim),
             remat=remat,
             dtype=dtype,
             param_dtype=param_dtype,
             layout=layout,
+            sparse="mosaic_gpu" if kernel else None,
         )
 
     @property

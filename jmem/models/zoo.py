@@ -110,6 +110,10 @@ MODELS: dict[str, DecoderConfig] = {
     "opt-125m": _build(12, 768, 3072, 12, **_OPT),
     "opt-1.3b": _build(24, 2048, 8192, 32, **_OPT),
     "opt-6.7b": _build(32, 4096, 16_384, 32, **_OPT),
+    "opt-13b": _build(40, 5120, 20_480, 40, **_OPT),
+    "opt-30b": _build(48, 7168, 28_672, 56, **_OPT),
+    "opt-66b": _build(64, 9216, 36_864, 72, **_OPT),
+    "opt-175b": _build(96, 12_288, 49_152, 96, **_OPT),
     "phi-2": _build(
         32,
         2560,

@@ -1,5 +1,7 @@
 """A linear map that declares its parameters and leaves its product to `ops.linear`."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,11 @@ from jmem.nn.ops import LinearMap
 def expand_to(vector: Float[Array, " N"], like: jax.Array) -> jax.Array:
     """`vector` with leading axes of one, so that it broadcasts against `like`."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def add_bias(leaf: dict[str, Any], y: jax.Array) -> jax.Array:
+    """`y` with the leaf's bias, if it has one, in y's dtype."""
+    return y + expand_to(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
 
 
 def tie(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -46,8 +53,7 @@ def dense(name: str, leaf: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
     if leaf["kernel"].dtype != x.dtype:
         product = jax.checkpoint(product, prevent_cse=False)
-    y = product(x, leaf["kernel"])
-    return y + expand_to(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
+    return add_bias(leaf, product(x, leaf["kernel"]))
 
 
 class Linear(nn.Module):

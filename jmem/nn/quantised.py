@@ -38,7 +38,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from jmem.nn import nf4, pruned
-from jmem.nn.linear import dense, expand_to, tie
+from jmem.nn.linear import add_bias, dense, tie
 from jmem.nn.maps import choose_maps, find_dicts, find_maps, replace_maps
 from jmem.offload import fetch
 from jmem.program import by_key
@@ -221,7 +221,7 @@ def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
     """
     if "sparse" in leaf:
         y = pruned.multiply(name, x, leaf["sparse"])
-        return _add_bias(leaf, y)
+        return add_bias(leaf, y)
     if "packed" not in leaf:
         return dense(name, leaf, x)
     inputs, _ = find_kernel_shape(leaf)[-2:]
@@ -231,11 +231,7 @@ def linear(name: str, leaf: dict, x: jax.Array) -> jax.Array:
             f"{leaf['packed'].shape[-1]} bytes hold {inputs} values of "
             f"{' and '.join(sorted(leaf['kind']))}. They are another model's."
         )
-    return _add_bias(leaf, _multiply(x, leaf["packed"], leaf["kind"]))
-
-
-def _add_bias(leaf: dict, y: jax.Array) -> jax.Array:
-    return y + expand_to(leaf["bias"].astype(y.dtype), y) if "bias" in leaf else y
+    return add_bias(leaf, _multiply(x, leaf["packed"], leaf["kind"]))
 
 
 def find_kernel_shape(leaf: dict) -> tuple[int, ...]:
