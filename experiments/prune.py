@@ -1,7 +1,8 @@
 """Prunes a checkpoint and packs it: a folder whose linear maps stay packed in memory.
 
-    python -m experiments.prune my-llama --sparsity 0.6 --to pruned
-    python -m experiments.prune my-llama --sparsity 0.7 --values int4 --to pruned
+    python -m experiments.prune my-llama --sparsity 0.5 --to pruned
+    python -m experiments.prune my-llama --criterion wanda --data my.jsonl --to pruned
+    python -m experiments.prune my-llama --criterion magnitude --to pruned
     python -m experiments.prune pruned --unpack --to plain
 
 The folder opens as any checkpoint: `--model pruned` of every experiment, and
@@ -9,12 +10,14 @@ The folder opens as any checkpoint: `--model pruned` of every experiment, and
     checkpoint = jmem.checkpoints.load("pruned")
     params = checkpoint.params(packed=True)      # as packed; without it, kernels
 
-An output row loses the share `--sparsity` of its weights, those of least magnitude.
-Each map takes the smallest of `--formats`, for all its layers; what none makes smaller
-keeps its kernel. Embedding, norms, biases and head stay. `--unpack` writes a packed
-folder as an ordinary Hugging Face folder, whose kernels have zeros.
+The linear maps of the blocks lose the share `--sparsity` of their weights, by SparseGPT
+if nothing else is said, which looks at what they read of some text (`--data`, or
+Python's documentation). Each map takes the smallest of `--formats`, for all its layers;
+what none makes smaller keeps its kernel. Embedding, norms, biases and head stay.
+`--unpack` writes a packed folder as a Hugging Face folder, whose kernels have zeros.
 
-The host holds what is packed and one layer's kernel. No GPU is touched.
+By magnitude the host holds what is packed and one layer's kernel, and no GPU is
+touched; the others hold the model, and run a layer at a time where JAX runs.
 """
 
 import dataclasses
@@ -30,30 +33,40 @@ import numpy as np
 import jmem.checkpoints
 from experiments.harness import cli
 from jmem.checkpoints import Checkpoint, files
+from jmem.data.source import TextSource
 from jmem.memory.report import format_size
 from jmem.models.decoder import Decoder
-from jmem.nn.maps import find_maps
+from jmem.nn.maps import find_maps, replace_maps
 from jmem.sparse import flash_llm
+from jmem.sparse import prune as removal
 from jmem.sparse.flash_llm import FormatName, KeptDense, Values, count_bytes
+from jmem.sparse.prune import CRITERIA
 from jmem.train.folder import require_free
 
-Criterion = Literal["magnitude"]
-"""What says which weights go. One that reads activations calls for the whole model:
-`prune(model, params, criterion, sparsity, batches)` gives parameters with zeros, and
-`flash_llm.pack` packs them."""
+ROWS = 4
+"""Rows of calibration text that are read together."""
+
+Criterion = Literal[
+    "sparsegpt", "wanda", "magnitude", "sparsegpt-2:4", "wanda-2:4", "magnitude-2:4"
+]
+"""Some of `jmem.sparse.prune.CRITERIA`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(TextSource):
     model: str
     """What `jmem.checkpoints.load` opens: a folder, a file, or "smollm2-135m"."""
-    sparsity: float = 0.6
-    """The share of each output row's weights that becomes zero; 0 packs what is zero
-    already."""
+    sparsity: float = 0.5
+    """The share of a map's weights that becomes zero; 0 packs what is zero already."""
     to: pathlib.Path = pathlib.Path("pruned")
     """The folder to write: absent, or empty."""
-    criterion: Criterion = "magnitude"
-    """Which weights become zero: those of least magnitude."""
+    criterion: Criterion = "sparsegpt"
+    """Which weights become zero. "magnitude": of each row the least, whatever the text;
+    so a model larger than memory is pruned. 2:4: two of every four."""
+    calibration_tokens: int = 16384
+    """Of the text, what the others look at."""
+    seq_len: int = 512
+    """Tokens of it that are read together."""
     values: Values = "stored"
     """What the others are kept as: as stored, in another dtype, or as int8 or int4 with
     a float32 scale an output row."""
@@ -72,8 +85,11 @@ def prune(
       CheckpointError: a file changed, or a value is not finite.
       ValueError: a setting, or a kernel whose values do not fit `values`.
     """
+    streams = command.criterion == "magnitude" or command.sparsity == 0
     make = flash_llm.packer(
-        sparsity=command.sparsity, formats=command.formats, values=command.values
+        sparsity=command.sparsity if streams else 0,
+        formats=command.formats,
+        values=command.values,
     )
 
     def make_and_tell(name: str, give: Callable, layers: int) -> dict[str, Any]:
@@ -87,7 +103,35 @@ def prune(
             tell(f"  {warning.message}")
         return parts
 
-    return checkpoint.params(packed=make_and_tell)
+    if streams:
+        return checkpoint.params(packed=make_and_tell)
+    params, maps = zero(command, checkpoint), {}
+    for name, leaf in find_maps(params["blocks"]).items():
+        rest = {key: part for key, part in leaf.items() if key != "kernel"}
+        kernel = np.asarray(leaf["kernel"])
+        maps[name] = rest | make_and_tell(name, kernel.__getitem__, len(kernel))
+    return params | {"blocks": replace_maps(params["blocks"], maps)}
+
+
+def zero(command: Command, checkpoint: Checkpoint) -> dict:
+    """The checkpoint's parameters, whose maps hold zeros by a calibrated criterion.
+
+    Raises:
+      ValueError: text that cannot be used, or what the criterion refuses.
+    """
+    config = checkpoint.config
+    seq_len = min(command.seq_len, config.max_positions)
+    # Two bytes a weight as stored, but a CPU multiplies float32 faster.
+    model = Decoder(config, dtype=np.dtype("float32"), param_dtype=checkpoint.dtype)
+    data, _ = command.batches(
+        checkpoint, batch_size=ROWS, seq_len=seq_len, held_out_tokens=1
+    )
+    count = max(command.calibration_tokens // (ROWS * seq_len), 1)
+    batches = [data.batch(index) for index in range(count)]
+    criterion = CRITERIA[command.criterion]
+    return removal.prune(
+        model, checkpoint.params(), criterion, command.sparsity, batches
+    )
 
 
 def _format_map(
@@ -110,7 +154,8 @@ def _find_shape(matrix: Any) -> tuple[int, ...]:
 
 
 def main(command: Command) -> None:
-    jax.config.update("jax_platforms", "cpu")  # a GPU may be training at this moment
+    if command.unpack or command.criterion == "magnitude":
+        jax.config.update("jax_platforms", "cpu")  # a GPU may be training just now
     checkpoint = jmem.checkpoints.load(command.model)
     files.check_free(command.to)
     if command.unpack:

@@ -33,7 +33,7 @@ def run(*arguments):
 
 def test_a_folder_is_pruned_packed_opened_and_unpacked(model, tmp_path, capsys):
     small, plain = tmp_path / "small", tmp_path / "new" / "plain"
-    given = "--sparsity", "0.7", "--values", "bfloat16"
+    given = "--criterion", "magnitude", "--sparsity", "0.7", "--values", "bfloat16"
     assert run(model, *given, "--to", small) == 0
     printed = capsys.readouterr().out
     for name in ("attention/q", "mlp/down"):
@@ -56,6 +56,27 @@ def test_a_folder_is_pruned_packed_opened_and_unpacked(model, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, opened, checkpoint.params())
 
 
+def test_a_calibrated_criterion_reads_the_text_and_keeps_its_share(
+    byte_tokenizer, tmp_path, capsys
+):
+    sizes = dataclasses.replace(SIZES, vocab_size=264)
+    model, text, found = tmp_path / "model", tmp_path / "text.txt", {}
+    params = random_params(sizes, np.float32, scale=0.1)
+    jmem.checkpoints.save(params, sizes, model, byte_tokenizer)
+    lines = (f"Line {number} of a text that is read.\n\n" for number in range(40))
+    text.write_text("".join(lines))
+    for criterion in ("wanda", "magnitude"):
+        given = "--criterion", criterion, "--data", text, "--seq-len", "32"
+        tokens = "--calibration-tokens", "128"
+        folder = tmp_path / criterion
+        assert run(model, *given, *tokens, "--to", folder) == 0
+        kernels = jmem.checkpoints.load(folder).params()["blocks"]
+        found[criterion] = np.asarray(kernels["mlp"]["up"]["kernel"]) != 0
+        np.testing.assert_array_equal(found[criterion].sum(1), 64)
+    assert (found["wanda"] != found["magnitude"]).any()
+    assert "mlp/up" in capsys.readouterr().out
+
+
 def test_what_no_format_makes_smaller_is_told(model, tmp_path, capsys):
     assert run(model, "--sparsity", "0.0", "--to", tmp_path / "dense") == 0
     printed = capsys.readouterr().out
@@ -67,6 +88,7 @@ def test_what_no_format_makes_smaller_is_told(model, tmp_path, capsys):
     "arguments, message",
     [
         (("--sparsity", "1"), "sparsity=1.0 must be at least 0 and below 1"),
+        (("--criterion", "wanda"), "holds no tokenizer"),
         (("--formats", "TcaBme"), "hold no float32 values; FragBitmap does"),
     ],
 )
