@@ -85,17 +85,18 @@ def test_the_official_arrays(name):
     logits, (cache,) = prefill(
         model, params, short.tokens, short.lengths, (make_empty(plan),), plans=(plan,)
     )
+    held = jax.device_get(cache)
     for layer, begin in enumerate(range(0, sum(plan.sizes), plan.sizes[0])):
         slots = slice(begin, begin + kept)
-        for found, key in ((cache.keys, "cache_k"), (cache.values, "cache_v")):
+        for found, key in ((held.keys, "cache_k"), (held.values, "cache_v")):
             expected = arrays[key][layer]
             np.testing.assert_allclose(found[0, :, slots], expected, atol=1e-4)
-    found = [logits[0]]
+    found = [np.asarray(logits)[0]]
     step = jax.jit(decode_step, static_argnames=("model", "plan"))
     for number, token in enumerate(arrays["decode_tokens"]):
         at = jnp.array([kept + number], jnp.int32)
         logits, cache = step(model, params, jnp.array([token]), at, cache, plan)
-        found.append(logits[0])
+        found.append(np.asarray(logits)[0])
     np.testing.assert_allclose(np.stack(found), arrays["logits"], atol=1e-4)
     if kept == prompt.shape[1]:
         whole = arrays["full_prompt_last_logits"]
@@ -258,7 +259,7 @@ def test_the_scores_are_of_what_the_models_own_layer_attends_by(name):
     config = VARIANTS[name]
     model = Decoder(config, chunk=16)
     params = jax.tree.map(jnp.asarray, random_params(config, scale=0.3))
-    positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32)[None], (3, 40))
+    positions = jnp.asarray(np.tile(np.arange(40, dtype=np.int32), (3, 1)))
 
     def attend(q, k, v, rope, positions, layer, carry):
         out, _ = MODEL_OPS.attend(q, k, v, rope, positions, layer, None)
@@ -269,23 +270,25 @@ def test_the_scores_are_of_what_the_models_own_layer_attends_by(name):
         )
 
     MODEL_OPS = Decoder(config).ops
-    shape = (3, 40)
-    carry = (
-        jnp.zeros((*shape, config.heads, config.head_dim)),
-        jnp.zeros((*shape, config.kv_heads, config.head_dim)),
-    )
-    x = model.embed(params, jnp.asarray(TOKENS), positions)
     ops = Ops(attend, linear)
     block = Decoder(config).block
-    _, (q, k), _ = run_stack(block, params["blocks"], x, positions, ops, carry)
-    q, k = np.asarray(q), np.asarray(k)
+
+    @jax.jit
+    def run(params):
+        counts = config.heads, config.kv_heads
+        carry = tuple(jnp.zeros((3, 40, n, config.head_dim)) for n in counts)
+        x = model.embed(params, jnp.asarray(TOKENS), positions)
+        return run_stack(block, params["blocks"], x, positions, ops, carry)[1]
+
+    q, k = map(np.asarray, run(params))
     k = np.repeat(k, config.heads // config.kv_heads, axis=2)
     found = shortened(params, dataclasses.replace(GEM, kernel=1), model)
+    scores = np.asarray(found.scores)
     for row, length in enumerate(LENGTHS):
         expected = np.einsum("hd,thd->t", q[row, length - 1], k[row, :length])
         # Sums of some hundred float32 products.
-        np.testing.assert_allclose(found.scores[row, :length], expected, atol=1e-3)
-        assert np.all(np.asarray(found.scores[row, length:]) == -np.inf)
+        np.testing.assert_allclose(scores[row, :length], expected, atol=1e-3)
+        assert np.all(scores[row, length:] == -np.inf)
 
 
 def test_packed_weights_choose_as_their_values_do(params):
@@ -304,7 +307,7 @@ def test_packed_weights_choose_as_their_values_do(params):
     attention = params["blocks"]["attention"]
     attention = {name: packed(leaf["kernel"]) for name, leaf in attention.items()}
     compact = params | {"blocks": params["blocks"] | {"attention": attention}}
-    wide = unpack(compact, jnp.float32)
+    wide = jax.jit(unpack, static_argnums=1)(compact, jnp.float32)
     early, _ = split(compact, GEM.layer)
     found, expected = shortened(early), shortened(wide)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
@@ -327,14 +330,15 @@ def test_rows_get_what_they_get_alone_in_chunks_or_whole(params):
         GEM.shorten(MODEL, params, tokens[row : row + 1], lengths[row : row + 1])
         for row in range(2)
     ]
+    positions, counts = jax.device_get((together.positions, together.lengths))
     for row, count in enumerate([12, 7]):
-        kept = np.asarray(together.positions[row])
-        assert together.lengths[row] == alone[row].lengths[0] == count
-        np.testing.assert_array_equal(kept, alone[row].positions[0])
+        kept = positions[row]
+        assert counts[row] == int(alone[row].lengths[0]) == count
+        np.testing.assert_array_equal(kept[None], alone[row].positions)
         assert np.all(np.diff(kept[:count]) > 0)
         assert np.all(kept[count:] == -1)
         expected = [*TOKENS[row, kept[:count]], *[0] * (12 - count)]
-        np.testing.assert_array_equal(together.tokens[row], expected)
+        np.testing.assert_array_equal(np.asarray(together.tokens)[row], expected)
     assert together.prompts()[1] == PROMPTS[1]  # shorter than GEM.tokens: whole
 
 
@@ -406,9 +410,9 @@ def test_scaled_queries_choose_the_same_and_more_tokens_choose_a_superset():
 
 def test_kept_ends_and_whole_windows():
     random = np.random.default_rng(2)
-    lengths = jnp.array([30, 21, 3], jnp.int32)
+    lengths = np.array([30, 21, 3], np.int32)
     scores = random.standard_normal((3, 30), np.float32) - 100
-    scores = jnp.where(jnp.arange(30)[None] < lengths[:, None], scores, -jnp.inf)
+    scores = np.where(np.arange(30)[None] < lengths[:, None], scores, -np.inf)
     ends = GemFilter(tokens=9, keep_first=2, keep_last=3)
     for row, kept in enumerate(np.asarray(choose(ends, scores, lengths))):
         n = int(lengths[row])
