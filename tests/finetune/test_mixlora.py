@@ -50,8 +50,18 @@ def stepper(finetuner, model) -> Any:
     )
 
 
+@functools.cache
+def taker(finetuner) -> Any:
+    """Jitted: the own adapters of every mixture of a state."""
+    numbers = range(len(finetuner.mixtures))
+    return jax.jit(lambda state: [finetuner.mixture(state, n) for n in numbers])
+
+
+plain_loss = jax.jit(next_token_loss, static_argnums=0)
+
+
 def rows(batch, start, stop):
-    return jax.tree.map(lambda leaf: leaf[start:stop], batch)
+    return jax.tree.map(lambda leaf: leaf[start:stop], jax.device_get(batch))
 
 
 class TestOneMixture:
@@ -75,8 +85,8 @@ class TestOneMixture:
     ):
         finetuner, batch = alone(SMALL), random_batch(tiny)
         state = finetuner.init(tiny, tiny_params, {}, jax.random.key(1))
-        loss = finetuner.loss(tiny, state, batch)
-        base = next_token_loss(tiny, tiny_params, batch)
+        loss = jax.jit(finetuner.loss, static_argnums=0)(tiny, state, batch)
+        base = plain_loss(tiny, tiny_params, batch)
         np.testing.assert_allclose(loss, base, rtol=1e-6)
 
     def test_fused_equals_separate(self, tiny, tiny_params, random_batch):
@@ -100,13 +110,13 @@ class TestOneMixture:
             lora.init(tiny, tiny_params, {}, jax.random.key(0)),
         )
         shared = jax.tree.map(
-            lambda leaf: leaf[:, 0],
+            lambda leaf: jnp.array(leaf[:, 0]),
             {
                 part: {n: leaf for n, leaf in tree.items() if n != "router"}
-                for part, tree in ours["adapters"].items()
+                for part, tree in jax.device_get(ours["adapters"]).items()
             },
         )
-        theirs = theirs | {"lora": jax.tree.map(jnp.copy, shared)}
+        theirs = theirs | {"lora": shared}
         steps = stepper(mine, tiny), stepper(lora, tiny)
         for seed in range(3):
             batch = random_batch(tiny, seed)
@@ -143,30 +153,27 @@ class TestSeveral:
             mixtures = dataclasses.replace(SMALL, adamw=first), self.MIXTURES[1]
             together = dataclasses.replace(together, mixtures=mixtures, accumulate=2)
         state = started(together, tiny, tiny_params)
-        parts = [together.mixture(state, n) for n in range(2)]
+        parts = taker(together)(state)
         batches = [random_batch(tiny, seed, batch_size=4) for seed in range(2)]
         step = stepper(together, tiny)
         for batch in batches:
             state, seen = step(state, batch)
+        ends, seen = jax.device_get((taker(together)(state), seen))
         for number, adapters in enumerate(parts):
             single = alone(
                 together.mixtures[number], update=update, accumulate=together.accumulate
             )
             own = started(single, tiny, tiny_params)
-            own = single.replaced(own, 0, adapters)
+            own = jax.jit(single.replaced, static_argnums=1)(own, 0, adapters)
             walk = stepper(single, tiny)
             for batch in batches:
                 own, metrics = walk(own, rows(batch, 2 * number, 2 * number + 2))
             for name in ("losses", "balance", "norms"):
                 np.testing.assert_allclose(
-                    seen[name][number], metrics[name][0], rtol=1e-4
+                    seen[name][number], np.asarray(metrics[name])[0], rtol=1e-4
                 )
-            chex.assert_trees_all_close(
-                together.mixture(state, number),
-                single.mixture(own, 0),
-                rtol=1e-4,
-                atol=5e-6,
-            )
+            (end,) = taker(single)(own)
+            chex.assert_trees_all_close(ends[number], end, rtol=1e-4, atol=5e-6)
 
     def test_jobs_come_and_go_and_what_one_lacks_stays_zero(
         self, tiny, tiny_params, random_batch
@@ -175,25 +182,29 @@ class TestSeveral:
         state, step = started(finetuner, tiny, tiny_params), stepper(finetuner, tiny)
         for seed in range(10):
             state, _ = step(state, random_batch(tiny, seed, batch_size=4))
-        for number in range(2):  # nothing but its own part is not zero
-            own = finetuner.storage.store(finetuner.mixture(state, number), number)
-            stored = jax.tree.map(lambda leaf, n=number: leaf[:, n], state["adapters"])
-            chex.assert_trees_all_equal(own, stored)
+        adapters = jax.device_get(state["adapters"])
+        store = jax.jit(finetuner.storage.store, static_argnums=1)
+        for number, own in enumerate(taker(finetuner)(state)):
+            # Nothing but its own part is not zero.
+            stored = jax.tree.map(lambda leaf, n=number: leaf[:, n], adapters)
+            chex.assert_trees_all_equal(store(own, number), stored)
 
         batch = random_batch(tiny, 8, batch_size=4)
-        losses = finetuner.losses(tiny, state, batch)
+        losses = jax.jit(finetuner.losses, static_argnums=0)(tiny, state, batch)
+        losses = jax.device_get(losses)
         for number in range(2):
             model, params = finetuner.serving(tiny, state, number)
             mine = rows(batch, 2 * number, 2 * number + 2)
-            own = next_token_loss(model, params, mine)
+            own = plain_loss(model, params, mine)
             np.testing.assert_allclose(own, losses[number], rtol=1e-5)
         assert abs(losses[0] - losses[1]) > 1e-3
 
         state = finetuner.stopped(state, 1)
-        before = finetuner.mixture(state, 1)
+        _, before = taker(finetuner)(state)
         state, seen = step(state, batch)
-        chex.assert_trees_all_equal(finetuner.mixture(state, 1), before)
-        np.testing.assert_array_equal(seen["loss"], seen["losses"][0])
+        _, after = taker(finetuner)(state)
+        chex.assert_trees_all_equal(after, before)
+        np.testing.assert_array_equal(seen["loss"], np.asarray(seen["losses"])[0])
         assert state["steps"].tolist() == [11, 10]
 
         state = finetuner.replaced(state, 1, None, jax.random.key(7))
@@ -211,8 +222,8 @@ class TestMore:
         step, batch = stepper(drawn, tiny), random_batch(tiny)
         first = started(drawn, tiny, tiny_params)
         np.testing.assert_allclose(
-            drawn.loss(tiny, first, batch),
-            next_token_loss(tiny, tiny_params, batch),
+            jax.jit(drawn.loss, static_argnums=0)(tiny, first, batch),
+            plain_loss(tiny, tiny_params, batch),
             rtol=1e-6,
         )
         state, seen = step(first, batch)

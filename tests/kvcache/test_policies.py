@@ -67,21 +67,28 @@ def plan_of(name: str, **more) -> PolicyPlan:
 step = jax.jit(decode_step, static_argnames=("model", "plan"), donate_argnames="cache")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def empty(plans: tuple[PolicyPlan, ...]) -> tuple[Cache, ...]:
+    """Caches that hold no token, compiled together."""
+    return tuple(make_empty(plan) for plan in plans)
+
+
 def read(plans: tuple[PolicyPlan, ...], tokens, lengths):
-    caches = tuple(make_empty(plan) for plan in plans)
-    logits, caches = prefill(MODEL, params(), tokens, lengths, caches, plans=plans)
-    return np.asarray(logits), dict(zip(NAMES, caches, strict=False))
+    """Logits and caches after the prompts, as NumPy arrays."""
+    found = prefill(MODEL, params(), tokens, lengths, empty(plans), plans=plans)
+    logits, caches = jax.device_get(found)
+    return logits, dict(zip(NAMES, caches, strict=False))
 
 
 def answered(plan: PolicyPlan, cache: Cache, lengths, steps: int = NEW) -> np.ndarray:
     """Logits [steps, B, V] after feeding given tokens to a copy of the cache."""
-    cache = jax.tree.map(jnp.copy, cache)
+    cache, lengths = jax.device_get((cache, lengths))
+    cache = jax.tree.map(jnp.array, cache)
     random, found = np.random.default_rng(9), []
     for number in range(steps):
-        tokens = jnp.asarray(random.integers(0, TINY.vocab_size, len(lengths)))
-        logits, cache = step(
-            MODEL, params(), tokens.astype(jnp.int32), lengths + number, cache, plan
-        )
+        tokens = random.integers(0, TINY.vocab_size, len(lengths), np.int32)
+        at = lengths + np.int32(number)
+        logits, cache = step(MODEL, params(), tokens, at, cache, plan)
         found.append(np.asarray(logits))
     return np.stack(found)
 
@@ -136,9 +143,7 @@ def test_a_cache_that_holds_everything_is_the_full_one(name):
     enough = max(LENGTHS) + NEW if "streaming" in name else 10 * max(LENGTHS)
     plan = plan_of(name, capacity=enough)
     assert plan.sizes == plain.sizes
-    _, (cache,) = prefill(
-        MODEL, params(), tokens, lengths, (make_empty(plan),), plans=(plan,)
-    )
+    _, (cache,) = prefill(MODEL, params(), tokens, lengths, empty((plan,)), (plan,))
     found = answered(plan, cache, lengths)
     expected = answered(plain, narrow()[1]["full"], lengths)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -173,24 +178,24 @@ def test_padding_is_neutral():
 
 
 def test_padding_on_the_left_is_moved_to_the_right():
-    tokens, lengths = prompts()
+    tokens, lengths = jax.device_get(prompts())
     width = tokens.shape[1]
-    left = jnp.stack([jnp.roll(row, width - n) for row, n in zip(tokens, LENGTHS)])
-    mask = jnp.arange(width)[None] >= (width - lengths)[:, None]
-    moved, counted = pad_right(left, mask)
+    left = np.stack([np.roll(row, width - n) for row, n in zip(tokens, LENGTHS)])
+    mask = np.arange(width)[None] >= (width - lengths)[:, None]
+    moved, counted = jax.jit(pad_right)(left, mask)
     np.testing.assert_array_equal(moved, tokens)
     np.testing.assert_array_equal(counted, lengths)
 
 
 def test_rows_are_read_alone():
-    tokens, lengths = prompts()
     plans = tuple(plan_of(name, batch_size=1) for name in NAMES)
     for row in range(len(LENGTHS)):
         one = slice(row, row + 1)
-        logits, caches = read(plans, tokens[one], lengths[one])
+        tokens, lengths = (jnp.asarray(x[one]) for x in jax.device_get(prompts()))
+        logits, caches = read(plans, tokens, lengths)
         np.testing.assert_allclose(logits[0], narrow()[0][row], atol=1e-5)
         for name, plan in zip(NAMES, plans, strict=True):
-            alone = jax.tree.map(lambda leaf: jnp.stack([leaf[0]] * 3), caches[name])
+            alone = jax.tree.map(lambda leaf: np.stack([leaf[0]] * 3), caches[name])
             assert_same(plan, alone, narrow()[1][name], row)
 
 
@@ -198,8 +203,9 @@ def test_rows_are_read_alone():
 def test_rows_are_answered_alone(name):
     """Another row's cache is not a number, and nobody notices."""
     plan, cache, lengths = plan_of(name), narrow()[1][name], prompts()[1]
-    spoilt = cache._replace(keys=cache.keys.at[1].set(jnp.nan))
-    found = answered(plan, spoilt, lengths, 3)
+    keys = np.array(cache.keys)
+    keys[1] = np.nan
+    found = answered(plan, cache._replace(keys=keys), lengths, 3)
     expected = answered(plan, cache, lengths, 3)
     np.testing.assert_array_equal(found[:, ::2], expected[:, ::2])
     assert np.isnan(found[:, 1]).all()
@@ -234,12 +240,17 @@ def test_a_scan_over_layers_is_a_loop_over_layers():
     positions = token_positions(tokens)
     ops = Ops(read_prompts(MODEL, plans, lengths), dense)
     layer_step = jax.jit(lambda *given: MODEL.block(*given[:4], ops, given[4])[:2])
-    x = MODEL.embed(params(), tokens)
-    carry = tuple((make_empty(plan), plan.policy.share(plan)) for plan in plans)
+    x = jax.jit(MODEL.embed)(params(), tokens)
+    carry = tuple(
+        (cache, plan.policy.share(plan))
+        for cache, plan in zip(empty(plans), plans, strict=True)
+    )
+    blocks = jax.device_get(params()["blocks"])
     for layer in range(MODEL.config.layers):
-        row = jax.tree.map(lambda leaf: leaf[layer], params()["blocks"])  # noqa: B023
-        x, carry = layer_step(row, x, positions, jnp.int32(layer), carry)
-    for name, plan, (cache, _) in zip(NAMES, plans, carry, strict=True):
+        row = jax.tree.map(lambda leaf: leaf[layer], blocks)  # noqa: B023
+        x, carry = layer_step(row, x, positions, np.int32(layer), carry)
+    found = jax.device_get(carry)
+    for name, plan, (cache, _) in zip(NAMES, plans, found, strict=True):
         for row in range(len(LENGTHS)):
             assert_same(plan, cache, narrow()[1][name], row)
 
@@ -255,7 +266,7 @@ def test_the_first_new_token_is_exact():
         x, *_ = run_stack(MODEL.block, params["blocks"], x, positions, MODEL.ops)
         return MODEL.head(params, x, MODEL.ops)
 
-    expected = forward(params())
+    expected = np.asarray(forward(params()))
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(
             narrow()[0][row], expected[row, length - 1], atol=1e-5
@@ -271,9 +282,7 @@ def test_attention_in_place_is_attention(name, monkeypatch):
     plan = plan_of(name)
     assert not any(size % 8 for size in plan.sizes)
     plain = dataclasses.replace(plan, attention="xla")
-    _, (cache,) = prefill(
-        MODEL, params(), tokens, lengths, (make_empty(plain),), plans=(plain,)
-    )
+    _, (cache,) = prefill(MODEL, params(), tokens, lengths, empty((plain,)), (plain,))
     definition = functools.partial(_as_xla, windowed_attention)
     monkeypatch.setattr(cache_module, "windowed_attention", definition)
     np.testing.assert_allclose(

@@ -611,11 +611,16 @@ def test_prefill_refuses_what_is_not_the_plan_s():
 @pytest.mark.parametrize("units", [1, 2])
 def test_keys_are_turned_back_to_what_they_were(rope, units):
     random = np.random.default_rng(units)
-    keys = jnp.asarray(random.standard_normal((3, 9, 2, 8), np.float32))
-    positions = jnp.asarray(random.integers(0, 300, (3, units, 9)), jnp.int32)
-    at = jnp.broadcast_to(positions, (3, 2, 9))
-    turned = [rope(keys[:, :, h : h + 1], at[:, h]) for h in range(2)]
-    found = unrotate(rope, jnp.concatenate(turned, axis=2), positions)
+    keys = random.standard_normal((3, 9, 2, 8), np.float32)
+    positions = random.integers(0, 300, (3, units, 9), np.int32)
+
+    @jax.jit
+    def turn_and_back(keys, positions):
+        at = jnp.broadcast_to(positions, (3, 2, 9))
+        turned = [rope(keys[:, :, h : h + 1], at[:, h]) for h in range(2)]
+        return unrotate(rope, jnp.concatenate(turned, axis=2), positions)
+
+    found = turn_and_back(keys, positions)
     # An angle of 300 in float32 is off by some 2e-5.
     np.testing.assert_allclose(found, keys, atol=2e-4)
 

@@ -45,6 +45,9 @@ def test_bytes_of_the_paper_s_setting(capacity, megabytes):
     assert plan.bytes() == closed + 4 * sum(plan.selected) + 4
 
 
+choose = jax.jit(WindowKV.choose, static_argnums=(0, 1))
+
+
 def seen_of(seed: int, length: int, start: int, width: int, heads=4) -> Seen:
     random = np.random.default_rng(seed)
     queries = random.standard_normal((1, width, heads, 8), np.float32)
@@ -58,7 +61,7 @@ def test_window_scores_by_hand(best):
     """The mean over heads of the best tokens' mean, in float64."""
     policy = WindowKV(capacity=20, window=4, observation=5, best=best)
     seen = seen_of(0, 27, 22, 5)
-    found = policy.score_windows(seen)[0]
+    found = np.asarray(jax.jit(policy.score_windows)(seen))[0]
     keys = np.repeat(np.asarray(seen.keys[0], np.float64), 2, axis=1)
     raw = np.einsum("whd,shd->hws", np.asarray(seen.queries[0]), keys) / np.sqrt(8)
     raw = np.where(np.arange(27) <= np.asarray(seen.at[0])[:, None], raw, -np.inf)
@@ -97,7 +100,8 @@ def test_windows_of_one_token_are_snapkv_without_pooling():
         begun = policy.share(plan)
         if policy is windowed:
             layer = jnp.int32(0)
-        picked.append(policy.choose(plan, seen, layer, begun)[0])
+        run = jax.jit(type(policy).choose, static_argnums=(0, 1))
+        picked.append(np.asarray(run(policy, plan, seen, layer, begun)[0]))
     np.testing.assert_array_equal(picked[0], picked[1])
     assert (picked[0] >= 0).sum() == 9
 
@@ -106,15 +110,13 @@ def test_followers_keep_what_their_leader_chose():
     model = Decoder(dataclasses.replace(TINY, layers=4))
     policy = WindowKV(capacity=12, window=4, observation=5, group=2, divisor=4)
     plan = policy.plan(model, prompt=40, new_tokens=0)
-    led, shared = policy.choose(
-        plan, seen_of(2, 40, 35, 5), jnp.int32(0), policy.share(plan)
-    )
-    other = seen_of(3, 40, 35, 5)
-    followed, still = policy.choose(plan, other, jnp.int32(1), shared)
+    first, other = seen_of(2, 40, 35, 5), seen_of(3, 40, 35, 5)
+    led, shared = choose(policy, plan, first, np.int32(0), policy.share(plan))
+    followed, still = choose(policy, plan, other, np.int32(1), shared)
     np.testing.assert_array_equal(followed, led)
     np.testing.assert_array_equal(still, shared)
-    again, _ = policy.choose(plan, other, jnp.int32(0), shared)
-    assert (again != led).any()
+    again, _ = choose(policy, plan, other, np.int32(0), shared)
+    assert (np.asarray(again) != np.asarray(led)).any()
 
 
 def test_a_larger_capacity_keeps_more_of_the_same():
@@ -124,10 +126,9 @@ def test_a_larger_capacity_keeps_more_of_the_same():
             capacity=capacity, window=4, observation=5, group=2, divisor=4
         )
         plan = policy.plan(model, prompt=40, new_tokens=0)
-        found, _ = policy.choose(
-            plan, seen_of(4, 40, 35, 5), jnp.int32(0), policy.share(plan)
-        )
-        kept.append({int(at) for at in found[0, 0] if at >= 0})
+        seen = seen_of(4, 40, 35, 5)
+        found, _ = choose(policy, plan, seen, np.int32(0), policy.share(plan))
+        kept.append({at for at in np.asarray(found)[0, 0].tolist() if at >= 0})
     assert kept[0] < kept[1] < kept[2] < kept[3] == set(range(35))
 
 
@@ -138,11 +139,10 @@ def test_the_number_of_tokens_is_the_official_one(length):
     policy = WindowKV(capacity=12, window=4, observation=5, group=2, divisor=4)
     plan = policy.plan(model, prompt=40, new_tokens=0)
     rest, budget = length - 5, policy.group_budgets(4)[0]
-    found, _ = policy.choose(
-        plan, seen_of(5, 40, rest, 5), jnp.int32(0), policy.share(plan)
-    )
+    seen = seen_of(5, 40, rest, 5)
+    found, _ = choose(policy, plan, seen, np.int32(0), policy.share(plan))
     windows = -(-rest // 4) - max(-(-(rest - budget) // 4), 0)
-    count = int((found >= 0).sum())
+    count = int((np.asarray(found) >= 0).sum())
     assert (windows - 1) * 4 < count <= windows * 4
     assert count == rest or budget - 4 < count < budget + 4
 
@@ -283,8 +283,8 @@ def test_the_first_window_may_be_kept_whatever_it_scores():
             keep_sinks=sinks,
         )
         plan = policy.plan(model, prompt=40, new_tokens=0)
-        found, _ = policy.choose(plan, seen, jnp.int32(0), policy.share(plan))
-        kept.append({int(at) for at in found[0, 0] if at >= 0})
+        found, _ = choose(policy, plan, seen, np.int32(0), policy.share(plan))
+        kept.append({at for at in np.asarray(found)[0, 0].tolist() if at >= 0})
     assert not kept[0] & {0, 1, 2, 3}, "the first window is good"
     assert kept[1] > {0, 1, 2, 3}
     assert len(kept[1] - kept[0]) == 4
@@ -292,16 +292,19 @@ def test_the_first_window_may_be_kept_whatever_it_scores():
 
 def test_neighbours_of_the_best_window_are_kept_with_it():
     """The last query attends one token; what it begins goes on in the next window."""
-    keys = jnp.zeros((1, 24, 1, 2)).at[0, 11, 0].set(9.0)
+    keys = np.zeros((1, 24, 1, 2), np.float32)
+    keys[0, 11, 0] = 9.0
     seen = Seen(
         queries=jnp.ones((1, 1, 1, 2)),
-        at=jnp.full((1, 1), 23),
-        keys=keys,
+        at=jnp.array([[23]]),
+        keys=jnp.asarray(keys),
         start=jnp.array([20]),
     )
     alone = WindowKV(window=4, best=1, observation=4)
-    scores = alone.score_windows(seen)[0]
-    near = dataclasses.replace(alone, neighbours=1).score_windows(seen)[0]
+    scores, near = (
+        np.asarray(jax.jit(policy.score_windows)(seen))[0]
+        for policy in (alone, dataclasses.replace(alone, neighbours=1))
+    )
     assert int(scores.argmax()) == 2
     np.testing.assert_allclose(near[1:4], scores[2])
     np.testing.assert_allclose(near[0], scores[0])

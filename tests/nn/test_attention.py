@@ -19,6 +19,19 @@ CHOICES = [
     ("h200", "bfloat16", 256, "xla"),
     ("h200", "bfloat16", 4, "xla"),
 ]
+attend = jax.jit(
+    causal_attention, static_argnames=("implementation", "window", "block")
+)
+plain_attention = jax.jit(
+    jax.nn.dot_product_attention,
+    static_argnames=("is_causal", "local_window_size", "implementation"),
+)
+rotate = jax.jit(Rope.__call__, static_argnums=0)
+
+
+def normal(*shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
 @pytest.mark.parametrize("target, dtype, head_dim, expected", CHOICES)
@@ -30,27 +43,28 @@ def test_attention_follows_the_target_compiled_for(target, dtype, head_dim, expe
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 def test_documents_of_a_packed_row_do_not_see_each_other(implementation):
     rope = Rope(head_dim=4)
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 7, 2, 4))
-    positions = jnp.arange(7, dtype=jnp.int32)[None]
+    q, k, v = normal(*[(1, 7, 2, 4)] * 3)
+    positions = np.arange(7, dtype=np.int32)[None]
     segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]], jnp.int32)
 
-    def attend(attention, part):
+    def turn_and_attend(attention, part):
+        run = jax.jit(lambda *given: attention(*given[:3], rope, *given[3:])[0])
         q_, k_, v_ = (x[:, part] for x in (q, k, v))
-        return attention(q_, k_, v_, rope, positions[:, part], jnp.int32(0), None)[0]
+        return np.asarray(run(q_, k_, v_, positions[:, part], np.int32(0), None))
 
-    packed = attend(causal(implementation, segments), slice(None))
+    packed = turn_and_attend(causal(implementation, segments), slice(None))
     for part in (slice(0, 3), slice(3, 7)):
-        alone = attend(causal(), part)
+        alone = turn_and_attend(causal(), part)
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-6)
 
 
 def test_rotation_depends_on_distance_only():
     rope = Rope(head_dim=8, scaling=Llama3Scaling())
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    q, k = normal(*[(1, 1, 1, 8)] * 2)
 
     def score(i, j):
-        at = [jnp.full((1, 1), p, jnp.int32) for p in (i, j)]
-        return jnp.sum(rope(q, at[0]) * rope(k, at[1]))
+        at = [np.full((1, 1), p, np.int32) for p in (i, j)]
+        return np.vdot(rotate(rope, q, at[0]), rotate(rope, k, at[1]))
 
     np.testing.assert_allclose(score(9, 4), score(1009, 1004), atol=1e-3)
     assert abs(score(9, 4) - score(9, 8)) > 1e-2
@@ -81,55 +95,54 @@ def test_scaling_refuses(scaling, fields):
 
 
 def test_channels_beyond_the_turning_ones_pass():
-    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 12))
-    positions = jnp.arange(5, dtype=jnp.int32)[None]
-    part = Rope(head_dim=12, rotary_dim=8)(x, positions)
+    (x,) = normal((1, 5, 2, 12))
+    positions = np.arange(5, dtype=np.int32)[None]
+    part = np.asarray(rotate(Rope(head_dim=12, rotary_dim=8), x, positions))
     np.testing.assert_array_equal(part[..., 8:], x[..., 8:])
     np.testing.assert_array_equal(
-        part[..., :8], Rope(head_dim=8)(x[..., :8], positions)
+        part[..., :8], rotate(Rope(head_dim=8), x[..., :8], positions)
     )
-    np.testing.assert_array_equal(Rope(head_dim=12, rotary_dim=0)(x, positions), x)
+    np.testing.assert_array_equal(
+        rotate(Rope(head_dim=12, rotary_dim=0), x, positions), x
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("window", [1, 4, 8, 9, 100])
 def test_a_window_is_jax_s_own_local_window(window, kv_heads):
-    keys = jax.random.split(jax.random.key(window), 3)
-    q = jax.random.normal(keys[0], (2, 9, 3, 8))
-    k, v = (jax.random.normal(key, (2, 9, kv_heads, 8)) for key in keys[1:])
-    expected = jax.nn.dot_product_attention(
+    kv = (2, 9, kv_heads, 8)
+    q, k, v = normal((2, 9, 3, 8), kv, kv, seed=window)
+    expected = plain_attention(
         q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="xla"
     )
-    found = causal_attention(q, k, v, "xla", window=window)
+    found = attend(q, k, v, "xla", window=window)
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("block", [1, 4, 9, 100])
 def test_blocks_of_queries_are_all_of_them_at_once(block, window):
-    keys = jax.random.split(jax.random.key(block), 3)
-    q = jax.random.normal(keys[0], (2, 9, 4, 8))
-    k, v = (jax.random.normal(key, (2, 9, 2, 8)) for key in keys[1:])
-    expected = causal_attention(q, k, v, "xla", window=window)
-    found = causal_attention(q, k, v, "xla", window=window, block=block)
+    q, k, v = normal((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8), seed=block)
+    expected = attend(q, k, v, "xla", window=window)
+    found = attend(q, k, v, "xla", window=window, block=block)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_window_stays_within_its_document():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 7, 2, 4))
-    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1]], jnp.int32)
-    packed = causal_attention(q, k, v, "xla", segments, window=2)
+    q, k, v = normal(*[(1, 7, 2, 4)] * 3)
+    segments = np.array([[0, 0, 0, 1, 1, 1, 1]], np.int32)
+    packed = np.asarray(attend(q, k, v, "xla", segments, window=2))
     for part in (slice(0, 3), slice(3, 7)):
         q_, k_, v_ = (x[:, part] for x in (q, k, v))
-        alone = causal_attention(q_, k_, v_, "xla", window=2)
+        alone = attend(q_, k_, v_, "xla", window=2)
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
 def test_a_token_alone_attends_itself(implementation):
-    q, k, v = (jnp.ones((2, 1, heads, 8), jnp.float32) for heads in (4, 2, 2))
-    v = v.at[:, :, 1].set(3)
-    out = causal_attention(q, k, v, implementation)
+    q, k, v = (np.ones((2, 1, heads, 8), np.float32) for heads in (4, 2, 2))
+    v[:, :, 1] = 3
+    out = attend(q, k, v, implementation)
     np.testing.assert_array_equal(out, np.repeat(v, 2, axis=2))
 
 
@@ -181,17 +194,17 @@ def test_layer_norm_is_the_formula(dtype, offset, error):
     wide, s, b = (np.asarray(a, np.float64) for a in (x, scale, bias))
     centred = wide - wide.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * s + b
-    found = layer_norm(x, scale, bias, 1e-5)
+    found = jax.jit(layer_norm, static_argnums=3)(x, scale, bias, 1e-5)
     assert found.dtype == dtype
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=error)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_grouped_attention_is_jax_s_own_with_heads_before_slots(kv_heads):
-    keys = jax.random.split(jax.random.key(kv_heads), 4)
-    q = jax.random.normal(keys[0], (2, 5, 6, 8))
-    k, v = (jax.random.normal(key, (2, 7, kv_heads, 8)) for key in keys[1:3])
-    seen = jax.random.bernoulli(keys[3], 0.5, (2, 5, 7)).at[..., 0].set(True)
-    expected = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
-    found = grouped_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
+    kv = (2, 7, kv_heads, 8)
+    q, k, v = normal((2, 5, 6, 8), kv, kv, seed=kv_heads)
+    seen = np.random.default_rng(kv_heads).random((2, 5, 7)) < 0.5
+    seen[..., 0] = True
+    expected = plain_attention(q, k, v, mask=seen[:, None])
+    found = jax.jit(grouped_attention)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen)
     np.testing.assert_allclose(found, expected, atol=2e-6)

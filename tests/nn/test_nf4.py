@@ -20,6 +20,10 @@ from jmem.nn.quantised import KINDS, PACKERS
 
 WIDE = dataclasses.replace(TINY, hidden=64, head_dim=16)
 """`TINY` with rows that are whole blocks."""
+encode, decode = jax.jit(nf4.encode), jax.jit(nf4.decode)
+pack_rows = jax.jit(quantised.pack_rows, static_argnums=0)
+dequantise = jax.jit(quantised.dequantise, static_argnums=0)
+unpack = jax.jit(quantised.unpack, static_argnums=1)
 
 
 def test_levels_are_quantiles_of_the_normal_distribution():
@@ -56,16 +60,16 @@ class TestRows:
     @pytest.mark.parametrize("kind", PACKERS)
     def test_bytes_and_shape(self, kind, strict_dtypes):
         values = normal(3, 192)
-        rows = quantised.pack_rows(kind, jnp.asarray(values))
+        rows = pack_rows(kind, values)
         assert rows.shape == (3, KINDS[kind].row_bytes(192))
         assert rows.dtype == jnp.uint8
         assert KINDS[kind].row_bytes(192) == {"NF4": 108, "NF4_DOUBLE": 107}[kind]
         assert KINDS[kind].row_values(rows.shape[1]) == 192
-        assert quantised.dequantise(kind, rows).shape == (3, 192)
+        assert dequantise(kind, rows).shape == (3, 192)
 
     def test_each_value_becomes_its_nearest_level(self):
         values = normal(8, 512)
-        found = nf4.decode(nf4.encode(jnp.asarray(values)))
+        found = decode(encode(values))
         # Nearest in float32: an exact tie may go either way.
         np.testing.assert_allclose(found, nearest(values, absmax(values)), rtol=1e-6)
 
@@ -75,7 +79,7 @@ class TestRows:
         0.0728 in the mean is what bitsandbytes gives for blocks of 64.
         """
         values = normal()
-        error = np.abs(nf4.decode(nf4.encode(jnp.asarray(values))) - values)
+        error = np.abs(decode(encode(values)) - values)
         other = np.abs(nearest(values, absmax(values)) - values)
         for power in (1, 2):
             means = [
@@ -90,8 +94,8 @@ class TestRows:
     def test_double_s_scales_are_off_by_half_a_step_at_most(self):
         values = normal(16, 4096)
         exact = absmax(values)
-        rows = nf4.encode_double(jnp.asarray(values))
-        found = np.asarray(nf4.decode_double(rows)).reshape(16, -1, 64)
+        rows = jax.jit(nf4.encode_double)(values)
+        found = np.asarray(jax.jit(nf4.decode_double)(rows)).reshape(16, -1, 64)
         # Zero and both ends are levels, so the greatest magnitude is the scale.
         scale = np.abs(found).max(-1)
         step = (exact.max(-1) - exact.min(-1)) / 255
@@ -107,8 +111,8 @@ class TestRows:
         """A block of zeros, a row of them, and rows whose scales are all the same."""
         values = np.zeros((3, 128), np.float32)
         values[0, 5], values[2, 7], values[2, 70] = -3.0, 2.0, -2.0
-        rows = quantised.pack_rows(kind, jnp.asarray(values))
-        np.testing.assert_allclose(quantised.dequantise(kind, rows), values, rtol=1e-6)
+        rows = pack_rows(kind, values)
+        np.testing.assert_allclose(dequantise(kind, rows), values, rtol=1e-6)
 
 
 class TestPack:
@@ -124,12 +128,11 @@ class TestPack:
         assert packed["head"] is params["head"]
         q = packed["blocks"]["attention"]["q"]
         assert q["bias"] is params["blocks"]["attention"]["q"]["bias"]
-        opened = quantised.unpack(packed["blocks"], jnp.float32)
+        opened = unpack(packed["blocks"], jnp.float32)
         kernel = params["blocks"]["mlp"]["down"]["kernel"]
-        rows = quantised.pack_rows(kind, jnp.asarray(kernel[3]).T)
-        np.testing.assert_array_equal(
-            opened["mlp"]["down"]["kernel"][3], quantised.dequantise(kind, rows).T
-        )
+        rows = np.asarray(dequantise(kind, pack_rows(kind, kernel[3].T)))
+        opened = np.asarray(opened["mlp"]["down"]["kernel"])
+        np.testing.assert_array_equal(opened[3], rows.T)
         again = quantised.pack(packed, kind)
         assert again["blocks"]["attention"]["q"]["packed"] is q["packed"]
 
@@ -137,10 +140,11 @@ class TestPack:
     def test_squares_are_those_of_the_values(self, kind):
         params = random_params(WIDE)
         leaf = quantised.pack(params, kind)["blocks"]["mlp"]["up"]
-        kernel = quantised.unpack({"up": leaf}, jnp.float32)["up"]["kernel"]
+        kernel = unpack({"up": leaf}, jnp.float32)["up"]["kernel"]
+        expected = (np.asarray(kernel) ** 2).sum(1)
         for given in (leaf, {"kernel": kernel}):
-            found = quantised.sum_squares(given)
-            np.testing.assert_allclose(found, (kernel**2).sum(1), rtol=1e-5)
+            found = jax.jit(quantised.sum_squares)(given)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
 
     def test_refuses(self):
         with pytest.raises(ValueError, match=r"kind='Q4_K' .* among NF4, NF4_DOUBLE"):

@@ -7,6 +7,7 @@ batch is images. `loop.train`, `Full` and `jmem.measure` take it as it is.
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -64,6 +65,7 @@ class ConvNet:
 
     needs_key = True
 
+    @functools.partial(jax.jit, static_argnums=0)
     def _init(self, key):
         return Layers().init(key, jnp.zeros((1, SIZE, SIZE, 1)), False)
 

@@ -10,7 +10,6 @@ import time
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,13 +60,14 @@ def test_learns_and_tells_its_own_words(whole):
 def test_evaluation_uses_the_statistics_that_are_stored(whole):
     folder, state = whole
     params, stats = convnet.FULL.merged(state)
-    moved = jax.tree.map(lambda a, b: jnp.any(a != b), stats, MODEL.stats())
-    assert all(jax.tree.leaves(moved))
+    pairs = zip(*map(jax.tree.leaves, jax.device_get((stats, MODEL.stats()))))
+    assert all((a != b).any() for a, b in pairs)
     batches = [convnet.Bars(seed=9).batch(n) for n in range(2)]
+    loss = jax.jit(MODEL.loss)
 
     def mean(stats):
-        losses = [MODEL.loss(params, stats, b, None)[0] for b in batches]
-        return np.average(losses, weights=[float(b.weight()) for b in batches])
+        losses = [loss(params, stats, b, None)[0] for b in batches]
+        return np.average(losses, weights=[b.weights.sum() for b in batches])
 
     told = metrics.read(folder)[-1]["held_out_loss"]
     np.testing.assert_allclose(told, mean(stats), rtol=1e-5)
@@ -82,22 +82,23 @@ def test_a_batch_in_parts_is_what_its_parts_are_one_after_another():
     state, batch = convnet.start(plain), convnet.Bars().batch(0)
     found, told = jitted(plain)(state, batch)
 
+    compute = jax.jit(jax.value_and_grad(MODEL.loss, has_aux=True))
     stats, losses, grads = state["stats"], [], []
     parts = [jax.tree.map(lambda x, n=n: x[8 * n : 8 * n + 8], batch) for n in (0, 1)]
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), 0)
     for number, part in enumerate(parts):
         key = jax.random.fold_in(jax.random.fold_in(step_key, number), 1_000)
-        (loss, aux), grad = jax.value_and_grad(MODEL.loss, has_aux=True)(
-            state["params"], stats, part, key
-        )
+        (loss, aux), grad = compute(state["params"], stats, part, key)
         stats = aux.stats
         losses.append(loss)
-        grads.append(grad)
-    shares = [float(part.weight() / batch.weight()) for part in parts]
+        grads.append(jax.device_get(grad))
+    shares = [part.weights.sum() / batch.weights.sum() for part in parts]
     assert shares[0] != shares[1]  # the promise is tested
     mean = jax.tree.map(lambda a, b: shares[0] * a + shares[1] * b, *grads)
     expected = jax.tree.map(
-        lambda p, g: p - 1e-2 * g / (jnp.abs(g) + 1), state["params"], mean
+        lambda p, g: p - 1e-2 * g / (np.abs(g) + 1),
+        jax.device_get(state["params"]),
+        mean,
     )
     np.testing.assert_allclose(told["loss"], np.dot(shares, losses), rtol=1e-5)
     chex.assert_trees_all_close(found["stats"], stats, rtol=1e-5)
@@ -165,7 +166,7 @@ def test_an_evaluation_is_a_program_too():
     assert program.make is not None
     loss = jax.jit(program.fn)(*program.make(jax.random.key(0)))
     params, stats = MODEL.init(jax.random.key(0)), MODEL.stats()
-    expected = MODEL.loss(params, stats, convnet.Bars().batch(0), None)[0]
+    expected = jax.jit(MODEL.loss)(params, stats, convnet.Bars().batch(0), None)[0]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
