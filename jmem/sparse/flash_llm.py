@@ -282,7 +282,7 @@ def abstract(
     >>> from jmem.models.decoder import Decoder
     >>> params = abstract(Decoder(zoo.get("llama2-7b")).abstract(), 0.8, values="int4")
     >>> params["blocks"]["mlp"]["up"]["sparse"].values.shape
-    (32, 149149, 32)
+    (32, 146329, 32)
     """
     check_sparsity("abstract", sparsity)
     how = Packing(formats=(format,), values=values)
