@@ -1,6 +1,6 @@
 """Pruned weights: held-out loss against bytes, and what decoding with them takes.
 
-    python -m experiments.flash_llm            SmolLM2-135M on this machine (15 minutes)
+    python -m experiments.flash_llm            SmolLM2-135M on this machine (25 minutes)
     python -m experiments.flash_llm --preset opt_175b --measure-only --gpu h200
     python -m experiments.flash_llm --model ./my-checkpoint --data my.jsonl
 
