@@ -30,7 +30,7 @@ from experiments.harness.report import Column, gib, loss, make_columns, mib, sha
 from experiments.harness.run import Run
 from experiments.harness.settings import Card, Here, Weights, need
 from experiments.harness.training import learn
-from experiments.harness.weights import build_loss, list_maps, pack, round_to
+from experiments.harness.weights import build_loss, list_kernels, pack, round_to
 from jmem.checkpoints import Checkpoint
 from jmem.data import Batch, Loader
 from jmem.data.source import TextSource
@@ -241,7 +241,7 @@ def compare(
         run.console.print(f"{name}: loss {own['loss']:.4f}", highlight=False)
 
     width = np.dtype(jnp.bfloat16).itemsize
-    whole = sum(leaf["kernel"].size for leaf in list_maps(bench.params).values())
+    whole = sum(kernel.size for kernel in list_kernels(bench.params))
     add("16 bits", None, lambda: (bench.params, whole * width))
     for kind in config.dense:
         add(kind, None, functools.partial(round_to, bench.params, kind))
@@ -315,7 +315,7 @@ def report_recovery(config: Config, run: Run, bench: Bench, known: Journal) -> N
             export=False,
         )
         tuned = config.recover.merged(state)[0]
-        kernels = [leaf["kernel"] for leaf in list_maps(tuned).values()]
+        kernels = list_kernels(tuned)
         zeros = sum(int((kernel == 0).sum()) for kernel in kernels)
         size = sum(kernel.size for kernel in kernels)
         values = {"before": before, "after": evaluate(tuned), "zeros": zeros / size}

@@ -37,6 +37,7 @@ from jmem.data.source import TextSource
 from jmem.memory.report import format_size
 from jmem.models.decoder import Decoder
 from jmem.nn.maps import find_maps, replace_maps
+from jmem.nn.pruned import find_shape
 from jmem.sparse import flash_llm
 from jmem.sparse import prune as removal
 from jmem.sparse.flash_llm import FormatName, KeptDense, Values, count_bytes
@@ -139,18 +140,13 @@ def _format_map(
 ) -> str:
     """A map's name, format, bytes before and after, and kernels packed a second."""
     matrix, after = parts.get("sparse"), count_bytes(parts)
-    shape = parts["kernel"].shape if matrix is None else _find_shape(matrix)
+    shape = parts["kernel"].shape if matrix is None else find_shape(matrix)
     before = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     kind = "kernel" if matrix is None else type(matrix).__name__
     return (
         f"{name:<20}{kind:<12}{format_size(before):>12}{format_size(after):>12}"
         f"{before / after:>8.2f}{before / 1e9 / seconds:>8.2f} GB/s"
     )
-
-
-def _find_shape(matrix: Any) -> tuple[int, ...]:
-    layers = jax.tree.leaves(matrix)[0].shape[0]
-    return layers, matrix.inputs, matrix.outputs
 
 
 def main(command: Command) -> None:

@@ -38,14 +38,14 @@ def pack(params: dict, values: Values = "bfloat16") -> tuple[dict, int]:
         packed = flash_llm.pack(params, values=values)
     dtype = quantised.find_unpacked_dtype(params["blocks"])
     blocks = quantised.unpack(packed["blocks"], dtype)
-    return params | {"blocks": blocks}, count_bytes(packed)
+    return params | {"blocks": blocks}, count_map_bytes(packed)
 
 
 def round_to(params: dict, kind: str) -> tuple[dict, int]:
     """The same of maps that are rounded to one of GGUF's types, nothing pruned."""
     chosen = gguf.GGMLQuantizationType[kind]
     found = {}
-    for name, leaf in list_maps(params).items():
+    for name, leaf in find_maps(params["blocks"]).items():
         layers, inputs, _ = leaf["kernel"].shape
         quantised.check_blocks("round_to", name, kind, inputs)
         rows = np.asarray(leaf["kernel"], np.float32).swapaxes(1, 2)
@@ -54,14 +54,19 @@ def round_to(params: dict, kind: str) -> tuple[dict, int]:
         packed = jnp.asarray(gguf.quantize(np.ascontiguousarray(rows), chosen))
         found[name] = rest | {"packed": packed, "kind": flags}
     packed = params | {"blocks": replace_maps(params["blocks"], found)}
-    return packed, count_bytes(packed)
+    return packed, count_map_bytes(packed)
 
 
-def list_maps(params: Mapping[str, Any]) -> dict[str, dict]:
-    return find_maps(params["blocks"])
+def list_kernels(params: Mapping[str, Any]) -> list[jax.Array]:
+    """The blocks' kernels [L, in, out], of maps that are not packed."""
+    return [leaf["kernel"] for leaf in find_maps(params["blocks"]).values()]
 
 
-def count_bytes(params: Mapping[str, Any]) -> int:
+def count_map_bytes(params: Mapping[str, Any]) -> int:
     """Bytes of the blocks' maps, without their biases."""
-    maps = ({**leaf, "bias": None} for leaf in list_maps(params).values())
-    return sum(array.nbytes for leaf in maps for array in jax.tree.leaves(leaf))
+    return flash_llm.count_bytes(
+        [
+            {key: part for key, part in leaf.items() if key != "bias"}
+            for leaf in find_maps(params["blocks"]).values()
+        ]
+    )

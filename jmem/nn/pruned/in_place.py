@@ -24,9 +24,10 @@ def read_in_place(
     the block multiplies by them in place. Others, and those in host memory, stay.
     """
     how: Implementation | None = model.sparse
+    maps = find_maps(blocks)
     stacks = {
         name: leaf["sparse"]
-        for name, leaf in find_maps(blocks).items()
+        for name, leaf in maps.items()
         if how is not None and leaf.keys() <= {"sparse", "bias"}
         if _is_served(leaf.get("sparse"), how, model.dtype)
     }
@@ -46,9 +47,8 @@ def read_in_place(
     # A map without a leaf would be none to flax.
     empty = {"elsewhere": jnp.zeros((model.config.layers, 0), jnp.int8)}
     rest = {
-        name: {key: part for key, part in leaf.items() if key != "sparse"} | empty
-        for name, leaf in find_maps(blocks).items()
-        if name in stacks
+        name: {k: part for k, part in maps[name].items() if k != "sparse"} | empty
+        for name in stacks
     }
     return block, replace_maps(blocks, rest)
 
